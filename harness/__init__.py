@@ -1,0 +1,1 @@
+"""A containerized, reproducible experiment harness for language-model interpretability."""

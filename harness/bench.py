@@ -1,0 +1,201 @@
+"""`harness bench`: the fast path against the naive one, same model, same items, one process, results compared.
+
+Ratios are what counts; seconds belong to the machine they were taken on.
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from harness import launch, log
+from harness.models import device, plain
+from harness.models.attend import Layout
+from harness.models.decode import Completion, Request, Sampling, decode
+from harness.models.load import LM, ModelSpec, load
+from harness.models.noise import row_key
+from harness.models.score import TreeScores, row_length, score_trees
+from harness.settings import Resolved
+from harness.text.words import Tokens, WordForms, word_forms
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way of doing one thing: median seconds, tokens forwarded, and how far its results are from the fast path's."""
+
+    stage: str
+    way: str
+    seconds: float
+    tokens: int
+    speedup: float
+    """Of the fast path over this way."""
+    max_rel: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    context: tuple[int, ...]
+    forms: WordForms
+    key: int
+
+
+def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts: int, out: Path | None) -> int:
+    """Print the figures, and write them to `out` as JSON."""
+    settings = resolved.settings
+    where = device.resolve_device(settings.runtime.device)
+    device.set_threads(settings.runtime.threads)
+    device.be_exact()
+    dtype = settings.model.dtype
+    spec = ModelSpec(f"random:{shape}", dtype=dtype, device=where, random_tokenizer=settings.paths.data_folder / "models" / "demo")
+    plan = launch.prepare(resolved)
+    lm = load(spec)
+    subjects = [
+        Subject(tuple(lm.codec.context(t.render(p))[0]), word_forms(p.target, lm.codec), row_key(0, p.prompt_id, name, 0))
+        for p in plan.inputs.prompts
+        for name, t in plan.inputs.conditions.items()
+    ][:num_contexts]
+    figures: list[Figure] = []
+    if "psem" in stages:
+        figures += bench_psem(lm, subjects)
+    if "samples" in stages:
+        figures += bench_samples(lm, subjects, settings.experiment.num_samples)
+    about = _about(lm, shape, subjects, where)
+    table = Table(title=", ".join(f"{k} {v}" for k, v in about.items()), title_justify="left")
+    for column in ("stage", "way", "seconds", "tokens forwarded", "tokens/s", "fast path is", "max rel diff"):
+        table.add_column(column, justify="left" if column in ("stage", "way") else "right")
+    for f in figures:
+        table.add_row(
+            f.stage, f.way, f"{f.seconds:.2f}", f"{f.tokens:,}", f"{f.tokens / f.seconds:,.0f}", f"{f.speedup:.1f}×", f"{f.max_rel:.1e}"
+        )
+    log.print_out(table)
+    least = least_tokens(subjects)
+    log.print_out(f"psem: least possible {least:,} tokens (every distinct prefix once), the tree forwards "
+                  f"{sum(row_length(s.context, s.forms.trie) for s in subjects):,}")  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps({"about": about, "least_tokens": least, "figures": [asdict(f) for f in figures]}, indent=2) + "\n")
+    return 0
+
+
+def bench_psem(lm: LM, subjects: Sequence[Subject]) -> list[Figure]:
+    """Tree scoring against one padded row per (context, sequence), and against one sequence at a time."""
+    contexts, tries = [s.context for s in subjects], [s.forms.trie for s in subjects]
+    # Both orders of the same work as they come in the experiment: the fast path in its batches, longest first.
+    fast_s, scores = _timed(lm, lambda: score_trees(lm, contexts, tries))
+    fast = [s.logprobs for s in scores if isinstance(s, TreeScores)]
+    tokens = sum(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
+    pairs = [(s.context, q) for s in subjects for q in s.forms.trie.sequences]
+    padded_s, padded = _timed(lm, lambda: padded_rows(lm, pairs))
+    naive_tokens = sum(len(c) + len(q) for c, q in pairs)
+    few = pairs[:: max(1, len(pairs) // 40)]
+    plain_s, plain_scores = _timed(lm, lambda: [plain.sequence_logprob(lm, c, q) for c, q in few], repeats=1)
+    flat = np.concatenate(fast)
+    at_few = flat[:: max(1, len(pairs) // 40)]
+    scaled = plain_s * len(pairs) / len(few)
+    return [
+        Figure("psem", f"tree ({len(subjects)} contexts, {len(pairs)} sequences)", fast_s, tokens, 1.0, 0.0),
+        Figure("psem", "one padded row per (context, sequence)", padded_s, naive_tokens, padded_s / fast_s, _rel(padded, flat)),
+        Figure("psem", f"one sequence at a time ({len(few)} timed)", scaled, naive_tokens, scaled / fast_s, _rel(plain_scores, at_few)),
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def padded_rows(lm: LM, pairs: Sequence[tuple[Tokens, Tokens]], max_tokens: int = 8192) -> list[float]:
+    """The usual batched way: every (context, sequence) a right-padded row, logits at all positions."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    result = [0.0] * len(pairs)
+    while order:
+        width = len(pairs[order[0]][0]) + len(pairs[order[0]][1])
+        take, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
+        rows = [[*pairs[i][0], *pairs[i][1]] for i in take]
+        tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=lm.device)
+        positions = torch.arange(width, device=lm.device).expand(len(rows), width)
+        log_p = lm.logits(lm.hidden(tokens, Layout(positions, positions))).log_softmax(-1)
+        for r, i in enumerate(take):
+            context, sequence = pairs[i]
+            result[i] = sum(float(log_p[r, len(context) - 1 + n, token]) for n, token in enumerate(sequence))
+    return result
+
+
+def bench_samples(lm: LM, subjects: Sequence[Subject], num_samples: int) -> list[Figure]:
+    """Prefill once and fork, against every sample prefilled for itself."""
+    sampling = Sampling(10, 1.0, 0.9, stop_at_newline=False)
+    requests = [Request(s.context, s.key + n) for s in subjects for n in range(num_samples)]
+    fast_s, fast = _timed(lm, lambda: decode([lm], requests, sampling))
+    naive_s, naive = _timed(lm, lambda: _unshared(lm, requests, sampling))
+    generated = sum(len(c.token_ids) for c in fast if isinstance(c, Completion))
+    prompt_tokens = sum(len(s.context) for s in subjects)
+    differing = sum(a != b for a, b in zip(_tokens(fast), _tokens(naive), strict=True)) / len(requests)
+    return [
+        Figure("samples", f"prefilled once, forked ({num_samples} each)", fast_s, prompt_tokens + generated, 1.0, 0.0),
+        Figure("samples", "prefilled for each sample", naive_s, prompt_tokens * num_samples + generated, naive_s / fast_s, differing),
+    ]  # fmt: skip
+
+
+def _unshared(lm: LM, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+    """As `decode`, but no two samples of a prompt in one batch, so that nothing is shared."""
+    by_context: dict[Tokens, list[int]] = {}
+    for i, request in enumerate(requests):
+        by_context.setdefault(request.context, []).append(i)
+    rounds = max(map(len, by_context.values()))
+    result: list[Any] = [None] * len(requests)
+    for n in range(rounds):
+        index = [ids[n] for ids in by_context.values() if n < len(ids)]
+        for i, done in zip(index, decode([lm], [requests[i] for i in index], sampling), strict=True):
+            result[i] = done
+    return result
+
+
+def least_tokens(subjects: Sequence[Subject]) -> int:
+    """Tokens that must be forwarded at least once: the distinct prefixes of all contexts and their tries' nodes."""
+    prefixes: set[Tokens] = set()
+    for s in subjects:
+        prefixes.update(s.context[:n] for n in range(1, len(s.context) + 1))
+    nodes = {(s.context, s.forms.trie.tokens) for s in subjects}
+    return len(prefixes) + sum(len(tokens) for _, tokens in nodes)
+
+
+def _timed(lm: LM, work: Callable[[], Any], repeats: int = _REPEATS) -> tuple[float, Any]:
+    """Median seconds of `work` after one warm-up, and its result."""
+    result = work() if repeats > 1 else None
+    seconds = []
+    for _ in range(repeats):
+        _settle(lm)
+        start = time.perf_counter()
+        result = work()
+        _settle(lm)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def _settle(lm: LM) -> None:
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _rel(a: Sequence[float], b: Sequence[float] | np.ndarray) -> float:
+    x, y = np.asarray(a), np.asarray(b)
+    return float((np.abs(np.expm1(x - y))).max())
+
+
+def _tokens(completions: Sequence[Any]) -> list[list[int]]:
+    return [c.token_ids if isinstance(c, Completion) else [] for c in completions]
+
+
+def _about(lm: LM, shape: str, subjects: Sequence[Subject], where: str) -> dict[str, Any]:
+    lengths = [len(s.context) for s in subjects]
+    gpu = torch.cuda.get_device_name() if where == "cuda" else f"{platform.machine()} {torch.get_num_threads()} threads"
+    return {
+        "shape": shape, "parameters": f"{sum(p.numel() for p in lm.model.parameters()) / 1e6:.0f}M",
+        "dtype": lm.identity.dtype, "device": gpu, "torch": torch.__version__, "contexts": len(subjects),
+        "mean context": round(statistics.mean(lengths), 1),
+    }  # fmt: skip

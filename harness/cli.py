@@ -1,0 +1,169 @@
+"""The command line: arguments to settings, settings to one function, errors to one line and an exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
+from harness.settings import SHORT_FLAGS, Resolved, describe, field_names, nearest, resolve
+
+# Modules that import torch are imported where they are used: `harness runs` should answer at once.
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with this project's manners: one line, exit 2, the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0]
+            known = [o for a in self._actions for o in a.option_strings]
+            message = f"no such argument {flag}{nearest(flag.split('=')[0], known)}"
+        raise SettingsError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code (harness.md §2)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = _parser()
+        args, rest = parser.parse_known_args(given)
+        if rest:
+            (args.parser if hasattr(args, "parser") else parser).error(f"unrecognized arguments: {' '.join(rest)}")
+        if not hasattr(args, "act"):
+            parser.print_help()
+            return 0
+        return args.act(args)
+    except HarnessError as e:
+        print(f"harness: {' '.join(str(e).split())}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("harness: stopped before anything was computed; type the same command again", file=sys.stderr)
+        return Stopped.exit_code
+    except BrokenPipeError:  # `harness runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if e.errno == 28:
+            print(f"harness: the disk is full ({e}); free some space and type the same command again", file=sys.stderr)
+            return EnvironmentFault.exit_code
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="harness", description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
+    parser.description = "Reproducible, resumable interpretability experiments on language models."
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, act: Callable[[argparse.Namespace], int], text: str, *, settings: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(act=act, parser=sub)
+        sub.add_argument("--verbose", action="store_true", help="show debug lines")
+        if settings:
+            _add_settings(sub)
+        return sub
+
+    run = command("run", _run, "run an experiment, or go on with one that was stopped")
+    run.add_argument("experiment", nargs="?", default="gravity", help="which experiment (default: gravity)")
+    run.add_argument("--resume", default="auto", metavar="auto|new|RUN", help="go on with the unfinished run of the same settings "
+                     "(auto, the default), start a new one, or go on with a given one")  # fmt: skip
+    run.add_argument("--retry-failed", action="store_true", help="try again just the items that failed")
+    command("runs", _runs, "list the runs")
+    show = command("show", _show, "one run: manifest, progress, warnings, headline results")
+    show.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    export = command("export", _export, "write every table of a run")
+    export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
+    export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
+    command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
+    sanity = command("sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement")
+    sanity.add_argument("--num-prompts", type=int, default=4, metavar="N", help="prompts to compare (default 4)")
+    bench = command("bench", _bench, "fast path against naive path, same model, same items, one process")
+    bench.add_argument("--stage", choices=("psem", "samples"), action="append", help="what to time (default: all)")
+    bench.add_argument("--shape", default="llama-40m", help="a model shape with random weights (default llama-40m)")
+    bench.add_argument("--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file")
+    group = parser.add_argument_group("settings", "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file")
+    short = {name: flag for flag, name in SHORT_FLAGS.items()}
+    for name in field_names():
+        flags = [f"--{short[name]}"] if name in short else []
+        group.add_argument(*flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=describe(name).replace("%", "%%"))
+
+
+def _resolved(args: argparse.Namespace) -> Resolved:
+    flags = {k.removeprefix("set:"): v for k, v in vars(args).items() if k.startswith("set:") and v is not None}
+    resolved = resolve(flags, args.config)
+    if resolved.settings.paths.hf_home is not None:  # read by huggingface_hub when it is first imported
+        os.environ["HF_HOME"] = str(resolved.settings.paths.hf_home)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from harness import log
+
+    log.to_console(args.verbose)
+    return resolved
+
+
+def _run(args: argparse.Namespace) -> int:
+    resolved = _resolved(args)
+    from harness import launch
+
+    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, ["harness", *sys.argv[1:]])
+
+
+def _runs(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import listing
+
+    listing.print_runs(root)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import listing
+
+    listing.print_run(root, args.run)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import listing
+
+    listing.export(root, args.run, args.to, args.format)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    resolved = _resolved(args)
+    from harness import doctor, log
+
+    checks = []
+    for check in doctor.examine(resolved):
+        log.print_out(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<12} {check.finding}".replace("[", "\\["))
+        checks.append(check)
+    return 0 if all(c.ok for c in checks) else EnvironmentFault.exit_code
+
+
+def _sanity(args: argparse.Namespace) -> int:
+    resolved = _resolved(args)
+    if args.num_prompts < 1:
+        raise RunError(f"--num-prompts: expected at least 1, found {args.num_prompts}")
+    from harness import sanity
+
+    return sanity.command(resolved, args.num_prompts)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    resolved = _resolved(args)
+    from harness import bench
+
+    return bench.command(resolved, args.shape, tuple(args.stage or ("psem", "samples")), args.contexts, args.json)

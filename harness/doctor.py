@@ -1,0 +1,125 @@
+"""`harness doctor`: whether this machine can run an experiment, one line a check."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from harness import environment
+from harness.errors import HarnessError
+from harness.launch import model_spec, prompts_path
+from harness.models import device
+from harness.models.load import ModelSpec, identify, load
+from harness.models.score import score_trees
+from harness.settings import Resolved, Settings
+from harness.store import Reader, Store
+from harness.text.prompts import read_prompts
+from harness.text.words import word_forms
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. Only a failed check makes the doctor's exit code 4."""
+
+    name: str
+    ok: bool
+    finding: str
+
+
+def examine(resolved: Resolved) -> Iterator[Check]:
+    """Every check, as it is made."""
+    settings = resolved.settings
+    checks: list[tuple[str, Callable[[Settings], str]]] = [
+        ("code", _code), ("python", _python), ("gpu", _gpu), ("memory", _memory), ("runs folder", _runs),
+        ("store", _store), ("data folder", _data), ("model", _model), ("hub cache", _cache), ("forward", _forward),
+    ]  # fmt: skip
+    for name, check in checks:
+        try:
+            yield Check(name, True, check(settings))
+        except (HarnessError, OSError) as e:
+            yield Check(name, False, " ".join(str(e).split()))
+
+
+def _code(settings: Settings) -> str:
+    code = environment.code()
+    dirty = ", uncommitted changes" if code["git_dirty"] else ""
+    return f"harness {code['version']}, commit {str(code['git_commit'])[:12]}{dirty}"
+
+
+def _python(settings: Settings) -> str:
+    machine = environment.machine()
+    return f"Python {machine['python']}, torch {machine['torch']}, CUDA build {machine['cuda'] or 'none'}, driver {machine['driver'] or 'none'}"
+
+
+def _gpu(settings: Settings) -> str:
+    where = device.resolve_device(settings.runtime.device)
+    gpus = environment.machine()["gpus"]
+    found = ", ".join(f"{g['name']} {g['memory_bytes'] / 1e9:.0f} GB (sm {g['compute_capability']})" for g in gpus) or "no GPU"
+    return f"{found}; runtime.device={settings.runtime.device} means {where}"
+
+
+def _memory(settings: Settings) -> str:
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB RAM free, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        text += f"; {free / 1e9:.1f} of {total / 1e9:.1f} GB GPU memory free, {settings.batching.reserve_gb:g} kept in reserve"
+    return text
+
+
+def _runs(settings: Settings) -> str:
+    folder = settings.paths.runs
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    if free < settings.runtime.reserve_disk_gb * 1e9:
+        raise OSError(f"{folder}: {free / 1e9:.1f} GB free, less than runtime.reserve_disk_gb={settings.runtime.reserve_disk_gb:g}")
+    return f"{folder.resolve()} is writable, {free / 1e9:.1f} GB free"
+
+
+def _store(settings: Settings) -> str:
+    with tempfile.TemporaryDirectory(dir=settings.paths.runs) as folder:
+        with Store(Path(folder) / "results.duckdb") as store:
+            store.event("info", "doctor", "written")
+            store.publish(Path(folder) / "live.duckdb")
+        with Reader(Path(folder) / "live.duckdb") as reader:
+            assert reader.query("SELECT count(*) AS n FROM events")[0]["n"] == 1, "the snapshot lost a row"
+    return "a store writes, publishes and reads back"
+
+
+def _data(settings: Settings) -> str:
+    read = read_prompts(prompts_path(settings))
+    return f"{read.path}: {len(read.prompts)} prompts, {len(read.rejections)} rejected"
+
+
+def _model(settings: Settings) -> str:
+    identity = identify(model_spec(settings, "cpu"))
+    return f"{settings.model.name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}"
+
+
+def _cache(settings: Settings) -> str:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME)
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(nearest, os.W_OK):
+        raise OSError(f"{folder} is not writable; set HF_HOME")
+    return f"{folder}{'' if folder.exists() else ' (will be made)'}, {shutil.disk_usage(nearest).free / 1e9:.1f} GB free"
+
+
+def _forward(settings: Settings) -> str:
+    where = device.resolve_device(settings.runtime.device)
+    spec = ModelSpec("random:tiny-llama", device=where, random_tokenizer=settings.paths.data_folder / "models" / "demo")
+    lm = load(spec)
+    forms = word_forms("space", lm.codec)
+    start = time.perf_counter()
+    scores = score_trees(lm, [lm.codec.encode("Question:", add_special_tokens=False)], [forms.trie])[0]
+    if isinstance(scores, HarnessError):
+        raise scores
+    return f"a tiny model scored a tree on {where} in {1e3 * (time.perf_counter() - start):.0f} ms"

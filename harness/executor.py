@@ -1,0 +1,156 @@
+"""Who computes batches. The engine hands out work and takes back outcomes; it alone writes to the store.
+
+`Inline` computes in this process. An executor of several GPUs or of a cluster has the same face: it may take several
+batches before it gives back the first outcome, in any order.
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from harness.errors import EnvironmentFault, HarnessError
+
+
+@dataclass(frozen=True)
+class Item:
+    """The smallest unit a stage computes.
+
+    `key` names its content, never its place. `length` is what it adds to a padded batch, in tokens. `payload` is what
+    the stage needs to compute it.
+    """
+
+    key: str
+    length: int
+    payload: Any = None
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """What one item gave: rows to insert and rows to change, per table; or an error and nothing else."""
+
+    key: str
+    rows: dict[str, list[dict[str, Any]]]
+    updates: dict[str, list[dict[str, Any]]] | None = None
+    error: str | None = None
+    tokens: int = 0
+    """Tokens forwarded for it."""
+
+    @classmethod
+    def failed(cls, key: str, error: object) -> "ItemResult":
+        return cls(key, {}, error=str(error))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one batch: results, or out of memory, or an error with its remote traceback."""
+
+    token: Any
+    results: Sequence[ItemResult] = ()
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    out_of_memory: bool = False
+    error: str | None = None
+    traceback: str | None = None
+
+
+class Accelerator(Protocol):
+    """The memory a batch is computed in."""
+
+    out_of_memory: tuple[type[BaseException], ...]
+
+    def release(self) -> None:
+        """Give back what a failed batch left behind."""
+        ...
+
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int:
+        """Most memory in use since `reset_peak`, weights included; 0 where it is not measured."""
+        ...
+
+    def capacity_bytes(self) -> int | None:
+        """Memory this process may use in all, the reserve left out; None where it is not known."""
+        ...
+
+
+class Host:
+    """A CPU: memory is not measured, and running out of it is Python's MemoryError."""
+
+    out_of_memory: tuple[type[BaseException], ...] = (MemoryError,)
+
+    def release(self) -> None:
+        gc.collect()
+
+    def reset_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 0
+
+    def capacity_bytes(self) -> int | None:
+        return None
+
+
+Setup = Callable[[], Any]
+Run = Callable[[Any, Sequence[Item]], Sequence[ItemResult]]
+
+
+class Executor(Protocol):
+    """Computes batches. `setup` runs once per worker, before its first batch."""
+
+    def map(self, setup: Setup, run: Run, batches: Iterable[tuple[Any, Sequence[Item]]]) -> Iterator[Outcome]:
+        """An outcome for every (token, items) of `batches`, which may grow while it is consumed."""
+        ...
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+
+class Inline:
+    """One batch after the other, here."""
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self._accelerator: Accelerator = accelerator or Host()
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self._accelerator
+
+    def map(self, setup: Setup, run: Run, batches: Iterable[tuple[Any, Sequence[Item]]]) -> Iterator[Outcome]:
+        context: Any = None
+        ready = False
+        for token, items in batches:
+            if not ready:
+                context, ready = setup(), True
+            yield self._one(context, run, token, items)
+
+    def _one(self, context: Any, run: Run, token: Any, items: Sequence[Item]) -> Outcome:
+        self.accelerator.reset_peak()
+        start = time.perf_counter()
+        exhausted = False
+        try:
+            results = list(run(context, items))
+        except self.accelerator.out_of_memory:
+            # Nothing more in here: while the exception lives, its frames keep the batch's tensors alive.
+            exhausted = True
+        except EnvironmentFault:
+            raise
+        except OSError as e:
+            if e.errno == 28:
+                raise EnvironmentFault(f"the disk is full ({e}); free some space and type the same command again") from e
+            return Outcome(token, error=_name(e), traceback=traceback.format_exc())
+        except HarnessError as e:
+            return Outcome(token, error=str(e), traceback=traceback.format_exc())
+        except Exception as e:
+            return Outcome(token, error=_name(e), traceback=traceback.format_exc())
+        if exhausted:
+            self.accelerator.release()
+            return Outcome(token, out_of_memory=True, seconds=time.perf_counter() - start)
+        return Outcome(token, results, time.perf_counter() - start, self.accelerator.peak_bytes())
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

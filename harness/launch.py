@@ -1,0 +1,313 @@
+"""`harness run`: from resolved settings to a finished run. Everything a run is made of comes together here."""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from harness import environment, log, stages, summary
+from harness.engine import Engine, Limits, Stage, StageReport, StopSignal
+from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
+from harness.executor import Host, Inline
+from harness.models import device, noise
+from harness.models.load import ModelIdentity, ModelSpec, identify
+from harness.run import (
+    Manifest, RunPaths, differences, find_run, fingerprint, list_runs, locked, new_run_id, now_text, read_manifest,
+    replacing,
+)  # fmt: skip
+from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
+from harness.stages.inputs import Inputs
+from harness.store import Reader, Store
+from harness.text.conditions import BUILT_IN, Template
+from harness.text.prompts import PromptSet, read_prompts, take
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment ready to run: its stages, and everything that decides its results."""
+
+    experiment: str
+    stages: tuple[Stage, ...]
+    parts: dict[str, Any]
+    fingerprint: str
+    slug: str
+    inputs: Inputs
+    prompt_set: PromptSet
+    device: str
+
+
+def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
+    """Check all input and say what would be run. Writes nothing, loads no weights."""
+    settings = resolved.settings
+    if experiment not in stages.EXPERIMENTS:
+        raise SettingsError(f"no experiment {experiment!r}{nearest(experiment, list(stages.EXPERIMENTS))}; there are: gravity")
+    names = stages.wanted(experiment, settings.experiment.stages)
+    conditions = conditions_of(settings)
+    for name in settings.experiment.sample_conditions:
+        if name not in conditions:
+            raise SettingsError(
+                f"experiment.sample_conditions: no condition {name!r} in this run{nearest(name, list(conditions))}"
+            )
+    where = device.resolve_device(settings.runtime.device)
+    prompt_set = read_prompts(prompts_path(settings))
+    chosen = take(prompt_set.prompts, settings.data.num_prompts)
+    spec = model_spec(settings, where)
+    identity = identify(spec)
+    given = Inputs(
+        chosen, conditions, spec, identity, settings.experiment, names, settings.runtime.seed, settings.paths.data_folder
+    )
+    built = stages.build(experiment, given)
+    parts = {
+        "experiment": experiment,
+        "model": identity.fingerprint(),
+        "prompts": {"sha256": _hash_of(sorted(p.row_hash for p in chosen)), "number": len(chosen)},
+        "conditions": {name: asdict(t) for name, t in conditions.items()},
+        "stages": [{"name": s.name, "version": s.version, **s.params()} for s in built],
+        "seed": settings.runtime.seed,
+    }
+    slug = Path(spec.name.removesuffix("/")).name if settings.model.name != DEMO_MODEL else DEMO_MODEL
+    return Plan(experiment, built, parts, fingerprint(parts), slug, given, prompt_set, where)
+
+
+def run(
+    resolved: Resolved, experiment: str = "gravity", resume: str = "auto", retry_failed: bool = False,
+    argv: list[str] | None = None,
+) -> int:  # fmt: skip
+    """The whole command; its exit code. Raises HarnessError for what cannot be started."""
+    settings = resolved.settings
+    threads = device.set_threads(settings.runtime.threads)
+    numerics = device.be_exact()
+    plan = prepare(resolved, experiment)
+    _say_rejections(plan.prompt_set)
+    paths, is_new = _choose_run(settings.paths.runs, plan, resume)
+    if not is_new and not retry_failed and _finished(paths):
+        return _report_finished(paths)
+    with ExitStack() as stack:
+        stack.enter_context(locked(paths))
+        warnings = log.to_file(paths.log)
+        store = stack.enter_context(Store(paths.results))
+        if is_new:
+            manifest = Manifest.create(paths, _manifest(plan, resolved, argv or [], threads, numerics))
+            _write_diff(paths)
+            for r in plan.prompt_set.rejections:
+                store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
+        else:
+            manifest = Manifest.reopen(paths)
+            store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
+            resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv}]
+            manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
+        logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
+        code = _execute(plan, settings, paths, store, manifest, retry_failed)
+        manifest.update(warnings=dict(warnings.counts))
+    if code in (0, 1):
+        with Reader(paths.live) as reader:
+            log.print_out(*summary.render(summary.summarise(reader), read_manifest(paths)))
+        log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
+    return code
+
+
+def _execute(
+    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: Manifest, retry_failed: bool
+) -> int:
+    """Run the stages; leave a manifest that tells the truth however it ends."""
+    accelerator = device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
+    given = settings.batching.max_tokens
+    limits = Limits(given if isinstance(given, int) else None, int(settings.runtime.reserve_disk_gb * 1e9))
+    start = time.perf_counter()
+    reports: dict[str, Any] = dict(manifest.get("stages") or {})
+
+    def after_stage(report: StageReport) -> None:
+        reports[report.name] = asdict(report)
+        manifest.update(stages=reports)
+
+    def ended(status: str, **more: Any) -> None:
+        seconds = round(float(manifest.get("seconds") or 0) + time.perf_counter() - start, 3)
+        manifest.update(status=status, ended=now_text(), seconds=seconds, **more)
+
+    store.publish(paths.live)
+    try:
+        with manifest.beating(), StopSignal() as stop, log.ConsoleProgress() as progress:
+            engine = Engine(store, paths, Inline(accelerator), limits, progress, stop)
+            engine.run(plan.stages, after_stage, retry_failed)
+        store.publish(paths.live)
+    except Stopped as e:
+        store.publish(paths.live)
+        ended("interrupted", reason=str(e))
+        logger.warning("{}; nothing is lost: type the same command again to go on with {}", e, paths.run_id)
+        return Stopped.exit_code
+    except BaseException as e:
+        logger.error("run {} stopped: {}", paths.run_id, e)
+        with _best_effort():
+            ended("failed", reason=f"{type(e).__name__}: {e}")
+        with _best_effort():
+            store.publish(paths.live)
+        raise
+    failed = sum(r["num_failed"] for r in store.stage_rows())
+    ended("finished", num_failed=failed, tables=store.counts())
+    if failed:
+        logger.error("{} items failed; see `harness show {}`; `harness run --retry-failed` tries just those", failed, paths.run_id)
+    return 1 if failed else 0
+
+
+def conditions_of(settings: Settings) -> dict[str, Template]:
+    """The conditions of this run by name, checked. Own templates stand beside the built-in ones and may replace them."""
+    own = {name: _template(t) for name, t in settings.experiment.templates.items()}
+    wanted = settings.experiment.conditions
+    if isinstance(wanted, dict):
+        known = {**BUILT_IN, **own, **{name: _template(t) for name, t in wanted.items()}}
+        names = list(known)
+    else:
+        known, names = {**BUILT_IN, **own}, list(dict.fromkeys(wanted))
+    if not names:
+        raise SettingsError("experiment.conditions: expected at least one condition, found none")
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f"experiment.conditions: no condition {name!r}{nearest(name, list(known))}; there are {', '.join(known)}; "
+                "write your own under [experiment.templates]"
+            )
+        known[name].check(name)
+    return {name: known[name] for name in names}
+
+
+def _template(given: TemplateSettings) -> Template:
+    return Template(given.text, given.instruction, given.negation)
+
+
+def prompts_path(settings: Settings) -> Path:
+    if settings.data.prompts == BUNDLED_PROMPTS:
+        return settings.paths.data_folder / "prompts" / "gravity.jsonl"
+    return Path(settings.data.prompts)
+
+
+def model_spec(settings: Settings, where: str) -> ModelSpec:
+    """What to load, with the bundled demo model's folder in place of its name."""
+    demo = settings.paths.data_folder / "models" / "demo"
+    name = str(demo) if settings.model.name == DEMO_MODEL else settings.model.name
+    return ModelSpec(
+        name, settings.model.revision, settings.model.dtype, where, settings.model.trust_remote_code, random_tokenizer=demo
+    )
+
+
+def _choose_run(root: Path, plan: Plan, resume: str) -> tuple[RunPaths, bool]:
+    """The run to work on, and whether it is new."""
+    if resume not in ("auto", "new"):
+        paths = find_run(root, resume)
+        manifest = read_manifest(paths)
+        if manifest["fingerprint"] != plan.fingerprint:
+            changes = differences(manifest.get("fingerprint_parts", {}), plan.parts)
+            told = "; ".join(f"{c.key}: was {_short(c.old)}, now {_short(c.new)}" for c in changes) or "its format"
+            raise RunError(
+                f"run {paths.run_id} cannot be continued with other settings: {told}; it was started by "
+                f"`{' '.join(manifest.get('argv', []))}`; use its settings, or --resume new"
+            )
+        return paths, False
+    if resume == "auto":
+        same = [e for e in list_runs(root) if e.manifest and e.manifest["fingerprint"] == plan.fingerprint]
+        unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
+        if same:
+            return (unfinished or same)[0].paths, False
+    run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
+    paths, n = RunPaths(root / run_id), 1
+    while paths.folder.exists():  # a second run in the same second
+        n += 1
+        paths = RunPaths(root / f"{run_id}-{n}")
+    try:
+        paths.folder.mkdir(parents=True)
+    except OSError as e:
+        raise EnvironmentFault(f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder") from e
+    return paths, True
+
+
+def _finished(paths: RunPaths) -> bool:
+    return read_manifest(paths).get("status") == "finished"
+
+
+def _report_finished(paths: RunPaths) -> int:
+    manifest = read_manifest(paths)
+    failed = int(manifest.get("num_failed") or 0)
+    with Reader(paths.live) as reader:
+        log.print_out(*summary.render(summary.summarise(reader), manifest))
+    log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
+    if failed:
+        log.print_out(f"{failed} items failed; --retry-failed tries just those.")
+    return 1 if failed else 0
+
+
+def _manifest(
+    plan: Plan, resolved: Resolved, argv: list[str], threads: int, numerics: Mapping[str, object]
+) -> dict[str, Any]:
+    identity: ModelIdentity = plan.inputs.identity
+    return {
+        "experiment": plan.experiment,
+        "fingerprint": plan.fingerprint,
+        "fingerprint_parts": plan.parts,
+        "argv": argv,
+        "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
+        "code": environment.code(),
+        "packages": environment.packages(),
+        "lock_sha256": environment.lock_sha256(),
+        "machine": environment.machine(),
+        "device": plan.device,
+        "threads": threads,
+        "numerics": {**numerics, "attention": "harness (SDPA, explicit where a model soft-caps or has sinks)"},
+        "random_numbers": noise.RULE,
+        "model": {**{k: v for k, v in asdict(identity).items() if k != "about"}, **identity.about},
+        "planted": resolved.settings.model.name == DEMO_MODEL,
+        "prompts": {
+            "path": str(plan.prompt_set.path), "sha256": plan.prompt_set.sha256, "read": len(plan.prompt_set.prompts),
+            "used": len(plan.inputs.prompts), "rejected": dict(Counter(r.rule for r in plan.prompt_set.rejections)),
+            "row_hashes": {p.prompt_id: p.row_hash for p in plan.inputs.prompts},
+        },
+        "stages": {},
+    }  # fmt: skip
+
+
+def _write_diff(paths: RunPaths) -> None:
+    diff = environment.tree_diff()
+    if diff:
+        with replacing(paths.tree_diff) as temporary:
+            temporary.write_text(diff + "\n", "utf-8")
+
+
+def _describe(plan: Plan) -> str:
+    given = plan.inputs
+    return (
+        f"{len(given.prompts)} prompts × {len(given.conditions)} conditions ({', '.join(given.conditions)}), "
+        f"model {plan.slug} {given.identity.dtype} on {plan.device}, stages {', '.join(s.name for s in plan.stages)}"
+    )
+
+
+def _say_rejections(prompt_set: PromptSet) -> None:
+    for r in prompt_set.rejections[:20]:
+        logger.warning("{} row {}: {}: {}", prompt_set.path.name, r.row, r.rule, r.detail)
+    if prompt_set.rejections:
+        counts = Counter(r.rule for r in prompt_set.rejections)
+        told = ", ".join(f"{n} {rule}" for rule, n in sorted(counts.items()))
+        logger.warning("{}: {} rows rejected ({})", prompt_set.path, len(prompt_set.rejections), told)
+
+
+def _hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """For what is written on the way down: a second error must not hide the first."""
+    try:
+        yield
+    except (HarnessError, OSError) as e:
+        logger.error("and then: {}", e)

@@ -1,0 +1,153 @@
+"""The attention function every model here runs with: SDPA, told by a `Layout` what each token may look at.
+
+Transformers builds masks per family (causal, sliding, per layer type, as a tensor or a dictionary). A scoring tree or
+a forked cache needs masks of its own, so the function asks the active `Layout` instead and the family's plumbing is
+bypassed. The function is registered with *both* of transformers' interfaces: registered for attention alone it would
+be handed no mask at all and silently attend to the future.
+
+Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) are computed explicitly: SDPA has no place for them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "harness"
+
+
+class Layout:
+    """What each query token may look at, by key, and where both stand in their text.
+
+    `allowed` [R, T, S] is the mask before any sliding window; None means plain causal attention over keys in order
+    (then T equals S). Windows are cut by position, not by index, so padding and tree nodes do not shift them.
+    """
+
+    def __init__(
+        self,
+        q_positions: Int[Tensor, "R T"],
+        k_positions: Int[Tensor, "R S"],
+        allowed: Bool[Tensor, "R T S"] | None = None,
+    ):
+        assert allowed is not None or q_positions.shape == k_positions.shape, "plain causal needs as many keys as queries"
+        self.q_positions = q_positions
+        self.k_positions = k_positions
+        self._allowed = allowed
+        self._masks: dict[int | None, Bool[Tensor, "R 1 T S"]] = {}
+        self._reach = int(q_positions.max()) + 1 if q_positions.numel() else 0
+
+    def window_cuts(self, window: int | None) -> bool:
+        """Whether a sliding window of this many tokens hides anything from a token here."""
+        return window is not None and window < self._reach
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether plain causal attention, without any mask, does the same."""
+        return self._allowed is None and not self.window_cuts(window)
+
+    def mask(self, window: int | None = None) -> Bool[Tensor, "R 1 T S"]:
+        """The mask for a layer with this window; built once per window."""
+        key = window if self.window_cuts(window) else None
+        if key not in self._masks:
+            allowed = self._allowed
+            if allowed is None:
+                rows, length = self.q_positions.shape
+                triangle = torch.ones(length, length, dtype=torch.bool, device=self.q_positions.device).tril()
+                allowed = triangle.expand(rows, length, length)
+            if key is not None:
+                distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
+                allowed = allowed & (distance < key)
+            self._masks[key] = allowed[:, None]
+        return self._masks[key]
+
+
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_windows_seen: ContextVar[dict[int, int | None] | None] = ContextVar("windows_seen", default=None)
+
+
+@contextmanager
+def use(layout: Layout) -> Iterator[Layout]:
+    """Forwards inside the block see exactly what `layout` allows, in every layer."""
+    token = _layout.set(layout)
+    try:
+        yield layout
+    finally:
+        _layout.reset(token)
+
+
+@contextmanager
+def watch_windows() -> Iterator[dict[int, int | None]]:
+    """Collects the sliding window each layer was called with: {layer: window or None}."""
+    seen: dict[int, int | None] = {}
+    token = _windows_seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _windows_seen.reset(token)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "R H T K"],
+    key: Float[Tensor, "R G S K"],
+    value: Float[Tensor, "R G S _"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention output [R, T, H, K] under the active layout, or under `attention_mask` where none is active."""
+    layout = _layout.get()
+    seen = _windows_seen.get()
+    if seen is not None:
+        seen[getattr(module, "layer_idx", len(seen))] = sliding_window
+    if layout is not None:
+        expected = layout.k_positions.shape[1]
+        assert key.shape[2] == expected, f"the cache holds {key.shape[2]} keys where the layout has {expected}"
+    plain = softcap is None and s_aux is None
+    if layout is None:
+        mask = attention_mask
+    else:
+        mask = None if plain and layout.is_causal(sliding_window) else layout.mask(sliding_window)
+    kwargs.pop("dropout", None)  # measurements are made in eval mode only
+    if plain:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    return _explicit(query, key, value, mask, scaling, softcap, s_aux), None
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Scores written out, softmax in float32, with soft-capping and sinks as transformers' eager attention has them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        length, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
+
+
+def _mask(*args, **kwargs) -> Tensor | None:
+    """The mask transformers asks for: none under a layout, which has its own; SDPA's otherwise."""
+    return None if _layout.get() is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,362 @@
+"""From a name to a language model that can be measured: a hub id at a pinned revision, a local folder, or `random:<shape>`.
+
+`identify` says what a name stands for (revision, hashes) without loading weights; `load` gives an `LM` whose parts have
+been found and checked. Safetensors only. The checkpoint's generation_config is recorded and never applied.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from harness.errors import EnvironmentFault, ModelError
+from harness.models import attend, shapes
+from harness.models.anatomy import Anatomy, close, dissect
+from harness.text.words import Vocabulary
+
+transformers_logging.disable_progress_bar()
+
+RANDOM = "random:"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+_HUB_FILES = [*_TOKENIZER_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load and how. `dtype` is `auto` (the checkpoint's own) or a torch name; `device` is resolved already."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    random_tokenizer: Path | None = None
+    """The tokenizer folder that `random:` shapes borrow; they have none of their own."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What decides a model's results, and what is worth recording about it. `path` and `about` decide nothing."""
+
+    name: str
+    revision: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    config_sha256: str
+    dtype: str
+    path: Path | None = field(compare=False)
+    about: dict = field(compare=False, hash=False)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {k: getattr(self, k) for k in ("revision", "weights_sha256", "tokenizer_sha256", "config_sha256", "dtype")}
+
+
+class Codec:
+    """A tokenizer with the two calls used here: `encode` a text, `decode` ids without cleaning anything up.
+
+    Special tokens decode to nothing: they are not text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.all_special_ids: list[int] = list(tokenizer.all_special_ids)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a prompt with the specials this tokenizer puts in front, and each token's [start, end) in it."""
+        coded = self.tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+        ids, offsets = list(coded["input_ids"]), [(int(a), int(b)) for a, b in coded["offset_mapping"]]
+        if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token or "\0"):
+            ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that closes every text would end the prompt before it is answered
+        return ids, offsets
+
+    def chat(self, text: str) -> str:
+        """`text` as a user's message in the model's own chat template, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            raise ModelError("experiment.chat needs a tokenizer with a chat template; this one has none: turn chat off")
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
+
+    def chat_context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `context`, for a text that already holds the template's own specials."""
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(coded["input_ids"]), [(int(a), int(b)) for a, b in coded["offset_mapping"]]
+
+
+@dataclass
+class LM:
+    """A loaded model, its tokenizer and its parts; everything measured here goes through `hidden` and `logits`."""
+
+    model: PreTrainedModel
+    codec: Codec
+    vocabulary: Vocabulary
+    anatomy: Anatomy
+    identity: ModelIdentity
+    max_positions: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hidden(
+        self, token_ids: Int[Tensor, "R T"], layout: attend.Layout, cache: DynamicCache | None = None
+    ) -> Float[Tensor, "R T D"]:
+        """Final-norm output for every token, seeing what `layout` allows. Appends the tokens to `cache`, where given."""
+        decoder = self.model.base_model
+        before = cache.get_seq_length() if cache is not None else 0
+        with attend.use(layout):
+            output = decoder(
+                input_ids=token_ids,
+                position_ids=layout.q_positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        if cache is not None:
+            assert cache.get_seq_length() == before + token_ids.shape[1], "a forward must grow the cache by its own tokens"
+        return output
+
+    def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """The model's own logits in float32, for just these rows."""
+        return self.anatomy.to_logits(self.anatomy.head(hidden)).float()
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache that keeps every key: windows are cut by the layout, by position."""
+        return DynamicCache()
+
+
+def identify(spec: ModelSpec) -> ModelIdentity:
+    """What `spec` stands for: the resolved revision and hashes. Reads files (and the hub, for an id), loads no weights."""
+    if spec.name.startswith(RANDOM):
+        return _identify_random(spec)
+    folder, revision = _resolve(spec)
+    config = _read_config(folder, spec)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        found = f"only {', '.join(others[:3])}" if others else "no weight file"
+        raise ModelError(f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors")
+    generation = folder / "generation_config.json"
+    return ModelIdentity(
+        name=spec.name,
+        revision=revision,
+        weights_sha256=_digest({p.name: _file_sha256(p) for p in weights}),
+        tokenizer_sha256=_tokenizer_sha256(folder),
+        config_sha256=_digest(_config_dict(config)),
+        dtype=_resolve_dtype(spec, config),
+        path=folder,
+        about={
+            "config": _config_dict(config),
+            "generation_config": json.loads(generation.read_text()) if generation.exists() else None,
+            "weight_files": {p.name: p.stat().st_size for p in weights},
+        },
+    )
+
+
+def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
+    """The model `spec` names, in eval mode on its device, with its parts found and their identities checked.
+
+    Raises ModelError when a file is missing or an identity does not hold, EnvironmentFault when it does not fit.
+    """
+    identity = identity or identify(spec)
+    dtype = _DTYPES[identity.dtype]
+    try:
+        if identity.path is None:
+            config = shapes.config_of(spec.name.removeprefix(RANDOM))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code, local_files_only=True,
+            )  # fmt: skip
+        model = model.to(spec.device).eval()
+    except torch.OutOfMemoryError as e:
+        raise EnvironmentFault(f"{spec.name}: its weights do not fit on {spec.device}; take a smaller model or dtype") from e
+    except (OSError, ValueError, ImportError) as e:
+        raise ModelError(f"{spec.name}: cannot be loaded: {_one_line(e)}") from e
+    model.requires_grad_(False)
+    return assemble(model, load_codec(spec, identity), identity)
+
+
+def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> LM:
+    """An LM from a model built with the harness attention and its tokenizer; checks the identities (module docstring)."""
+    config = model.config.get_text_config(decoder=True)
+    size = model.get_output_embeddings().weight.shape[0]
+    if len(codec) > size:
+        raise ModelError(f"{identity.name}: the tokenizer has {len(codec)} ids, the model {size}; they do not belong together")
+    probe = _probe_ids(size, config, model.device)
+    anatomy = dissect(model, probe, identity.name)
+    _check_attention(model, probe, config, identity.name)
+    vocabulary = Vocabulary.of(codec, _stop_ids(codec, identity), size)
+    max_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
+    return LM(model, codec, vocabulary, anatomy, identity, max_positions)
+
+
+@lru_cache(maxsize=2)
+def shared(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
+    """As `load`, kept for the stages of one process; holds two models, for experiments that compare a pair."""
+    return load(spec, identity)
+
+
+@lru_cache(maxsize=4)
+def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
+    """Just the tokenizer. For `random:` shapes the one in `spec.random_tokenizer`."""
+    folder = identity.path or spec.random_tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f"{spec.name}: expected a tokenizer in {folder}: {_one_line(e)}") from e
+    if not tokenizer.is_fast:
+        raise ModelError(f"{spec.name}: expected a fast tokenizer (tokenizer.json), which gives character offsets; found none")
+    return Codec(tokenizer)
+
+
+def _identify_random(spec: ModelSpec) -> ModelIdentity:
+    shape = spec.name.removeprefix(RANDOM)
+    if shape not in shapes.NAMES:
+        raise ModelError(f"model.name: no shape {shape!r}; the shapes are {', '.join(shapes.NAMES)}")
+    if spec.random_tokenizer is None or not (spec.random_tokenizer / "tokenizer.json").exists():
+        raise ModelError(f"{spec.name}: needs a tokenizer to borrow, found none at {spec.random_tokenizer}; set paths.data")
+    config = shapes.config_of(shape)
+    return ModelIdentity(
+        name=spec.name,
+        revision="random",
+        weights_sha256=f"torch {torch.__version__.split('+')[0]}, torch.manual_seed(0)",
+        tokenizer_sha256=_tokenizer_sha256(spec.random_tokenizer),
+        config_sha256=_digest(_config_dict(config)),
+        dtype=_resolve_dtype(spec, config),
+        path=None,
+        about={"config": _config_dict(config), "generation_config": None, "weight_files": {}},
+    )
+
+
+def _resolve(spec: ModelSpec) -> tuple[Path, str]:
+    """The local folder of a name and its revision; an id is fetched from the hub, or found in its cache when offline."""
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        return folder, "local"
+    if spec.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
+        raise ModelError(f"model.name: no folder {spec.name!r}; give a folder, a hub id (owner/name) or random:<shape>")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError as e:
+        raise ModelError(
+            f"model.name: {spec.name!r} is no folder here, is not in the Hugging Face cache, and the hub cannot be reached; "
+            "give a folder, or download the model first"
+        ) from e
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise ModelError(f"model.name: {spec.name!r} cannot be had from the hub: {_one_line(e)}") from e
+    return path, path.name
+
+
+def _read_config(folder: Path, spec: ModelSpec) -> object:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: expected a model's config.json, found none; is this a checkpoint folder?")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f"{folder}: its config.json cannot be used: {_one_line(e)}") from e
+
+
+def _resolve_dtype(spec: ModelSpec, config: object) -> str:
+    """`auto` is the checkpoint's own dtype on every device: a device must not decide results."""
+    wanted = spec.dtype
+    if wanted == "auto":
+        wanted = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    if wanted not in _DTYPES:
+        raise ModelError(f"model.dtype: expected one of auto, {', '.join(_DTYPES)}; found {wanted!r}")
+    return wanted
+
+
+def _config_dict(config: object) -> dict:
+    """The configuration without what only says who wrote it."""
+    values = json.loads(config.to_json_string(use_diff=False))  # type: ignore[attr-defined]
+    return {k: v for k, v in values.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+
+
+def _stop_ids(codec: Codec, identity: ModelIdentity) -> set[int]:
+    """Every id that ends a text: the tokenizer's and the checkpoint's own (an instruct model often has several)."""
+    declared = [codec.tokenizer.eos_token_id]
+    for source in (identity.about.get("config") or {}, identity.about.get("generation_config") or {}):
+        ids = source.get("eos_token_id")
+        declared += ids if isinstance(ids, list) else [ids]
+    return {int(i) for i in declared if i is not None}
+
+
+def _probe_ids(size: int, config: object, device: torch.device) -> Tensor:
+    """Two short rows of arbitrary ids, longer than a small sliding window so that a window shows."""
+    window = getattr(config, "sliding_window", None) or 0
+    length = window + 8 if window <= 256 else 24
+    return (torch.arange(2 * length, device=device).reshape(2, length) * 7919 + 13) % size
+
+
+def _check_attention(model: PreTrainedModel, probe: Tensor, config: object, name: str) -> None:
+    """Our attention under a layout must give what the family's own eager attention gives with its own masks."""
+    positions = torch.arange(probe.shape[1], device=probe.device).expand_as(probe)
+    with torch.no_grad():
+        with attend.use(attend.Layout(positions, positions)), attend.watch_windows() as windows:
+            ours = model(input_ids=probe, position_ids=positions, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        try:
+            theirs = model(input_ids=probe, position_ids=positions, use_cache=False).logits
+        finally:
+            model.set_attn_implementation(attend.NAME)
+    if not windows:
+        raise ModelError(f"{name}: its attention cannot be replaced (it bypasses transformers' attention interface)")
+    if not close(ours.float() if model.dtype == torch.float32 else ours, theirs.float() if model.dtype == torch.float32 else theirs):
+        raise ModelError(f"{name}: breaks 'harness attention = eager attention'; its attention has a term that is not known here")
+    types = getattr(config, "layer_types", None) or []
+    for layer, kind in enumerate(types):
+        if kind == "sliding_attention" and windows.get(layer) is None:
+            raise ModelError(f"{name}: layer {layer} has a sliding window that its attention does not announce; not supported")
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    return _digest({n: _file_sha256(folder / n) for n in _TOKENIZER_FILES if (folder / n).exists()})
+
+
+def _file_sha256(path: Path) -> str:
+    """A file's sha256. In the hub's cache a weight file is a link to a blob that is named by it: no need to read 15 GB."""
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def offline() -> bool:
+    """Whether Hugging Face libraries were told not to reach the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

@@ -1,0 +1,253 @@
+"""What a run is: its fingerprint and id, its folder, its manifest, and the lock that keeps it to one process.
+
+Knows no stage, no model and no table.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from harness.errors import RunError
+
+FORMAT = 1
+"""Version of what the fingerprint hashes."""
+HEARTBEAT_S = 5.0
+STALE_AFTER_S = 30.0
+"""A run whose heartbeat is older than this is not running any more, whatever its manifest says."""
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """sha256 of everything that decides results, whatever the order it was given in."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def new_run_id(slug: str, digest: str, now: datetime) -> str:
+    """UTC time + slug + first hex of the fingerprint; ids sort by time."""
+    clean = "".join(c if c.isalnum() else "-" for c in slug.lower()).strip("-")[:24].strip("-")
+    return f"{now:%Y%m%d-%H%M%S}-{clean or 'run'}-{digest[:8]}"
+
+
+class Difference(NamedTuple):
+    """One key on which two fingerprints, or two manifests, differ."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every leaf on which two nested mappings differ, by dotted name."""
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    return [Difference(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and any(isinstance(v, Mapping) for v in tree):
+        for i, value in enumerate(tree):
+            name = value.get("name", i) if isinstance(value, Mapping) else i
+            yield from _leaves(value, f"{prefix}.{name}")
+    else:
+        yield prefix, tree
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The only place that knows what a run's files are called."""
+
+    folder: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.name
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def results(self) -> Path:
+        """The store; its writer alone opens it."""
+        return self.folder / "results.duckdb"
+
+    @property
+    def live(self) -> Path:
+        """A snapshot of the store, for every reader."""
+        return self.folder / "live.duckdb"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / "run.log"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "run.lock"
+
+    @property
+    def tree_diff(self) -> Path:
+        """Uncommitted changes of the code that made the run."""
+        return self.folder / "working_tree.diff"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes its place, whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_manifest(paths: RunPaths) -> dict[str, Any]:
+    """A run's manifest as it stands. Raises RunError when it is missing or not readable."""
+    try:
+        manifest = json.loads(paths.manifest.read_text("utf-8"))
+    except FileNotFoundError as e:
+        raise RunError(f"{paths.folder}: expected a manifest.json, found none; it is no run") from e
+    except (OSError, ValueError) as e:
+        raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
+    if not isinstance(manifest, dict) or "run_id" not in manifest or "fingerprint" not in manifest:
+        raise RunError(f"{paths.manifest}: expected a manifest with run_id and fingerprint, found something else")
+    return manifest
+
+
+def state(manifest: Mapping[str, Any], now: datetime | None = None) -> str:
+    """The status a reader should show: `stopped` for a run that says `running` and whose heartbeat is stale."""
+    status = str(manifest.get("status", "unknown"))
+    if status != "running":
+        return status
+    try:
+        age = ((now or datetime.now(UTC)) - datetime.fromisoformat(str(manifest["heartbeat"]))).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return "stopped"
+    return "stopped" if age > STALE_AFTER_S else "running"
+
+
+class Manifest:
+    """A run's manifest on disk: every change is a whole new file, renamed into place; a thread keeps its heartbeat."""
+
+    def __init__(self, paths: RunPaths, content: dict[str, Any]):
+        self.paths = paths
+        self._content = content
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def create(cls, paths: RunPaths, content: dict[str, Any]) -> "Manifest":
+        paths.log.parent.mkdir(parents=True, exist_ok=True)
+        manifest = cls(paths, {"run_id": paths.run_id, "created": now_text(), **content})
+        manifest.update(status="running", heartbeat=now_text())
+        return manifest
+
+    @classmethod
+    def reopen(cls, paths: RunPaths) -> "Manifest":
+        return cls(paths, read_manifest(paths))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._content.get(key, default)
+
+    def update(self, **changes: Any) -> None:
+        with self._lock:
+            self._content |= changes
+            with replacing(self.paths.manifest) as temporary:
+                temporary.write_text(json.dumps(self._content, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """A heartbeat while the block runs. A heartbeat that cannot be written is not worth a run."""
+
+        def beat() -> None:
+            while not self._stop.wait(HEARTBEAT_S):
+                try:
+                    self.update(heartbeat=now_text())
+                except OSError:
+                    continue
+
+        self._stop.clear()
+        self._thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+
+
+def now_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def locked(paths: RunPaths) -> Iterator[None]:
+    """Holds the run for this process. Raises RunError when another one holds it; the kernel frees it at any death."""
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    with paths.lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.seek(0)
+            raise RunError(
+                f"run {paths.run_id} is being computed by another process ({file.read().strip() or 'unknown'}); "
+                f"watch it with `harness show {paths.run_id}`"
+            ) from e
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+class RunEntry(NamedTuple):
+    """One folder of runs: its manifest, or why it cannot be read."""
+
+    paths: RunPaths
+    manifest: dict[str, Any] | None
+    problem: str | None
+
+
+def list_runs(root: Path) -> list[RunEntry]:
+    """Every run under `root`, newest first; a broken one is an entry with its reason."""
+    entries = []
+    for folder in sorted((p for p in root.glob("*") if p.is_dir()), key=lambda p: p.name, reverse=True):
+        paths = RunPaths(folder)
+        try:
+            entries.append(RunEntry(paths, read_manifest(paths), None))
+        except RunError as e:
+            entries.append(RunEntry(paths, None, str(e)))
+    return entries
+
+
+def find_run(root: Path, wanted: str) -> RunPaths:
+    """The run with this id, this unique prefix of one, or the `latest`. Raises RunError when there is no such one."""
+    names = [entry.paths.run_id for entry in list_runs(root) if entry.manifest is not None]
+    if wanted == "latest":
+        if not names:
+            raise RunError(f"no run in {root} yet; start one with `harness run`")
+        return RunPaths(root / names[0])
+    if (root / wanted).is_dir() and wanted not in names and wanted not in ("", "."):
+        read_manifest(RunPaths(root / wanted))  # says what is wrong with it
+    matches = [wanted] if wanted in names else [n for n in names if wanted and n.startswith(wanted)]
+    if len(matches) != 1:
+        found = f"{len(matches)} runs begin so: {', '.join(matches[:4])}" if matches else f"found none among {len(names)}"
+        raise RunError(f"expected a run_id in {root}, a unique prefix of one, or `latest`; got {wanted!r}; {found}")
+    return RunPaths(root / matches[0])

@@ -1,0 +1,345 @@
+"""All settings of a command: the only reader of environment variables, settings files and flags.
+
+Flags win over environment variables, those over a TOML file, those over defaults; every value remembers which of them
+it came from. The tree is frozen, unknown names are refused with the nearest known one, and importing this module
+touches no disk.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from harness.errors import SettingsError
+
+PREFIX = "HARNESS_"
+ALIASES = {
+    "HF_HOME": "paths.hf_home",
+    "MODEL_PATH": "model.name",
+    "DATA_ROOT": "paths.data",
+    "OUTPUT_ROOT": "paths.runs",
+}
+"""Environment names that people already have, and the setting each one is."""
+NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_DIGEST")
+"""What a container says about itself: facts for the manifest."""
+SHORT_FLAGS = {
+    "model": "model.name",
+    "prompts": "data.prompts",
+    "limit": "data.limit",
+    "stages": "experiment.stages",
+}
+DEMO_MODEL = "demo"
+BUNDLED_PROMPTS = "bundled"
+
+
+def _words(value: object) -> object:
+    """A list may be written `a,b` or as JSON wherever text is all there is (flags, environment)."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] in "[{":
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"expected a JSON list or table, or names separated by commas: {e}") from e
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return value
+
+
+def _number(value: object) -> object:
+    """Text that is a number, as flags and the environment give it."""
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class Section(BaseModel):
+    """One section of the tree: frozen, and closed to names that are not fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelSettings(Section):
+    name: str = DEMO_MODEL
+    """`demo` (the bundled model), a Hugging Face id, a checkpoint folder, or `random:<shape>`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; resolved to a commit and recorded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """`auto`: the checkpoint's own, the same on every device."""
+    trust_remote_code: bool = False
+    """Run Python that comes with a checkpoint."""
+
+
+class DataSettings(Section):
+    prompts: str = BUNDLED_PROMPTS
+    """A JSONL, CSV or Parquet file; `bundled` is data/prompts/gravity.jsonl."""
+    limit: Annotated[Annotated[int, Field(ge=1)] | Literal["auto", "all"], BeforeValidator(_number)] = "auto"
+    """Prompts to use, taken in turn from the categories, or `all`; `auto`: 250 of the bundled set, all of any other."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        if self.limit == "auto":
+            return 250 if self.prompts == BUNDLED_PROMPTS else None
+        return None if self.limit == "all" else self.limit
+
+
+class TemplateSettings(Section):
+    text: str
+    """The whole prompt, with {question} once and {target}, {category}, {style} where wanted."""
+    instruction: str | None = None
+    """The words of the template that instruct, where that is not all before the question's line."""
+    negation: str | None = None
+    """The words that forbid, where they are not found by themselves ("Do not use")."""
+
+
+def _condition(value: object) -> object:
+    return {"text": value} if isinstance(value, str) else value
+
+
+Condition = Annotated[TemplateSettings, BeforeValidator(_condition)]
+
+
+class SelectSettings(Section):
+    min_p0: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Lowest P0 of a selected prompt."""
+    per_bin: Annotated[int, Field(ge=1)] = 100
+    """Most prompts from one category in one of the bins [0,.2) [.2,.4) [.4,.6) [.6,.8) [.8,1]."""
+    max_categories: Annotated[int, Field(ge=1)] = 2
+    """Most categories in which one target may be selected."""
+
+
+class ExperimentSettings(Section):
+    conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words)] = ("baseline", "negative")
+    """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
+    templates: dict[str, Condition] = Field(default_factory=dict)
+    """Own templates by name, for `conditions` to name."""
+    chat: bool = False
+    """Wrap every prompt in the model's chat template instead of completing raw text."""
+    stages: Names = ()
+    """Stages to run; what they need is added. Empty: all that are not optional."""
+    num_samples: Annotated[int, Field(ge=1)] = 16
+    """Sampled completions a prompt and condition."""
+    sample_conditions: Names = ()
+    """Conditions to sample under. Empty: all of `conditions`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Sample from the smallest set of tokens that holds this probability; 1 is off."""
+    max_new_tokens_greedy: Annotated[int, Field(ge=1)] = 8
+    max_new_tokens_samples: Annotated[int, Field(ge=1)] = 10
+    stop_at_newline: bool = True
+    """Off lets the model run on past its answer, as the paper did."""
+    select: SelectSettings = SelectSettings()
+
+
+class BatchingSettings(Section):
+    max_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_number)] = "auto"
+    """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 16384 on a CPU."""
+    reserve_gb: Annotated[float, Field(ge=0)] = 6.0
+    """GPU memory to leave free, in GB."""
+
+
+class RuntimeSettings(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`cuda` without a GPU is an error, `auto` says what it chose."""
+    seed: int = 0
+    """Root of every random number."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads for torch; unset leaves torch's own choice."""
+    executor: Literal["inline"] = "inline"
+    """Who computes the batches."""
+    reserve_disk_gb: Annotated[float, Field(ge=0)] = 0.5
+    """Disk to leave free, in GB; a run that would cross it stops, resumable."""
+
+
+class PathSettings(Section):
+    runs: Path = Path("runs")
+    """Where runs are kept."""
+    data: Path | None = None
+    """The data folder; unset: ./data, or the one this installation came with."""
+    hf_home: Path | None = None
+    """Hugging Face's cache; unset leaves its own default."""
+
+    @property
+    def data_folder(self) -> Path:
+        if self.data is not None:
+            return self.data
+        here = Path("data")
+        return here if (here / "prompts").is_dir() else Path(__file__).resolve().parent.parent / "data"
+
+
+class Settings(BaseSettings):
+    """The whole tree; build it with `resolve`, which also knows where each value came from."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    experiment: ExperimentSettings = ExperimentSettings()
+    batching: BatchingSettings = BatchingSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    paths: PathSettings = PathSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `resolve` hands over: it merges the sources itself, to keep the origin of each value."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings and, per dotted name, where the value came from: `default`, `file: …`, `env: …` or `flag: …`."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def rows(self) -> Iterator[tuple[str, object, str]]:
+        """(name, value, source) of every setting."""
+        for name, value in _flatten(self.settings.model_dump(mode="json")):
+            yield name, value, next((s for n, s in self.sources.items() if name == n or name.startswith(n + ".")), "default")
+
+
+def resolve(
+    flags: Mapping[str, str] | None = None, config: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Resolved:
+    """Settings from flags (dotted name -> text), the environment and a TOML file, in that order of strength.
+
+    Raises SettingsError, one line that names the flag, variable or file and what was expected.
+    """
+    layers = [*_file_values(config), *_env_values(os.environ if environ is None else environ)]
+    layers += [(name, value, f"flag: --{name}") for name, value in (flags or {}).items()]
+    tree: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, value, source in layers:
+        _check_name(name, source)
+        _put(tree, name, value, source)
+        sources = {n: s for n, s in sources.items() if not n.startswith(name + ".")} | {name: source}
+    try:
+        return Resolved(Settings(**tree), sources)
+    except ValidationError as e:
+        raise _refusal(e, sources) from e
+
+
+def field_names() -> list[str]:
+    """Every dotted name a flag can set."""
+    return [f"{section}.{name}" for section, model in _sections() for name in _leaves(model)]
+
+
+def describe(name: str) -> str:
+    """The docstring of a setting, for help texts."""
+    section, _, rest = name.partition(".")
+    model: type[BaseModel] = dict(_sections())[section]
+    for part in rest.split(".")[:-1]:
+        model = typing.cast(type[BaseModel], model.model_fields[part].annotation)
+    return model.model_fields[rest.split(".")[-1]].description or ""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` for a name close to a known one."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _sections() -> list[tuple[str, type[BaseModel]]]:
+    return [(n, typing.cast(type[BaseModel], f.annotation)) for n, f in Settings.model_fields.items()]
+
+
+def _leaves(model: type[BaseModel]) -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from (f"{name}.{leaf}" for leaf in _leaves(info.annotation))
+        else:
+            yield name
+
+
+def _file_values(path: Path | None) -> Iterator[tuple[str, Any, str]]:
+    if path is None:
+        return
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as e:
+        raise SettingsError(f"--config: no file {str(path)!r}") from e
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise SettingsError(f"--config: {path} is not a TOML file: {e}") from e
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: expected tables such as [model]; found the plain value {section!r}")
+        for name, value in _toml_leaves(values, section):
+            yield name, value, f"file: {path}"
+
+
+def _toml_leaves(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, dict) and name not in field_names():
+            yield from _toml_leaves(value, name)
+        else:
+            yield name, value
+
+
+def _env_values(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for variable, name in ALIASES.items():
+        if environ.get(variable):
+            yield name, environ[variable], f"env: {variable}"
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable not in NOT_SETTINGS:
+            yield variable.removeprefix(PREFIX).lower().replace("__", "."), environ[variable], f"env: {variable}"
+
+
+def _check_name(name: str, source: str) -> None:
+    known = field_names()
+    if name in known or any(name.startswith(k + ".") for k in known if _is_table(k)):
+        return
+    spoken = source.removeprefix("flag: ").removeprefix("env: ")
+    if source.startswith("env: "):
+        variables = [PREFIX + k.upper().replace(".", "__") for k in known]
+        raise SettingsError(f"{spoken}: no such setting{nearest(spoken, variables)}")
+    spoken = f"{source.removeprefix('file: ')}: [{name}]" if source.startswith("file: ") else spoken
+    raise SettingsError(f"{spoken}: no such setting{nearest(name, known)}")
+
+
+def _is_table(name: str) -> bool:
+    return name in ("experiment.conditions", "experiment.templates")
+
+
+def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{source}: {name} cannot be set beside a plain value for {part!r}")
+    tree[last] = value
+
+
+def _refusal(error: ValidationError, sources: Mapping[str, str]) -> SettingsError:
+    first = error.errors()[0]
+    parts = [str(p) for p in first["loc"]]
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    source = next((sources[n] for n in names if n in sources), None)
+    known = field_names()
+    name = next((n for n in names if n in known), ".".join(parts))
+    found = first.get("input")
+    where = f" ({source})" if source else ""
+    if first["type"] == "extra_forbidden":
+        return SettingsError(f"{'.'.join(parts)}{where}: no such setting{nearest('.'.join(parts), known)}")
+    expected = first["msg"].removeprefix("Value error, ")
+    return SettingsError(f"{name}{where}: {expected[:1].lower()}{expected[1:]}; found {found!r}")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and not _is_table(name):
+            yield from _flatten(value, name + ".")
+        else:
+            yield name, value
+
+

@@ -1,0 +1,470 @@
+"""Where results are kept: one DuckDB file a run. The only module that imports duckdb.
+
+One process writes (`Store`); everybody else reads a snapshot (`Reader`), so that no reader can make a run fail or wait.
+All rows of a batch and the mark that it is done commit in one transaction.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import pyarrow as pa
+
+from harness.errors import EnvironmentFault, StoreError
+from harness.run import replacing
+
+Row = dict[str, Any]
+
+_SPAN = "INTEGER[2]"
+
+# Each migration is applied once, in one transaction with the record that it was. Never edit one: append another.
+_MIGRATIONS: tuple[str, ...] = (
+    f"""
+    CREATE TABLE prompts (
+        prompt_id VARCHAR PRIMARY KEY, category VARCHAR, question VARCHAR, target VARCHAR, source VARCHAR, style VARCHAR,
+        row_hash VARCHAR, single_token BOOLEAN, tier VARCHAR, alternatives VARCHAR[]);
+    CREATE TABLE contexts (
+        prompt_id VARCHAR, condition VARCHAR, text VARCHAR, token_ids INTEGER[],
+        spans STRUCT(instruction {_SPAN}, negation {_SPAN}, mention {_SPAN}, question {_SPAN}),
+        PRIMARY KEY (prompt_id, condition));
+    CREATE TABLE psem (
+        prompt_id VARCHAR, condition VARCHAR, p_sem DOUBLE, p_word DOUBLE, paper_p_sem DOUBLE, num_sequences INTEGER,
+        sequences INTEGER[][], logprobs DOUBLE[], word_end DOUBLE[], entropy DOUBLE, top_ids INTEGER[], top_probs DOUBLE[],
+        PRIMARY KEY (prompt_id, condition));
+    CREATE TABLE completions (
+        prompt_id VARCHAR, condition VARCHAR, mode VARCHAR, sample_id INTEGER, token_ids INTEGER[], text VARCHAR,
+        answer VARCHAR, finish_reason VARCHAR, logprobs FLOAT[], margins FLOAT[],
+        PRIMARY KEY (prompt_id, condition, mode, sample_id));
+    CREATE TABLE detections (
+        prompt_id VARCHAR, condition VARCHAR, mode VARCHAR, sample_id INTEGER, word_present BOOLEAN,
+        word_present_full BOOLEAN, format_ok BOOLEAN, num_occurrences INTEGER, first_step INTEGER,
+        char_spans {_SPAN}[], token_spans {_SPAN}[],
+        PRIMARY KEY (prompt_id, condition, mode, sample_id));
+    CREATE TABLE attention (
+        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, iar FLOAT[], nf FLOAT[],
+        tmf FLOAT[], pi FLOAT[], mean_row FLOAT[],
+        PRIMARY KEY (prompt_id, condition, step_kind, layer));
+    CREATE TABLE lens (
+        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, p_target DOUBLE,
+        p_emitted DOUBLE, entropy DOUBLE, kl_final DOUBLE, top_ids INTEGER[], top_probs DOUBLE[],
+        PRIMARY KEY (prompt_id, condition, step_kind, layer));
+    CREATE TABLE decomposition (
+        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, p_in DOUBLE, p_attn DOUBLE,
+        p_out DOUBLE, attn_contrib DOUBLE, ffn_contrib DOUBLE,
+        PRIMARY KEY (prompt_id, condition, step_kind, layer));
+    CREATE TABLE patching (
+        prompt_id VARCHAR, layer INTEGER, patch VARCHAR, p_sem_original DOUBLE, p_sem_patched DOUBLE, delta_p DOUBLE,
+        continuation VARCHAR, flipped BOOLEAN,
+        PRIMARY KEY (prompt_id, layer, patch));
+    CREATE TABLE activations (
+        prompt_id VARCHAR, condition VARCHAR, layer INTEGER, resid_norm FLOAT[], top_neurons INTEGER[], top_values FLOAT[],
+        PRIMARY KEY (prompt_id, condition, layer));
+    CREATE TABLE artifacts (
+        path VARCHAR PRIMARY KEY, kind VARCHAR, sha256 VARCHAR, bytes BIGINT, shape INTEGER[], dtype VARCHAR,
+        prompt_id VARCHAR, condition VARCHAR);
+    CREATE TABLE stages (
+        stage VARCHAR PRIMARY KEY, version INTEGER, status VARCHAR, num_items INTEGER, num_done INTEGER,
+        num_failed INTEGER, seconds DOUBLE, tokens BIGINT);
+    CREATE TABLE batches (
+        stage VARCHAR, batch_id INTEGER, parent INTEGER, status VARCHAR, keys VARCHAR[], num_items INTEGER,
+        padded_tokens BIGINT, seconds DOUBLE, peak_bytes BIGINT, attempt INTEGER,
+        PRIMARY KEY (stage, batch_id));
+    CREATE SEQUENCE event_ids;
+    CREATE TABLE events (
+        event_id BIGINT PRIMARY KEY DEFAULT nextval('event_ids'), time TIMESTAMP WITH TIME ZONE, level VARCHAR,
+        stage VARCHAR, batch_id INTEGER, item_key VARCHAR, kind VARCHAR, message VARCHAR);
+
+    CREATE VIEW suppression AS
+        SELECT prompt_id, c.condition, b.p_sem AS p0, c.p_sem AS p1, b.p_sem - c.p_sem AS delta,
+               (b.p_sem - c.p_sem) / greatest(b.p_sem, 1e-9) AS relative,
+               ln(greatest(b.p_sem, 1e-12)) - ln(greatest(c.p_sem, 1e-12)) AS log
+        FROM psem c JOIN psem b USING (prompt_id)
+        WHERE b.condition = 'baseline' AND c.condition <> 'baseline';
+    CREATE VIEW violation AS
+        SELECT prompt_id, condition, count(*) AS num_samples, count(*) FILTER (word_present) AS num_violations,
+               count(*) FILTER (word_present) / count(*) AS rate
+        FROM detections WHERE mode = 'sample' GROUP BY prompt_id, condition;
+    CREATE VIEW outcomes AS
+        SELECT prompt_id, condition, word_present, CASE WHEN word_present THEN 'failure' ELSE 'success' END AS outcome,
+               NULL::VARCHAR AS taxonomy
+        FROM detections WHERE mode = 'greedy' AND condition <> 'baseline';
+    """,
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+TABLES = (
+    "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
+    "activations", "artifacts", "stages", "batches", "events",
+)  # fmt: skip
+VIEWS = ("suppression", "violation", "outcomes")
+MACHINERY = ("stages", "batches", "events")
+"""Tables that tell how a run went; the others tell what it measured."""
+
+BatchStatus = Literal["planned", "done", "split"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A fixed set of items, computed and committed together."""
+
+    stage: str
+    batch_id: int
+    keys: tuple[str, ...]
+    padded_tokens: int
+    parent: int | None = None
+    attempt: int = 1
+    status: BatchStatus = "planned"
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that could not be measured, and why."""
+
+    key: str
+    message: str
+
+
+@dataclass
+class BatchResult:
+    """Everything one batch leaves behind: new rows and changed rows per table, failures, cost."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    updates: dict[str, list[Row]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_bytes: int = 0
+
+
+class Store:
+    """The writer of one run. Opening it brings the file to this schema; a file of a newer one is refused."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._publish_cost_s = 0.0
+        self._published = 0.0
+        try:
+            self._con = duckdb.connect(str(path))
+        except duckdb.Error as e:
+            raise StoreError(f"{path}: cannot be opened as a results store: {_one_line(e)}") from e
+        self._con.execute("SET preserve_insertion_order = true")
+        _migrate(self._con, path)
+        self._schemas: dict[str, pa.Schema] = {}
+        self._keys: dict[str, list[str]] = {}
+
+    def close(self) -> None:
+        self._con.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the machinery's own tables
+
+    def start_stage(self, stage: str, version: int, num_items: int) -> None:
+        """Record that a stage begins or goes on, with the number of items it has."""
+        with self._transaction():
+            self._con.execute(
+                "INSERT INTO stages VALUES (?, ?, 'running', ?, 0, 0, 0, 0) "
+                "ON CONFLICT DO UPDATE SET status = 'running', version = excluded.version, num_items = excluded.num_items",
+                [stage, version, num_items],
+            )
+
+    def finish_stage(self, stage: str, status: str) -> None:
+        with self._transaction():
+            self._con.execute("UPDATE stages SET status = ? WHERE stage = ?", [status, stage])
+
+    def stage_rows(self) -> list[Row]:
+        return self.query("SELECT * FROM stages")
+
+    def plan(self, stage: str) -> list[Batch]:
+        """Every batch ever stored for a stage, in the order of their ids."""
+        rows = self.query("SELECT * FROM batches WHERE stage = ? ORDER BY batch_id", [stage])
+        return [
+            Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"],
+                  r["peak_bytes"])
+            for r in rows
+        ]  # fmt: skip
+
+    def add_batches(self, batches: Sequence[Batch], split: Batch | None = None, message: str = "", kind: str = "") -> None:
+        """Store planned batches; with `split`, the batch whose halves they are, marked in the same transaction."""
+        with self._transaction():
+            self._insert("batches", [self._batch_row(b) for b in batches])
+            if split is not None:
+                self._con.execute(
+                    "UPDATE batches SET status = 'split' WHERE stage = ? AND batch_id = ?", [split.stage, split.batch_id]
+                )
+                self._event("warning", kind, message, split.stage, split.batch_id)
+
+    def commit(self, batch: Batch, result: BatchResult) -> None:
+        """The rows of a batch, its failures, and the mark that it is done: all of it or nothing."""
+        failed = {f.key for f in result.failures}
+        with self._transaction():
+            for table, rows in result.rows.items():
+                self._insert(table, rows)
+            for table, rows in result.updates.items():
+                self._update(table, rows)
+            for failure in result.failures:
+                self._event("error", "failed_item", failure.message, batch.stage, batch.batch_id, failure.key)
+            if batch.attempt > 1:
+                for key in batch.keys:
+                    if key not in failed:
+                        self._event("info", "recovered_item", "measured on a later attempt", batch.stage, batch.batch_id, key)
+            self._con.execute(
+                "UPDATE batches SET status = 'done', seconds = ?, peak_bytes = ? WHERE stage = ? AND batch_id = ?",
+                [result.seconds, result.peak_bytes, batch.stage, batch.batch_id],
+            )
+            self._con.execute(
+                "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ? "
+                "WHERE stage = ?",
+                [len(batch.keys) - len(failed), len(self._failed(batch.stage)), result.seconds, result.tokens, batch.stage],
+            )
+
+    def event(self, level: str, kind: str, message: str, stage: str | None = None, item_key: str | None = None) -> None:
+        with self._transaction():
+            self._event(level, kind, message, stage, None, item_key)
+
+    def failed(self, stage: str) -> list[str]:
+        """Keys of items that failed and were not measured since."""
+        return self._failed(stage)
+
+    # -- reading and publishing
+
+    def query(self, sql: str, params: Sequence[object] | None = None) -> list[Row]:
+        return _rows(self._con, sql, params)
+
+    def table(self, name: str) -> list[Row]:
+        """A whole table in the order of its key."""
+        return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(self._key(name))}")
+
+    def counts(self) -> dict[str, int]:
+        """Rows of every table."""
+        return {name: int(self.query(f"SELECT count(*) AS n FROM {name}")[0]["n"]) for name in TABLES}
+
+    def publish(self, live: Path) -> None:
+        """Replace the snapshot that readers open. A snapshot is written whole beside it and renamed into place."""
+        start = time.perf_counter()
+        with replacing(live) as temporary, _disk_errors():
+            temporary.unlink(missing_ok=True)
+            self._con.execute(f"ATTACH '{_quoted(temporary)}' AS snapshot")
+            try:
+                self._con.execute(f"COPY FROM DATABASE {_identifier(self._database())} TO snapshot")
+            finally:
+                self._con.execute("DETACH snapshot")
+        self._publish_cost_s = time.perf_counter() - start
+        self._published = time.perf_counter()
+
+    def publish_if_due(self, live: Path, every_s: float = 2.0, share: float = 0.03) -> None:
+        """Publish when the snapshot is older than `every_s` and publishing stays under `share` of the wall time."""
+        age = time.perf_counter() - self._published
+        if age >= max(every_s, self._publish_cost_s / share):
+            self.publish(live)
+
+    # -- inside
+
+    @contextmanager
+    def _transaction(self):
+        with _disk_errors():
+            self._con.execute("BEGIN")
+            try:
+                yield
+                self._con.execute("COMMIT")
+            except BaseException:
+                try:
+                    self._con.execute("ROLLBACK")
+                except duckdb.Error:
+                    pass  # the transaction is gone already (a failed COMMIT ends it)
+                raise
+
+    def _database(self) -> str:
+        return str(self._con.execute("SELECT current_database()").fetchall()[0][0])
+
+    def _schema(self, table: str) -> pa.Schema:
+        if table not in self._schemas:
+            self._schemas[table] = self._con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
+        return self._schemas[table]
+
+    def _key(self, table: str) -> list[str]:
+        if table not in self._keys:
+            self._keys[table] = _primary_key(self._con, table)
+        return self._keys[table]
+
+    def _insert(self, table: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self._with_rows(table, rows, f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+
+    def _update(self, table: str, rows: Sequence[Row]) -> None:
+        """Set the given columns of the rows with the given keys."""
+        if not rows:
+            return
+        keys = self._key(table)
+        changed = [c for c in rows[0] if c not in keys]
+        setting = ", ".join(f"{c} = incoming.{c}" for c in changed)
+        matching = " AND ".join(f"{table}.{k} = incoming.{k}" for k in keys)
+        self._with_rows(table, rows, f"UPDATE {table} SET {setting} FROM incoming WHERE {matching}")
+
+    def _with_rows(self, table: str, rows: Sequence[Row], sql: str) -> None:
+        schema = pa.schema([f for f in self._schema(table) if f.name in rows[0]])
+        unknown = set(rows[0]) - set(schema.names)
+        assert not unknown, f"table {table} has no column {sorted(unknown)}"
+        self._con.register("incoming", pa.Table.from_pylist(list(rows), schema=schema))
+        try:
+            self._con.execute(sql)
+        finally:
+            self._con.unregister("incoming")
+
+    def _event(
+        self, level: str, kind: str, message: str, stage: str | None, batch_id: int | None = None, key: str | None = None
+    ) -> None:
+        self._con.execute(
+            "INSERT INTO events (time, level, stage, batch_id, item_key, kind, message) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [datetime.now(UTC), level, stage, batch_id, key, kind, message],
+        )
+
+    def _failed(self, stage: str) -> list[str]:
+        """An item's last word counts: failed, or recovered since."""
+        rows = self._con.execute(
+            "SELECT item_key FROM events WHERE stage = ? AND kind IN ('failed_item', 'recovered_item') "
+            "GROUP BY item_key HAVING arg_max(kind, event_id) = 'failed_item' ORDER BY item_key",
+            [stage],
+        ).fetchall()
+        return [r[0] for r in rows]
+
+    @staticmethod
+    def _batch_row(batch: Batch) -> Row:
+        return {
+            "stage": batch.stage, "batch_id": batch.batch_id, "parent": batch.parent, "status": batch.status,
+            "keys": list(batch.keys), "num_items": len(batch.keys), "padded_tokens": batch.padded_tokens,
+            "attempt": batch.attempt,
+        }  # fmt: skip
+
+
+class Reader:
+    """Reads one run's snapshot and holds nothing that could hinder its writer.
+
+    The snapshot is attached to a database in memory of its own: `duckdb.connect` on the file itself would hand out the
+    old snapshot for as long as any connection to it is open.
+    """
+
+    def __init__(self, live: Path):
+        self.path = live
+        if not live.exists():
+            raise StoreError(f"{live}: no snapshot yet; the run has not published one")
+        self.published = live.stat().st_mtime
+        self._con = duckdb.connect(":memory:")
+        try:
+            self._con.execute(f"ATTACH '{_quoted(live)}' AS run (READ_ONLY)")
+            self._con.execute("USE run")
+        except duckdb.Error as e:
+            self._con.close()
+            raise StoreError(f"{live}: cannot be opened as a snapshot: {_one_line(e)}") from e
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the snapshot was published."""
+        return max(0.0, time.time() - self.published)
+
+    @property
+    def schema_version(self) -> int:
+        return int(self.query("SELECT max(version) AS v FROM schema_version")[0]["v"])
+
+    def tables(self) -> list[str]:
+        """Tables and views of this run, as its own schema has them."""
+        return [r["table_name"] for r in self.query(
+            "SELECT table_name FROM information_schema.tables WHERE table_catalog = 'run' ORDER BY table_name")]  # fmt: skip
+
+    def query(self, sql: str, params: Sequence[object] | None = None) -> list[Row]:
+        try:
+            return _rows(self._con, sql, params)
+        except duckdb.Error as e:
+            raise StoreError(f"{self.path}: {_one_line(e)}") from e
+
+    def table(self, name: str) -> pa.Table:
+        """A table or view, in the order of its key where it has one."""
+        assert name in self.tables(), f"no table {name}"
+        key = _primary_key(self._con, name)
+        return self._con.sql(f"SELECT * FROM {name}" + (f" ORDER BY {', '.join(key)}" if key else " ORDER BY ALL")).to_arrow_table()
+
+    def export(self, name: str, path: Path, form: Literal["parquet", "csv", "jsonl"]) -> int:
+        """Write a table to `path`, whole or not at all; the number of its rows."""
+        how = {"parquet": "FORMAT parquet", "csv": "FORMAT csv, HEADER", "jsonl": "FORMAT json"}[form]
+        key = _primary_key(self._con, name)
+        order = ", ".join(key) if key else "ALL"
+        with replacing(path) as temporary, _disk_errors():
+            self._con.execute(f"COPY (SELECT * FROM {name} ORDER BY {order}) TO '{_quoted(temporary)}' ({how})")
+        return int(self.query(f"SELECT count(*) AS n FROM {name}")[0]["n"])
+
+    def close(self) -> None:
+        self._con.close()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Apply what is missing, each migration in one transaction with its record: a crash leaves it pending, never half done."""
+    con.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP WITH TIME ZONE)")
+    current = con.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchall()[0][0]
+    if current > SCHEMA_VERSION:
+        raise StoreError(f"{path}: has schema {current}, this harness knows up to {SCHEMA_VERSION}; use a newer harness")
+    for version in range(current + 1, SCHEMA_VERSION + 1):
+        con.execute("BEGIN")
+        try:
+            con.execute(_MIGRATIONS[version - 1])
+            con.execute("INSERT INTO schema_version VALUES (?, ?)", [version, datetime.now(UTC)])
+            con.execute("COMMIT")
+        except BaseException:
+            con.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def _disk_errors():
+    """A full disk is the machine's fault, and says so; the transaction in progress is gone, nothing else."""
+    try:
+        yield
+    except (duckdb.IOException, duckdb.FatalException, OSError) as e:
+        text = _one_line(e)
+        if "No space left" in text or "out of disk" in text.lower() or getattr(e, "errno", None) == 28:
+            raise EnvironmentFault(f"the disk is full ({text}); free some space and type the same command again") from e
+        raise
+
+
+def _rows(con: duckdb.DuckDBPyConnection, sql: str, params: Sequence[object] | None) -> list[Row]:
+    cursor = con.execute(sql, params or [])
+    names = [d[0] for d in cursor.description or []]
+    return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+
+
+def _primary_key(con: duckdb.DuckDBPyConnection, table: str) -> list[str]:
+    found = con.execute(
+        "SELECT constraint_column_names FROM duckdb_constraints() "
+        "WHERE table_name = ? AND constraint_type = 'PRIMARY KEY' AND database_name = current_database()",
+        [table],
+    ).fetchall()
+    return list(found[0][0]) if found else []
+
+
+def _quoted(path: os.PathLike[str] | str) -> str:
+    return str(path).replace("'", "''")
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+

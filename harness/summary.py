@@ -1,0 +1,142 @@
+"""The headline results of a run, from its snapshot, and how they look in a terminal."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from harness.stats import BIN_NAMES, Estimate, LogisticFit, bin_of, fit_violations, mean_interval
+from harness.store import Reader
+
+
+@dataclass(frozen=True)
+class ConditionSummary:
+    """One condition: mean pressure, share of prompts whose greedy answer has the word, sampled rate, one-word answers."""
+
+    condition: str
+    num_prompts: int
+    p_sem: float
+    p_word: float
+    greedy_rate: float | None
+    sample_rate: Estimate | None
+    format_rate: float | None
+    by_bin: tuple[Estimate | None, ...]
+    fit: LogisticFit | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    conditions: tuple[ConditionSummary, ...]
+    num_failed: int
+    bin_counts: tuple[int, ...]
+
+
+def summarise(reader: Reader) -> Summary:
+    """Rates by condition and pressure bin, and the fitted line; whatever has not been measured yet is None."""
+    p0 = {r["prompt_id"]: r["p_sem"] for r in reader.query("SELECT * FROM psem WHERE condition = 'baseline'")}
+    rows = reader.query(
+        "SELECT condition, count(*) AS n, avg(p_sem) AS p_sem, avg(p_word) AS p_word FROM psem GROUP BY condition "
+        "ORDER BY condition"
+    )
+    greedy = _rates(reader, "greedy", "word_present")
+    formats = _rates(reader, "sample", "format_ok") or _rates(reader, "greedy", "format_ok")
+    violations: dict[str, list[dict[str, Any]]] = {}
+    for row in reader.query("SELECT * FROM violation ORDER BY condition, prompt_id"):
+        violations.setdefault(row["condition"], []).append(row)
+    conditions = []
+    for row in rows:
+        name = row["condition"]
+        samples = violations.get(name, [])
+        pressed = [r for r in samples if r["prompt_id"] in p0]
+        by_bin = tuple(_in_bin(pressed, p0, b) for b in range(len(BIN_NAMES)))
+        conditions.append(
+            ConditionSummary(
+                name, row["n"], row["p_sem"], row["p_word"], greedy.get(name),
+                mean_interval([r["rate"] for r in samples]) if samples else None, formats.get(name), by_bin,
+                _fit(pressed, p0) if name != "baseline" else None,
+            )
+        )  # fmt: skip
+    counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
+    failed = reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"]
+    return Summary(tuple(conditions), int(failed), tuple(int(c) for c in counts))
+
+
+def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
+    """Tables for a terminal."""
+    shown: list[object] = []
+    overview = Table(title=f"Run {manifest['run_id']}", title_justify="left")
+    for column in ("condition", "prompts", "mean p_sem", "mean p_word", "greedy says X", "samples say X [95 %]", "one word"):
+        overview.add_column(column, justify="left" if column == "condition" else "right")
+    for c in result.conditions:
+        overview.add_row(
+            c.condition, str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
+            _estimate(c.sample_rate), _share(c.format_rate),
+        )  # fmt: skip
+    shown.append(overview)
+    sampled = [c for c in result.conditions if c.sample_rate is not None and any(c.by_bin)]
+    if sampled:
+        bins = Table(title="Share of samples that say X, by pressure P0 (interval: bootstrap over prompts)", title_justify="left")
+        bins.add_column("P0")
+        bins.add_column("prompts", justify="right")
+        for c in sampled:
+            bins.add_column(c.condition, justify="right")
+        for b, name in enumerate(BIN_NAMES):
+            # Rich reads [..] as markup, which an interval is not.
+            bins.add_row(name.replace("[", "\\["), str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled))
+        shown.append(bins)
+    for c in sampled:
+        if c.fit is not None:
+            shown.append(_fit_line(c.condition, c.fit))
+    if result.num_failed:
+        shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
+    if manifest.get("planted"):
+        shown.append("The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models.")
+    return shown
+
+
+def next_steps(run_id: str, runs: Path) -> str:
+    return (
+        f"Results are in {runs / run_id}. Next: `harness show {run_id}`, "
+        f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
+    )
+
+
+def _fit_line(condition: str, fit: LogisticFit) -> str:
+    (a, b), (c, d) = fit.intercept_interval, fit.slope_interval
+    return (
+        f"{condition}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % \\[{c:.2f}, {d:.2f}], "
+        f"intercept \\[{a:.2f}, {b:.2f}], {fit.num_prompts} prompts"
+    )
+
+
+def _rates(reader: Reader, mode: str, column: str) -> dict[str, float]:
+    rows = reader.query(
+        f"SELECT condition, avg({column}::INTEGER) AS rate FROM detections WHERE mode = ? GROUP BY condition", [mode]
+    )
+    return {r["condition"]: r["rate"] for r in rows}
+
+
+def _in_bin(rows: list[dict[str, Any]], p0: Mapping[str, float], index: int) -> Estimate | None:
+    rates = [r["rate"] for r in rows if bin_of(p0[r["prompt_id"]]) == index]
+    return mean_interval(rates) if rates else None
+
+
+def _fit(rows: list[dict[str, Any]], p0: Mapping[str, float]) -> LogisticFit | None:
+    if not rows:
+        return None
+    columns = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows]
+    x, k, n = (np.array(c, dtype=np.float64) for c in zip(*columns, strict=True))
+    return fit_violations(x, k, n)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} \\[{value.low:.3f}, {value.high:.3f}]"
