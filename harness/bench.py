@@ -86,44 +86,62 @@ def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts:
     return 0
 
 
-def bench_psem(lm: LM, subjects: Sequence[Subject]) -> list[Figure]:
-    """Tree scoring against one padded row per (context, sequence), and against one sequence at a time."""
-    contexts, tries = [s.context for s in subjects], [s.forms.trie for s in subjects]
-    # Both orders of the same work as they come in the experiment: the fast path in its batches, longest first.
-    fast_s, scores = _timed(lm, lambda: score_trees(lm, contexts, tries))
-    fast = [s.logprobs for s in scores if isinstance(s, TreeScores)]
-    tokens = sum(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
+def bench_psem(lm: LM, subjects: Sequence[Subject], max_tokens: int = 2048) -> list[Figure]:
+    """Tree scoring against one padded row per (context, sequence), and against one sequence at a time.
+
+    Both batched ways get their rows longest first, in batches of the same padded size.
+    """
+    rows = [(s.context, s.forms.trie) for s in subjects]
     pairs = [(s.context, q) for s in subjects for q in s.forms.trie.sequences]
-    padded_s, padded = _timed(lm, lambda: padded_rows(lm, pairs))
+    fast_s, scores = _timed(lm, lambda: _in_batches(rows, lambda r: row_length(*r), max_tokens, lambda b: _trees(lm, b)))
+    flat = np.concatenate([s.logprobs for s in scores])
+    padded_s, padded = _timed(
+        lm, lambda: _in_batches(pairs, lambda r: len(r[0]) + len(r[1]), max_tokens, lambda b: padded_rows(lm, b))
+    )
+    stride = max(1, len(pairs) // 40)
+    plain_s, plain_scores = _timed(lm, lambda: [plain.sequence_logprob(lm, c, q) for c, q in pairs[::stride]], repeats=1)
+    scaled = plain_s * len(pairs) / len(plain_scores)
     naive_tokens = sum(len(c) + len(q) for c, q in pairs)
-    few = pairs[:: max(1, len(pairs) // 40)]
-    plain_s, plain_scores = _timed(lm, lambda: [plain.sequence_logprob(lm, c, q) for c, q in few], repeats=1)
-    flat = np.concatenate(fast)
-    at_few = flat[:: max(1, len(pairs) // 40)]
-    scaled = plain_s * len(pairs) / len(few)
     return [
-        Figure("psem", f"tree ({len(subjects)} contexts, {len(pairs)} sequences)", fast_s, tokens, 1.0, 0.0),
+        Figure("psem", f"tree ({len(subjects)} contexts, {len(pairs)} sequences)", fast_s,
+               sum(row_length(*r) for r in rows), 1.0, 0.0),
         Figure("psem", "one padded row per (context, sequence)", padded_s, naive_tokens, padded_s / fast_s, _rel(padded, flat)),
-        Figure("psem", f"one sequence at a time ({len(few)} timed)", scaled, naive_tokens, scaled / fast_s, _rel(plain_scores, at_few)),
+        Figure("psem", f"one sequence at a time ({len(plain_scores)} timed)", scaled, naive_tokens, scaled / fast_s,
+               _rel(plain_scores, flat[::stride])),
     ]  # fmt: skip
 
 
-@torch.inference_mode()
-def padded_rows(lm: LM, pairs: Sequence[tuple[Tokens, Tokens]], max_tokens: int = 8192) -> list[float]:
-    """The usual batched way: every (context, sequence) a right-padded row, logits at all positions."""
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    result = [0.0] * len(pairs)
+def _in_batches(
+    rows: Sequence[Any], length: Callable[[Any], int], max_tokens: int, work: Callable[[list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """`work` on batches of the rows, longest first, at most `max_tokens` padded tokens each; results in the rows' order."""
+    order = sorted(range(len(rows)), key=lambda i: -length(rows[i]))
+    results: list[Any] = [None] * len(rows)
     while order:
-        width = len(pairs[order[0]][0]) + len(pairs[order[0]][1])
-        take, order = order[: max(1, max_tokens // width)], order[max(1, max_tokens // width) :]
-        rows = [[*pairs[i][0], *pairs[i][1]] for i in take]
-        tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=lm.device)
-        positions = torch.arange(width, device=lm.device).expand(len(rows), width)
-        log_p = lm.logits(lm.hidden(tokens, Layout(positions, positions))).log_softmax(-1)
-        for r, i in enumerate(take):
-            context, sequence = pairs[i]
-            result[i] = sum(float(log_p[r, len(context) - 1 + n, token]) for n, token in enumerate(sequence))
-    return result
+        size = max(1, max_tokens // length(rows[order[0]]))
+        for i, result in zip(order[:size], work([rows[i] for i in order[:size]]), strict=True):
+            results[i] = result
+        order = order[size:]
+    return results
+
+
+def _trees(lm: LM, batch: Sequence[Any]) -> list[TreeScores]:
+    scores = score_trees(lm, [c for c, _ in batch], [t for _, t in batch])
+    assert all(isinstance(s, TreeScores) for s in scores), "a context failed"
+    return [s for s in scores if isinstance(s, TreeScores)]
+
+
+@torch.inference_mode()
+def padded_rows(lm: LM, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[float]:
+    """The usual batched way: every (context, sequence) a right-padded row, logits at all positions."""
+    width = max(len(c) + len(q) for c, q in pairs)
+    tokens = torch.tensor([[*c, *q, *[0] * (width - len(c) - len(q))] for c, q in pairs], device=lm.device)
+    positions = torch.arange(width, device=lm.device).expand(len(pairs), width)
+    log_p = lm.logits(lm.hidden(tokens, Layout(positions, positions))).log_softmax(-1)
+    at = [(r, len(c) - 1 + n, token) for r, (c, q) in enumerate(pairs) for n, token in enumerate(q)]
+    row, column, token = torch.tensor(at, device=lm.device).T
+    sums = torch.zeros(len(pairs), device=lm.device, dtype=torch.float64)
+    return sums.index_add_(0, row, log_p[row, column, token].double()).cpu().tolist()
 
 
 def bench_samples(lm: LM, subjects: Sequence[Subject], num_samples: int) -> list[Figure]:

@@ -19,7 +19,7 @@ from harness.executor import Executor, Item, ItemResult, Outcome
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Failure, Row, Store
 
-CPU_BUDGET = 16_384
+CPU_BUDGET = 8_192
 """Padded tokens a batch where memory is not measured."""
 _PROBES = (2_048, 8_192)
 """Padded tokens of the two small batches that a GPU's memory is measured with."""
@@ -157,7 +157,9 @@ class Engine:
         last = {key: b for b in plan for key in b.keys if b.status == "done"}
         waiting = {key for b in plan for key in b.keys if b.status == "planned"}
         retries = [
-            Batch(stage.name, len(plan) + n, (key,), items[key].length, last[key].batch_id, last[key].attempt + 1)
+            replace(
+                _batch(stage.name, len(plan) + n, [items[key]]), parent=last[key].batch_id, attempt=last[key].attempt + 1
+            )
             for n, key in enumerate(k for k in failed if k in last and k not in waiting)
         ]
         if retries:
@@ -301,12 +303,12 @@ def _take(ordered: Sequence[Item], budget: int) -> list[Item]:
     """The most items from the front whose rows × longest row stay within the budget; at least one."""
     if not ordered:
         return []
-    longest = max(1, ordered[0].length)
-    return list(ordered[: max(1, budget // longest)])
+    longest = max(1.0, ordered[0].length)
+    return list(ordered[: max(1, int(budget / longest))])
 
 
 def _batch(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
-    return Batch(stage, batch_id, tuple(i.key for i in items), len(items) * max(1, max(i.length for i in items)))
+    return Batch(stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items))))
 
 
 def _halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:

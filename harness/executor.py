@@ -18,12 +18,12 @@ from harness.errors import EnvironmentFault, HarnessError
 class Item:
     """The smallest unit a stage computes.
 
-    `key` names its content, never its place. `length` is what it adds to a padded batch, in tokens. `payload` is what
-    the stage needs to compute it.
+    `key` names its content, never its place. `length` is what it adds to a padded batch, in tokens; a fraction where
+    items that stand together share a context. `payload` is what the stage needs to compute it.
     """
 
     key: str
-    length: int
+    length: float
     payload: Any = None
 
 

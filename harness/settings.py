@@ -141,7 +141,7 @@ class ExperimentSettings(Section):
 
 class BatchingSettings(Section):
     max_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_number)] = "auto"
-    """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 16384 on a CPU."""
+    """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 8192 on a CPU."""
     reserve_gb: Annotated[float, Field(ge=0)] = 6.0
     """GPU memory to leave free, in GB."""
 

@@ -118,11 +118,11 @@ def main() -> None:
         loss_sum = 0.0
         for b in rng.permutation(len(batches)):
             contexts, tries, flows = zip(*(rows[i] for i in batches[b]), strict=True)
-            tokens, layout = tree_batch(contexts, tries, model.device)
+            tokens, layout, places = tree_batch(contexts, tries, model.device)
             with attend.use(layout):
                 hidden = model.model(input_ids=tokens, position_ids=layout.q_positions, use_cache=False).last_hidden_state
-            edges = [(r, len(c) + node, token, q)
-                     for r, (c, flow) in enumerate(zip(contexts, flows, strict=True)) for node, token, q in flow]  # fmt: skip
+            edges = [(row, offset + len(c) + node, token, q)
+                     for (row, offset), c, flow in zip(places, contexts, flows, strict=True) for node, token, q in flow]  # fmt: skip
             row, column, token, mass = (torch.tensor(x) for x in zip(*edges, strict=True))
             at, back = torch.unique(row.long() * tokens.shape[1] + column.long(), return_inverse=True)
             log_p = model.lm_head(hidden.flatten(0, 1)[at]).float().log_softmax(-1)

@@ -1,4 +1,9 @@
-"""Decoding: each distinct prompt is prefilled once, its cache forked for its completions, finished rows leave the batch.
+"""Decoding: each distinct text is forwarded once, however many completions share it.
+
+The completions of a batch form a tree per prompt: the prompt, then a node for every distinct beginning of a completion.
+Sixteen samples that open with the same word cost one forward of that word, and the prompt's cache is never copied.
+Each node sees the prompt and its ancestors (the layout of `score`, grown a level a step); finished completions grow no
+nodes, and a prompt whose completions are all finished leaves the batch.
 
 Nothing comes from a checkpoint's generation_config. Sampled tokens are Gumbel-max draws with noise keyed by the
 completion (see `noise`), so a completion does not depend on its batch. Several models may decode one text together:
@@ -8,8 +13,9 @@ each keeps its own cache and `combine` makes one set of logits of theirs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -17,6 +23,7 @@ from harness.errors import ItemFailed
 from harness.models.attend import Layout
 from harness.models.load import LM
 from harness.models.noise import gumbel
+from harness.models.prefix import shared_cache, shared_length
 
 Combine = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(logits [R, V] of each model, index [R] of each row's request) -> the logits [R, V] to decode from."""
@@ -57,20 +64,101 @@ class Completion:
     finish_reason: str = "length"
 
 
-@dataclass
-class _Rows:
-    """The rows still decoding: which request each is, and each model's cache, forked for them."""
+class _Tree:
+    """The prompts still decoding, as rows of each model's cache, and the nodes that completions have grown on them."""
 
-    request: Int[Tensor, " R"]
-    lengths: Int[Tensor, " R"]
-    keys: Int[Tensor, " R"]
-    caches: list[DynamicCache]
-    logits: tuple[Float[Tensor, "R V"], ...]
+    def __init__(self, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]]):
+        self.lms = lms
+        self.lengths = np.array([len(c) for c in contexts])
+        self.width = int(self.lengths.max())
+        self.rows = np.arange(len(contexts))
+        """Which context each row of the caches is."""
+        shared = shared_length(contexts, len(contexts) * self.width)
+        padded = np.array([[*c, *[0] * (self.width - len(c))] for c in contexts])
+        positions = np.broadcast_to(np.arange(self.width), padded.shape)
+        device = lms[0].device
+        tokens = torch.from_numpy(padded[:, shared:]).to(device)
+        at = torch.from_numpy(positions.copy()).to(device)
+        # Causality alone keeps real tokens from the padding behind them; nodes are masked from it.
+        causal = torch.ones(self.width, self.width, dtype=torch.bool, device=device).tril()[shared:]
+        layout = Layout(at[:, shared:], at, causal.expand(len(contexts), -1, -1) if shared else None)
+        self.caches: list[DynamicCache] = []
+        last = []
+        for lm in lms:
+            cache = shared_cache(lm, contexts[0][:shared], len(contexts))
+            hidden = lm.hidden(tokens, layout, cache)
+            last.append(lm.logits(hidden[torch.arange(len(contexts)), torch.from_numpy(self.lengths - 1 - shared)]))
+            self.caches.append(cache)
+        self.logits: tuple[Float[Tensor, "N V"], ...] = tuple(last)
+        """Of the newest nodes (at first: of the prompts' last tokens)."""
+        self._slot_sees = np.zeros((len(contexts), 0, 0), dtype=bool)  # [row, node slot, node slot]: ancestors and self
+        self._slot_positions = np.zeros((len(contexts), 0), dtype=np.int64)
+        self._slot_of: dict[int, tuple[int, int]] = {}
 
-    def keep(self, index: Int[Tensor, " K"]) -> None:
-        self.request, self.lengths, self.keys = self.request[index], self.lengths[index], self.keys[index]
-        for cache in self.caches:
-            cache.batch_select_indices(index)
+    def grow(self, parents: Sequence[tuple[int, int]], tokens: Sequence[int], step: int) -> list[int]:
+        """Append a node for every distinct (context, parent node, token); the index of each in the new `logits`.
+
+        `parents` are (context, node index in the previous level, or -1 for the prompt). All new nodes stand at
+        position context length + step.
+        """
+        index: dict[tuple[int, int, int], int] = {}
+        node_of = [index.setdefault((c, p, t), len(index)) for (c, p), t in zip(parents, tokens, strict=True)]
+        self._keep_rows(sorted({c for c, _, _ in index}))
+        row_of = {int(c): r for r, c in enumerate(self.rows)}
+        taken = [0] * len(self.rows)
+        places = []
+        for context, _, _ in index:
+            row = row_of[context]
+            places.append((row, taken[row]))
+            taken[row] += 1
+        rows, new, old = len(self.rows), max(taken), self._slot_positions.shape[1]
+        block = np.zeros((rows, new), dtype=np.int64)
+        sees = np.zeros((rows, old + new, old + new), dtype=bool)
+        sees[:, :old, :old] = self._slot_sees
+        sees[:, range(old, old + new), range(old, old + new)] = True
+        slot_of = {}
+        for (node, (_, parent, token)), (row, place) in zip(enumerate(index), places, strict=True):
+            block[row, place] = token
+            slot_of[node] = (row, old + place)
+            if parent >= 0:
+                sees[row, old + place, :old] |= self._slot_sees[row, self._slot_of[parent][1]]
+        position = self.lengths[self.rows] + step
+        self._slot_sees, self._slot_of = sees, slot_of
+        self._slot_positions = np.concatenate([self._slot_positions, np.repeat(position[:, None], new, axis=1)], axis=1)
+        self.logits = self._forward(block, [slot_of[n] for n in range(len(index))], old)
+        return node_of
+
+    def _keep_rows(self, contexts: list[int]) -> None:
+        """Drop the rows of contexts that grow no more."""
+        kept = np.flatnonzero(np.isin(self.rows, contexts))
+        if len(kept) == len(self.rows):
+            return
+        self.rows = self.rows[kept]
+        self._slot_sees, self._slot_positions = self._slot_sees[kept], self._slot_positions[kept]
+        for lm, cache in zip(self.lms, self.caches, strict=True):
+            cache.batch_select_indices(torch.from_numpy(kept).to(lm.device))
+        moved = {int(old): new for new, old in enumerate(kept)}
+        self._slot_of = {n: (moved[row], slot) for n, (row, slot) in self._slot_of.items() if row in moved}
+
+    def _forward(self, block: np.ndarray, slots: list[tuple[int, int]], old: int) -> tuple[Float[Tensor, "N V"], ...]:
+        device = self.lms[0].device
+        rows, new = block.shape
+        lengths = self.lengths[self.rows]
+        prompt = np.arange(self.width)[None, :] < lengths[:, None]
+        allowed = np.concatenate(
+            [np.repeat(prompt[:, None, :], new, axis=1), self._slot_sees[:, old:, :]], axis=2
+        )  # fmt: skip
+        k_positions = np.concatenate([np.tile(np.arange(self.width), (rows, 1)), self._slot_positions], axis=1)
+        layout = Layout(
+            torch.from_numpy(k_positions[:, self.width + old :]).to(device),
+            torch.from_numpy(k_positions).to(device),
+            torch.from_numpy(allowed).to(device),
+        )
+        tokens = torch.from_numpy(block).to(device)
+        row, column = torch.tensor([(r, s - old) for r, s in slots], device=device).T
+        return tuple(
+            lm.logits(lm.hidden(tokens, layout, cache)[row, column]) for lm, cache in zip(self.lms, self.caches, strict=True)
+        )
 
 
 @torch.inference_mode()
@@ -83,126 +171,98 @@ def decode(
     """
     assert lms, "at least one model"
     assert len(lms) == 1 or combine is not None, "several models need a function that combines their logits"
-    lm, total = lms[0], len(requests)
-    results: list[Completion | ItemFailed] = [Completion() for _ in requests]
-    for i, request in enumerate(requests):
-        reach = len(request.context) + sampling.max_new_tokens
-        limit = min(m.max_positions for m in lms)
-        if not request.context or reach > limit:
-            results[i] = ItemFailed(f"needs {reach} positions of 1..{limit}, with at least one token of context")
-    live = [i for i in range(total) if isinstance(results[i], Completion)]
+    limit = min(lm.max_positions for lm in lms)
+    results: list[Completion | ItemFailed] = [
+        Completion()
+        if request.context and len(request.context) + sampling.max_new_tokens <= limit
+        else ItemFailed(f"needs 1 to {limit - sampling.max_new_tokens} tokens of context, has {len(request.context)}")
+        for request in requests
+    ]
+    live = [i for i, r in enumerate(results) if isinstance(r, Completion)]
     if not live:
         return results
-    rows, width = _prefill(lms, requests, live)
-    newline = torch.from_numpy(lm.vocabulary.has_newline).to(lm.device)
+    contexts = {c: n for n, c in enumerate(dict.fromkeys(requests[i].context for i in live))}
+    of_context = [contexts[requests[i].context] for i in live]
+    tree = _Tree(lms, list(contexts))
+    nodes, parents = of_context, [(c, -1) for c in of_context]
+    keys = torch.tensor([requests[i].key for i in live], dtype=torch.long, device=lms[0].device)
     for step in range(sampling.max_new_tokens):
-        logits = rows.logits[0] if combine is None else combine(rows.logits, rows.request)
-        finite = logits.isfinite().all(-1)
-        token, logprob, margin = _choose(logits, rows.keys, step, sampling)
-        ended = _record(results, rows.request, token, logprob, margin, finite, newline, lm, sampling)
-        keep = (~ended).nonzero()[:, 0]
-        if step + 1 == sampling.max_new_tokens or not len(keep):
+        chosen = _choose(tree.logits, nodes, live, keys, step, sampling, combine)
+        going = [n for n, i in enumerate(live) if _record(results, i, *chosen[n], lms[0], sampling)]
+        if step + 1 == sampling.max_new_tokens or not going:
             break
-        if len(keep) < len(ended):
-            rows.keep(keep)
-        rows.logits = _forward(lms, rows, token[keep], step, width)
+        parents = [(parents[n][0], nodes[n] if step else -1) for n in going]
+        nodes = tree.grow(parents, [chosen[n][0] for n in going], step)
+        live, keys = [live[n] for n in going], keys[torch.tensor(going, device=keys.device)]
     return results
 
 
-def _prefill(lms: Sequence[LM], requests: Sequence[Request], live: list[int]) -> tuple[_Rows, int]:
-    """Every distinct context forwarded once, right-padded; its cache and last logits copied to each of its rows.
-
-    Causality keeps real tokens from looking at the padding behind them; later tokens are masked from it.
-    """
-    device = lms[0].device
-    unique = {c: u for u, c in enumerate(dict.fromkeys(requests[i].context for i in live))}
-    lengths = torch.tensor([len(c) for c in unique], device=device)
-    width = int(lengths.max())
-    tokens = torch.tensor([[*c, *[0] * (width - len(c))] for c in unique], device=device)
-    positions = torch.arange(width, device=device).expand(len(unique), width)
-    of_row = torch.tensor([unique[requests[i].context] for i in live], device=device)
-    caches, logits = [], []
-    for lm in lms:
-        cache = lm.new_cache()
-        hidden = lm.hidden(tokens, Layout(positions, positions), cache)
-        last = lm.logits(hidden[torch.arange(len(unique), device=device), lengths - 1])
-        if len(unique) < len(live):
-            cache.batch_select_indices(of_row)
-            last = last[of_row]
-        caches.append(cache)
-        logits.append(last)
-    keys = torch.tensor([requests[i].key for i in live], dtype=torch.long, device=device)
-    return _Rows(torch.tensor(live, device=device), lengths[of_row], keys, caches, tuple(logits)), width
-
-
-def _forward(
-    lms: Sequence[LM], rows: _Rows, token: Int[Tensor, " R"], step: int, width: int
-) -> tuple[Float[Tensor, "R V"], ...]:
-    """Each model's next logits after appending `token` as completion token number `step`."""
-    device = token.device
-    slots = torch.arange(width + step + 1, device=device)
-    prompt = slots[None, :] < rows.lengths[:, None]
-    generated = (slots >= width)[None, :]
-    k_positions = torch.where(generated, rows.lengths[:, None] + slots[None, :] - width, slots[None, :])
-    layout = Layout((rows.lengths + step)[:, None], k_positions, (prompt | generated)[:, None, :])
-    return tuple(
-        lm.logits(lm.hidden(token[:, None], layout, cache)[:, 0]) for lm, cache in zip(lms, rows.caches, strict=True)
-    )
-
-
 def _choose(
-    logits: Float[Tensor, "R V"], keys: Int[Tensor, " R"], step: int, sampling: Sampling
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """The next token of each row, its log-probability and the margin of the first over the second."""
-    normaliser = logits.logsumexp(-1)
-    best, best_ids = logits.topk(2, dim=-1)
-    token = best_ids[:, 0] if sampling.temperature == 0 else sample(logits, keys, step, sampling)
-    logprob = logits.gather(1, token[:, None])[:, 0] - normaliser
-    return token, logprob, best[:, 0] - best[:, 1]
+    logits: tuple[Float[Tensor, "N V"], ...], nodes: Sequence[int], live: Sequence[int], keys: Int[Tensor, " R"],
+    step: int, sampling: Sampling, combine: Combine | None,
+) -> list[tuple[int, float, float, bool]]:  # fmt: skip
+    """For each completion its next token, that token's log-probability, the margin of first over second, finiteness.
 
-
-def sample(logits: Float[Tensor, "R V"], keys: Int[Tensor, " R"], step: int, sampling: Sampling) -> Int[Tensor, " R"]:
-    """One draw a row from softmax(logits / temperature), cut to the smallest set of tokens that holds `top_p`.
-
-    The token that crosses the threshold is kept (Holtzman et al. 2020).
+    Everything that depends on the node alone is computed once a node. One transfer to the host.
     """
+    device = keys.device
+    node = torch.tensor(nodes, device=device)
+    table = logits[0]
+    if combine is not None:  # may weigh the models differently for each completion, so nothing is shared
+        table = combine(tuple(x[node] for x in logits), torch.tensor(live, device=device))
+        node = torch.arange(len(live), device=device)
+    finite = table.isfinite().all(-1)
+    best, best_ids = table.topk(2, dim=-1)
+    normaliser = table.logsumexp(-1)
+    if sampling.temperature == 0:
+        token = best_ids[node, 0]
+    else:
+        token = sample(table, keys, step, sampling, node)
+    logprob = table[node, token] - normaliser[node]
+    margin = (best[:, 0] - best[:, 1])[node]
+    whole = torch.stack([token.double(), logprob.double(), margin.double(), finite[node].double()]).cpu().tolist()
+    return [(int(t), lp, lead, ok > 0) for t, lp, lead, ok in zip(*whole, strict=True)]
+
+
+def sample(
+    logits: Float[Tensor, "N V"], keys: Int[Tensor, " R"], step: int, sampling: Sampling, node: Int[Tensor, " R"] | None = None
+) -> Int[Tensor, " R"]:
+    """One draw a key from softmax(logits[node] / temperature), cut to the smallest set of tokens that holds `top_p`.
+
+    The token that crosses the threshold is kept (Holtzman et al. 2020). `node` None: one row of logits a key.
+    """
+    node = torch.arange(len(keys), device=keys.device) if node is None else node
     scaled = logits / sampling.temperature
     if sampling.top_p >= 1:
-        ids = torch.arange(scaled.shape[1], device=scaled.device).expand_as(scaled)
-        return (scaled.double() + gumbel(keys, step, ids)).argmax(-1)
+        ids = torch.arange(scaled.shape[1], device=scaled.device).expand(len(keys), -1)
+        return (scaled[node].double() + gumbel(keys, step, ids)).argmax(-1)
     normaliser = scaled.logsumexp(-1, keepdim=True)
     values, ids = scaled.topk(min(_NUCLEUS_GUESS, scaled.shape[1]), dim=-1)
     if bool(((values - normaliser).exp().sum(-1) < sampling.top_p).any()):
         values, ids = scaled.sort(dim=-1, descending=True)
     probs = (values - normaliser).double().exp()
     kept = probs.cumsum(-1) - probs < sampling.top_p
+    size = max(1, int(kept.sum(-1).max()))  # none is kept where logits are NaN, which is told of elsewhere
+    values, ids, kept = values[node, :size], ids[node, :size], kept[node, :size]
     noisy = (values.double() + gumbel(keys, step, ids)).masked_fill(~kept, float("-inf"))
     return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
 
 
 def _record(
-    results: list[Completion | ItemFailed], request: Int[Tensor, " R"], token: Int[Tensor, " R"],
-    logprob: Float[Tensor, " R"], margin: Float[Tensor, " R"], finite: Bool[Tensor, " R"],
-    newline: Bool[Tensor, " V"], lm: LM, sampling: Sampling,
-) -> Bool[Tensor, " R"]:  # fmt: skip
-    """Append this step's tokens to their completions; true for the rows that are over. One transfer to the host."""
-    lines = newline[token]
-    columns = torch.stack([request, token, lines.long(), finite.long()]).cpu().tolist()
-    numbers = torch.stack([logprob, margin]).double().cpu().tolist()
-    ended = []
-    for i, token_id, is_line, is_finite, lp, lead in zip(*columns, *numbers, strict=True):
-        if not is_finite:
-            results[i] = ItemFailed("the model's logits are not finite (NaN or infinity); try a wider model.dtype")
-            ended.append(True)
-            continue
-        done = results[i]
-        assert isinstance(done, Completion)
-        done.token_ids.append(token_id)
-        done.logprobs.append(lp)
-        done.margins.append(lead)
-        if token_id in lm.vocabulary.stop_ids:
-            done.finish_reason = "stop"
-        elif is_line and sampling.stop_at_newline:
-            done.finish_reason = "newline"
-        ended.append(done.finish_reason != "length")
-    return torch.tensor(ended, device=token.device)
+    results: list[Completion | ItemFailed], i: int, token: int, logprob: float, margin: float, finite: bool, lm: LM,
+    sampling: Sampling,
+) -> bool:  # fmt: skip
+    """Append a token to completion `i`; whether it goes on."""
+    if not finite:
+        results[i] = ItemFailed("the model's logits are not finite (NaN or infinity); try a wider model.dtype")
+        return False
+    done = results[i]
+    assert isinstance(done, Completion)
+    done.token_ids.append(token)
+    done.logprobs.append(logprob)
+    done.margins.append(margin)
+    if token in lm.vocabulary.stop_ids:
+        done.finish_reason = "stop"
+    elif sampling.stop_at_newline and lm.vocabulary.has_newline[token]:
+        done.finish_reason = "newline"
+    return done.finish_reason == "length"

@@ -1,9 +1,10 @@
 """Probabilities of many token sequences after a context, in one forward: tree scoring.
 
-A row of the batch is the context followed by the trie's nodes. Each node looks at the context and at its ancestors
-(Cai et al. 2024, Medusa; Miao et al. 2024, SpecInfer use the same mask to verify drafts) and stands at position
-context length + depth. The head is applied to the context's last token and the nodes, nothing else. Rows are padded
-on the right, where no token looks.
+An item is the context followed by the trie's nodes. Each node looks at the context and at its ancestors (Cai et al.
+2024, Medusa; Miao et al. 2024, SpecInfer use the same mask to verify drafts) and stands at position context length +
+depth. Items are packed into rows, where they do not see each other, so that little padding is computed; the common
+start of a batch's contexts is forwarded once (see `prefix`). The head is applied to the context's last token and the
+nodes, nothing else.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,12 @@ from torch import Tensor
 from harness.errors import ItemFailed
 from harness.models.attend import Layout
 from harness.models.load import LM
+from harness.models.prefix import shared_cache, shared_length
 from harness.text.words import Trie
 
+_ROW = 192
+"""Tokens a row may be filled to by several items: longer rows waste less padding but more attention."""
+_OPEN_ROWS = 32
 _HEAD_ROWS = 256
 """Rows per application of the head: 256 × 152k float32 logits are 150 MB."""
 
@@ -73,11 +78,18 @@ def _too_long(lm: LM, context: Sequence[int], trie: Trie) -> ItemFailed | None:
 def _score(
     lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int
 ) -> list[TreeScores | ItemFailed]:
-    tokens, layout = tree_batch(contexts, tries, lm.device)
-    hidden = lm.hidden(tokens, layout)
+    padded = len(contexts) * max(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
+    shared = shared_length(contexts, padded)
+    tokens, layout, places = tree_batch(contexts, tries, lm.device, shared)
+    cache = shared_cache(lm, contexts[0][:shared], tokens.shape[0]) if shared else None
+    hidden = lm.hidden(tokens, layout, cache)
     # Rows the head is applied to: per item its last context token, then its nodes.
     starts = np.cumsum([0] + [1 + len(t) for t in tries])
-    where = [(r, len(c) - 1 + i) for r, (c, t) in enumerate(zip(contexts, tries, strict=True)) for i in range(1 + len(t))]
+    where = [
+        (row, offset + len(c) - shared - 1 + i)
+        for (row, offset), c, t in zip(places, contexts, tries, strict=True)
+        for i in range(1 + len(t))
+    ]
     row, column = torch.tensor(where, device=lm.device).T
     rows = hidden[row, column]
     picks, pick_of = _picks(tries, starts)
@@ -95,23 +107,63 @@ def _score(
 
 
 def tree_batch(
-    contexts: Sequence[Sequence[int]], tries: Sequence[Trie], device: torch.device
-) -> tuple[Int[Tensor, "R T"], Layout]:
-    """Tokens [R, T] of context + nodes, right-padded, and the layout that makes each row a tree."""
-    rows, length = len(contexts), max(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
-    tokens = np.zeros((rows, length), dtype=np.int64)
-    positions = np.zeros((rows, length), dtype=np.int64)
-    # Below the diagonal everything is allowed but for the block of nodes, which sees ancestors only. Padding looks back
-    # like any token, so that no row of the mask is empty; nothing looks at padding.
-    allowed = np.tril(np.ones((length, length), dtype=bool))[None].repeat(rows, axis=0)
-    for r, (context, trie) in enumerate(zip(contexts, tries, strict=True)):
-        n, end = len(context), row_length(context, trie)
-        tokens[r, :n], tokens[r, n:end] = context, trie.tokens
-        positions[r, :n] = np.arange(n)
-        positions[r, n:end] = n + np.asarray(trie.depths, dtype=np.int64)
-        allowed[r, n:end, n:end] = trie.ancestry()
+    contexts: Sequence[Sequence[int]], tries: Sequence[Trie], device: torch.device, shared: int = 0
+) -> tuple[Int[Tensor, "R T"], Layout, list[tuple[int, int]]]:
+    """Tokens [R, T] of contexts + nodes, the layout that makes each item a tree of its own, and each item's (row, offset).
+
+    Several items stand in one row where they fit, blind to each other. The first `shared` tokens of every context
+    stand in a cache already: all see them, and they are keys only.
+    """
+    lengths = [row_length(c, t) - shared for c, t in zip(contexts, tries, strict=True)]
+    places = pack(lengths)
+    rows, width = 1 + max(r for r, _ in places), max(o + n for (_, o), n in zip(places, lengths, strict=True))
+    tokens = np.zeros((rows, width), dtype=np.int64)
+    positions = np.zeros((rows, shared + width), dtype=np.int64)
+    positions[:, :shared] = np.arange(shared)
+    allowed = np.zeros((rows, width, shared + width), dtype=bool)
+    allowed[:, :, :shared] = True
+    # Padding sees itself, so that no row of the mask is empty; nothing else sees padding.
+    allowed[:, np.arange(width), shared + np.arange(width)] = True
+    for (row, start), length, context, trie in zip(places, lengths, contexts, tries, strict=True):
+        n = len(context) - shared
+        node, end = start + n, start + length
+        tokens[row, start:node], tokens[row, node:end] = context[shared:], trie.tokens
+        positions[row, shared + start : shared + node] = np.arange(shared, len(context))
+        positions[row, shared + node : shared + end] = len(context) + np.asarray(trie.depths, dtype=np.int64)
+        allowed[row, start:end, shared + start : shared + node] = np.tri(length, n, dtype=bool)
+        allowed[row, node:end, shared + node : shared + end] = trie.ancestry()
     at = torch.from_numpy(positions).to(device)
-    return torch.from_numpy(tokens).to(device), Layout(at, at, torch.from_numpy(allowed).to(device))
+    layout = Layout(at[:, shared:], at, torch.from_numpy(allowed).to(device))
+    return torch.from_numpy(tokens).to(device), layout, places
+
+
+def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """A (row, offset) for each length, so that rows × longest row is small and no row is much over `_ROW`.
+
+    First fit, longest first (Johnson 1973), at the best of a few widths; only the newest rows are tried, which keeps
+    a batch of thousands cheap.
+    """
+    longest = max(lengths)
+    widths = {longest} | {w for w in range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {max(_ROW, longest)}
+    tries = [_first_fit(lengths, width) for width in sorted(widths)]
+    return min(tries, key=lambda places: _area(lengths, places))
+
+
+def _first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
+    places = [(0, 0)] * len(lengths)
+    filled: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        newest = range(max(0, len(filled) - _OPEN_ROWS), len(filled))
+        row = next((r for r in newest if filled[r] + lengths[i] <= width), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[i] = (row, filled[row])
+        filled[row] += lengths[i]
+    return places
+
+
+def _area(lengths: Sequence[int], places: Sequence[tuple[int, int]]) -> int:
+    return (1 + max(r for r, _ in places)) * max(o + n for (_, o), n in zip(places, lengths, strict=True))
 
 
 def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"], list[list[np.ndarray]]]:

@@ -47,7 +47,7 @@ class Generate:
         return [
             Item(
                 item_key(row["prompt_id"], row["condition"], self.mode, sample_id),
-                len(row["token_ids"]) + self.sampling.max_new_tokens,
+                len(row["token_ids"]) / self.num_samples + self.sampling.max_new_tokens,
                 (row["prompt_id"], row["condition"], sample_id, tuple(row["token_ids"])),
             )
             for row in tables["contexts"]
