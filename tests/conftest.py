@@ -1,0 +1,13 @@
+"""Shared set-up: one torch thread (tiny models are faster so), no hub, quiet libraries."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for name in [n for n in os.environ if n.startswith("HARNESS_")] + ["MODEL_PATH", "DATA_ROOT", "OUTPUT_ROOT"]:
+    os.environ.pop(name, None)  # a developer's own settings must not decide a test
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
