@@ -56,11 +56,15 @@ def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts:
     device.set_threads(settings.runtime.threads)
     device.be_exact()
     dtype = settings.model.dtype
-    spec = ModelSpec(f"random:{shape}", dtype=dtype, device=where, random_tokenizer=settings.paths.data_folder / "models" / "demo")
+    spec = ModelSpec(
+        f"random:{shape}", dtype=dtype, device=where, random_tokenizer=settings.paths.data_folder / "models" / "demo"
+    )
     plan = launch.prepare(resolved)
     lm = load(spec)
     subjects = [
-        Subject(tuple(lm.codec.context(t.render(p))[0]), word_forms(p.target, lm.codec), row_key(0, p.prompt_id, name, 0))
+        Subject(
+            tuple(lm.codec.context(t.render(p))[0]), word_forms(p.target, lm.codec), row_key(0, p.prompt_id, name, 0)
+        )
         for p in plan.inputs.prompts
         for name, t in plan.inputs.conditions.items()
     ][:num_contexts]
@@ -75,13 +79,22 @@ def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts:
         table.add_column(column, justify="left" if column in ("stage", "way") else "right")
     for f in figures:
         table.add_row(
-            f.stage, f.way, f"{f.seconds:.2f}", f"{f.tokens:,}", f"{f.tokens / f.seconds:,.0f}", f"{f.speedup:.1f}×", f"{f.max_rel:.1e}"
+            f.stage,
+            f.way,
+            f"{f.seconds:.2f}",
+            f"{f.tokens:,}",
+            f"{f.tokens / f.seconds:,.0f}",
+            f"{f.speedup:.1f}×",
+            f"{f.max_rel:.1e}",
         )
     log.print_out(table)
     least = least_tokens(subjects)
     log.print_out(f"psem: at least {least:,} tokens must be forwarded (every distinct prefix once)")
     if out is not None:
-        out.write_text(json.dumps({"about": about, "least_tokens": least, "figures": [asdict(f) for f in figures]}, indent=2) + "\n")
+        out.write_text(
+            json.dumps({"about": about, "least_tokens": least, "figures": [asdict(f) for f in figures]}, indent=2)
+            + "\n"
+        )
     return 0
 
 
@@ -101,7 +114,9 @@ def bench_psem(lm: LM, subjects: Sequence[Subject], max_tokens: int = 2048) -> l
     )
     stride = max(1, len(pairs) // 40)
     some = pairs[::stride]
-    plain_s, plain_tokens, plain_scores = _timed(lm, lambda: [plain.sequence_logprob(lm, c, q) for c, q in some], repeats=1)
+    plain_s, plain_tokens, plain_scores = _timed(
+        lm, lambda: [plain.sequence_logprob(lm, c, q) for c, q in some], repeats=1
+    )
     scale = len(pairs) / len(some)
     return [
         Figure("psem", f"tree ({len(subjects)} contexts, {len(pairs)} sequences)", fast_s, fast_tokens, 1.0, 0.0),

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.description = "Reproducible, resumable interpretability experiments on language models."
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, act: Callable[[argparse.Namespace], int], text: str, *, settings: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, act: Callable[[argparse.Namespace], int], text: str, *, settings: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(act=act, parser=sub)
         sub.add_argument("--verbose", action="store_true", help="show debug lines")
@@ -67,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "run an experiment, or go on with one that was stopped")
     run.add_argument("experiment", nargs="?", default="gravity", help="which experiment (default: gravity)")
-    run.add_argument("--resume", default="auto", metavar="auto|new|RUN", help="go on with the unfinished run of the same settings "
-                     "(auto, the default), start a new one, or go on with a given one")  # fmt: skip
+    run.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|new|RUN",
+        help="auto (default): go on with the unfinished run of the same settings; new: start one; or a run to go on with",
+    )
     run.add_argument("--retry-failed", action="store_true", help="try again just the items that failed")
     command("runs", _runs, "list the runs")
     show = command("show", _show, "one run: manifest, progress, warnings, headline results")
@@ -78,23 +84,31 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
     export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
     command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
-    sanity = command("sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement")
+    sanity = command(
+        "sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement"
+    )
     sanity.add_argument("--num-prompts", type=int, default=4, metavar="N", help="prompts to compare (default 4)")
     bench = command("bench", _bench, "fast path against naive path, same model, same items, one process")
     bench.add_argument("--stage", choices=("psem", "samples"), action="append", help="what to time (default: all)")
     bench.add_argument("--shape", default="llama-40m", help="a model shape with random weights (default llama-40m)")
-    bench.add_argument("--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)")
+    bench.add_argument(
+        "--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)"
+    )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file")
-    group = parser.add_argument_group("settings", "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file")
+    group = parser.add_argument_group(
+        "settings", "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file"
+    )
     short = {name: flag for flag, name in SHORT_FLAGS.items()}
     for name in field_names():
         flags = [f"--{short[name]}"] if name in short else []
-        group.add_argument(*flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=describe(name).replace("%", "%%"))
+        group.add_argument(
+            *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=describe(name).replace("%", "%%")
+        )
 
 
 def _resolved(args: argparse.Namespace) -> Resolved:

@@ -54,13 +54,17 @@ def _code(settings: Settings) -> str:
 
 def _python(settings: Settings) -> str:
     machine = environment.machine()
-    return f"Python {machine['python']}, torch {machine['torch']}, CUDA build {machine['cuda'] or 'none'}, driver {machine['driver'] or 'none'}"
+    builds = f"CUDA build {machine['cuda'] or 'none'}, driver {machine['driver'] or 'none'}"
+    return f"Python {machine['python']}, torch {machine['torch']}, {builds}"
 
 
 def _gpu(settings: Settings) -> str:
     where = device.resolve_device(settings.runtime.device)
     gpus = environment.machine()["gpus"]
-    found = ", ".join(f"{g['name']} {g['memory_bytes'] / 1e9:.0f} GB (sm {g['compute_capability']})" for g in gpus) or "no GPU"
+    found = (
+        ", ".join(f"{g['name']} {g['memory_bytes'] / 1e9:.0f} GB (sm {g['compute_capability']})" for g in gpus)
+        or "no GPU"
+    )
     return f"{found}; runtime.device={settings.runtime.device} means {where}"
 
 
@@ -79,7 +83,9 @@ def _runs(settings: Settings) -> str:
     with tempfile.NamedTemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
     if free < settings.runtime.reserve_disk_gb * 1e9:
-        raise OSError(f"{folder}: {free / 1e9:.1f} GB free, less than runtime.reserve_disk_gb={settings.runtime.reserve_disk_gb:g}")
+        raise OSError(
+            f"{folder}: {free / 1e9:.1f} GB free, less than runtime.reserve_disk_gb={settings.runtime.reserve_disk_gb:g}"
+        )
     return f"{folder.resolve()} is writable, {free / 1e9:.1f} GB free"
 
 
@@ -100,7 +106,9 @@ def _data(settings: Settings) -> str:
 
 def _model(settings: Settings) -> str:
     identity = identify(model_spec(settings, "cpu"))
-    return f"{settings.model.name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}"
+    return (
+        f"{settings.model.name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}"
+    )
 
 
 def _cache(settings: Settings) -> str:
@@ -110,7 +118,9 @@ def _cache(settings: Settings) -> str:
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(nearest, os.W_OK):
         raise OSError(f"{folder} is not writable; set HF_HOME")
-    return f"{folder}{'' if folder.exists() else ' (will be made)'}, {shutil.disk_usage(nearest).free / 1e9:.1f} GB free"
+    return (
+        f"{folder}{'' if folder.exists() else ' (will be made)'}, {shutil.disk_usage(nearest).free / 1e9:.1f} GB free"
+    )
 
 
 def _forward(settings: Settings) -> str:

@@ -111,7 +111,9 @@ class Engine:
         self._store, self._paths, self._executor = store, paths, executor
         self._limits, self._observer, self._stop = limits, observer, stop
 
-    def run(self, stages: Iterable[Stage], after_stage: Callable[[StageReport], None], retry_failed: bool = False) -> None:
+    def run(
+        self, stages: Iterable[Stage], after_stage: Callable[[StageReport], None], retry_failed: bool = False
+    ) -> None:
         """Bring every stage to its end. Raises Stopped on a signal, EnvironmentFault on a full disk; both resumable."""
         for stage in stages:
             report = self._run_stage(stage, retry_failed)
@@ -158,7 +160,9 @@ class Engine:
         waiting = {key for b in plan for key in b.keys if b.status == "planned"}
         retries = [
             replace(
-                _batch(stage.name, len(plan) + n, [items[key]]), parent=last[key].batch_id, attempt=last[key].attempt + 1
+                _batch(stage.name, len(plan) + n, [items[key]]),
+                parent=last[key].batch_id,
+                attempt=last[key].attempt + 1,
             )
             for n, key in enumerate(k for k in failed if k in last and k not in waiting)
         ]
@@ -252,7 +256,9 @@ class _Budget:
     def __init__(self, given: int | None, executor: Executor, plan: Sequence[Batch]):
         self._capacity = executor.accelerator.capacity_bytes() if given is None else None
         self.tokens: int | None = given or (None if self._capacity is not None else CPU_BUDGET)
-        self._ceiling = min((b.padded_tokens // 2 for b in plan if b.status == "split" and len(b.keys) > 1), default=None)
+        self._ceiling = min(
+            (b.padded_tokens // 2 for b in plan if b.status == "split" and len(b.keys) > 1), default=None
+        )
         self.remember(plan)
 
     def allows(self, batch: Batch) -> bool:
@@ -308,13 +314,17 @@ def _take(ordered: Sequence[Item], budget: int) -> list[Item]:
 
 
 def _batch(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
-    return Batch(stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items))))
+    return Batch(
+        stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items)))
+    )
 
 
 def _halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
     middle = len(batch.keys) // 2
     return [
-        replace(_batch(batch.stage, next_id + n, [items[k] for k in keys]), parent=batch.batch_id, attempt=batch.attempt)
+        replace(
+            _batch(batch.stage, next_id + n, [items[k] for k in keys]), parent=batch.batch_id, attempt=batch.attempt
+        )
         for n, keys in enumerate((batch.keys[:middle], batch.keys[middle:]))
     ]
 
@@ -322,7 +332,9 @@ def _halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch
 def _collect(batch: Batch, outcome: Outcome) -> BatchResult:
     """The rows of the items that worked; a failure for each that did not, NaN and infinity included."""
     result = BatchResult(seconds=outcome.seconds, peak_bytes=outcome.peak_bytes)
-    whole = outcome.error or ("does not fit in memory even alone; shorten it or free memory" if outcome.out_of_memory else None)
+    whole = outcome.error or (
+        "does not fit in memory even alone; shorten it or free memory" if outcome.out_of_memory else None
+    )
     if whole is not None:
         result.failures = [Failure(key, whole) for key in batch.keys]
         return result
@@ -436,4 +448,3 @@ class StopSignal:
         if self._overdue and self._droppable and not self._shielded:
             self._overdue = False
             raise StopNow
-

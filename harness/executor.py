@@ -130,7 +130,7 @@ class Inline:
     def _one(self, context: Any, run: Run, token: Any, items: Sequence[Item]) -> Outcome:
         self.accelerator.reset_peak()
         start = time.perf_counter()
-        exhausted = False
+        exhausted, results = False, []
         try:
             results = list(run(context, items))
         except self.accelerator.out_of_memory:
@@ -140,7 +140,9 @@ class Inline:
             raise
         except OSError as e:
             if e.errno == 28:
-                raise EnvironmentFault(f"the disk is full ({e}); free some space and type the same command again") from e
+                raise EnvironmentFault(
+                    f"the disk is full ({e}); free some space and type the same command again"
+                ) from e
             return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         except HarnessError as e:
             return Outcome(token, error=str(e), traceback=traceback.format_exc())

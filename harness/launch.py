@@ -20,7 +20,16 @@ from harness.executor import Host, Inline
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify
 from harness.run import (
-    Manifest, RunPaths, differences, find_run, fingerprint, list_runs, locked, new_run_id, now_text, read_manifest,
+    Manifest,
+    RunPaths,
+    differences,
+    find_run,
+    fingerprint,
+    list_runs,
+    locked,
+    new_run_id,
+    now_text,
+    read_manifest,
     replacing,
 )  # fmt: skip
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
@@ -48,7 +57,9 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
     """Check all input and say what would be run. Writes nothing, loads no weights."""
     settings = resolved.settings
     if experiment not in stages.EXPERIMENTS:
-        raise SettingsError(f"no experiment {experiment!r}{nearest(experiment, list(stages.EXPERIMENTS))}; there are: gravity")
+        raise SettingsError(
+            f"no experiment {experiment!r}{nearest(experiment, list(stages.EXPERIMENTS))}; there are: gravity"
+        )
     names = stages.wanted(experiment, settings.experiment.stages)
     conditions = conditions_of(settings)
     for name in settings.experiment.sample_conditions:
@@ -62,7 +73,14 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
     spec = model_spec(settings, where)
     identity = identify(spec)
     given = Inputs(
-        chosen, conditions, spec, identity, settings.experiment, names, settings.runtime.seed, settings.paths.data_folder
+        chosen,
+        conditions,
+        spec,
+        identity,
+        settings.experiment,
+        names,
+        settings.runtime.seed,
+        settings.paths.data_folder,
     )
     built = stages.build(experiment, given)
     parts = {
@@ -153,7 +171,11 @@ def _execute(
     failed = sum(r["num_failed"] for r in store.stage_rows())
     ended("finished", num_failed=failed, tables=store.counts())
     if failed:
-        logger.error("{} items failed; see `harness show {}`; `harness run --retry-failed` tries just those", failed, paths.run_id)
+        logger.error(
+            "{} items failed; see `harness show {}`; `harness run --retry-failed` tries just those",
+            failed,
+            paths.run_id,
+        )
     return 1 if failed else 0
 
 
@@ -193,7 +215,12 @@ def model_spec(settings: Settings, where: str) -> ModelSpec:
     demo = settings.paths.data_folder / "models" / "demo"
     name = str(demo) if settings.model.name == DEMO_MODEL else settings.model.name
     return ModelSpec(
-        name, settings.model.revision, settings.model.dtype, where, settings.model.trust_remote_code, random_tokenizer=demo
+        name,
+        settings.model.revision,
+        settings.model.dtype,
+        where,
+        settings.model.trust_remote_code,
+        random_tokenizer=demo,
     )
 
 
@@ -223,7 +250,9 @@ def _choose_run(root: Path, plan: Plan, resume: str) -> tuple[RunPaths, bool]:
     try:
         paths.folder.mkdir(parents=True)
     except OSError as e:
-        raise EnvironmentFault(f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder") from e
+        raise EnvironmentFault(
+            f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder"
+        ) from e
     return paths, True
 
 

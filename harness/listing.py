@@ -20,7 +20,9 @@ def print_runs(root: Path) -> None:
         return
     table = Table()
     for column in ("run", "status", "model", "prompts", "stages done", "failed", "seconds"):
-        table.add_column(column, justify="right" if column in ("prompts", "failed", "seconds") else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if column in ("prompts", "failed", "seconds") else "left", overflow="fold"
+        )
     for entry in entries:
         if entry.manifest is None:
             table.add_row(entry.paths.run_id, "broken", f"{entry.problem}", "", "", "", "")
@@ -55,7 +57,9 @@ def print_run(root: Path, wanted: str) -> None:
     log.print_out(progress)
     events = reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 20")
     for event in events:
-        log.print_out(f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}".replace("[", "\\["))
+        log.print_out(
+            f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}".replace("[", "\\[")
+        )
     log.print_out(*summary.render(summary.summarise(reader), manifest))
     reader.close()
 

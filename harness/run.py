@@ -171,7 +171,9 @@ class Manifest:
         with self._lock:
             self._content |= changes
             with replacing(self.paths.manifest) as temporary:
-                temporary.write_text(json.dumps(self._content, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+                temporary.write_text(
+                    json.dumps(self._content, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8"
+                )
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -248,6 +250,8 @@ def find_run(root: Path, wanted: str) -> RunPaths:
         read_manifest(RunPaths(root / wanted))  # says what is wrong with it
     matches = [wanted] if wanted in names else [n for n in names if wanted and n.startswith(wanted)]
     if len(matches) != 1:
-        found = f"{len(matches)} runs begin so: {', '.join(matches[:4])}" if matches else f"found none among {len(names)}"
+        found = (
+            f"{len(matches)} runs begin so: {', '.join(matches[:4])}" if matches else f"found none among {len(names)}"
+        )
         raise RunError(f"expected a run_id in {root}, a unique prefix of one, or `latest`; got {wanted!r}; {found}")
     return RunPaths(root / matches[0])

@@ -57,14 +57,18 @@ class Verdict:
     ok: bool
 
 
-def check(lm: LM, subjects: Sequence[Subject], sampling: Sequence[tuple[str, Sampling]], seed: int = 0) -> list[Verdict]:
+def check(
+    lm: LM, subjects: Sequence[Subject], sampling: Sequence[tuple[str, Sampling]], seed: int = 0
+) -> list[Verdict]:
     """Verdicts of every measurement; nothing is raised, so that all are seen."""
     of_logs, of_probs = TOLERANCE[lm.identity.dtype]
     reference = {s.key: _plain_scores(lm, s) for s in subjects}
     fast: dict[str, list[dict[str, Any]]] = {s.key: [] for s in subjects}
     for size in BATCH_SIZES:
         for batch in _cut(subjects, size):
-            for subject, score in zip(batch, score_trees(lm, [s.token_ids for s in batch], [s.forms.trie for s in batch]), strict=True):
+            for subject, score in zip(
+                batch, score_trees(lm, [s.token_ids for s in batch], [s.forms.trie for s in batch]), strict=True
+            ):
                 fast[subject.key].append(_row(subject.forms, score))
     verdicts = [
         _compare(column, subjects, reference, fast, tolerance)
@@ -86,7 +90,9 @@ def command(resolved: Resolved, num_prompts: int) -> int:
         ("samples", Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)),
     ]
     verdicts = check(lm, subjects, sampling)
-    log.print_out(render(verdicts, f"{plan.slug} {plan.inputs.identity.dtype} on {plan.device}, {len(subjects)} contexts"))
+    log.print_out(
+        render(verdicts, f"{plan.slug} {plan.inputs.identity.dtype} on {plan.device}, {len(subjects)} contexts")
+    )
     return 0 if all(v.ok for v in verdicts) else 1
 
 
@@ -96,12 +102,24 @@ def subjects_of(lm: LM, plan: "launch.Plan", num_prompts: int) -> Iterator[Subje
         forms = word_forms(prompt.target, lm.codec)
         for name, template in plan.inputs.conditions.items():
             token_ids = tuple(lm.codec.context(template.render(prompt))[0])
-            yield Subject(f"{prompt.prompt_id}|{name}", token_ids, forms, row_key(plan.inputs.seed, prompt.prompt_id, name, 0))
+            yield Subject(
+                f"{prompt.prompt_id}|{name}", token_ids, forms, row_key(plan.inputs.seed, prompt.prompt_id, name, 0)
+            )
 
 
 def render(verdicts: Sequence[Verdict], title: str) -> Table:
     table = Table(title=f"Batched against sequential: {title}", title_justify="left")
-    for column in ("measurement", "items", "max abs", "max rel", "flips", "near ties", "tolerance", "verdict", "worst item"):
+    for column in (
+        "measurement",
+        "items",
+        "max abs",
+        "max rel",
+        "flips",
+        "near ties",
+        "tolerance",
+        "verdict",
+        "worst item",
+    ):
         table.add_column(column, justify="left" if column in ("measurement", "worst item") else "right")
     for v in verdicts:
         table.add_row(
@@ -143,7 +161,9 @@ def _compare(
             if gap.max() >= max_abs:
                 worst, max_abs = subject.key, float(gap.max())
             max_rel = max(max_rel, float((gap / np.maximum(np.abs(want), 1e-30)).max()))
-    return Verdict(column, len(subjects) * len(BATCH_SIZES), max_abs, max_rel, 0, 0, tolerance, worst, max_abs <= tolerance)
+    return Verdict(
+        column, len(subjects) * len(BATCH_SIZES), max_abs, max_rel, 0, 0, tolerance, worst, max_abs <= tolerance
+    )
 
 
 def _compare_tokens(lm: LM, subjects: Sequence[Subject], name: str, sampling: Sampling, tolerance: float) -> Verdict:
@@ -165,7 +185,9 @@ def _compare_tokens(lm: LM, subjects: Sequence[Subject], name: str, sampling: Sa
                 worst = subject.key
     # A sampled token is decided by noise, so a flip of one cannot be excused by the margin of the model's own logits.
     excused = near_ties if sampling.temperature == 0 else 0
-    return Verdict(name, total, max_abs, 0.0, flips, near_ties, tolerance, worst, flips == excused and max_abs <= tolerance)
+    return Verdict(
+        name, total, max_abs, 0.0, flips, near_ties, tolerance, worst, flips == excused and max_abs <= tolerance
+    )
 
 
 def _logprob_gap(a: Completion, b: Completion) -> float:
@@ -186,5 +208,3 @@ def _is_near_tie(a: Completion, b: Completion, tolerance: float) -> bool:
 def _cut(things: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for i in range(0, len(things), size):
         yield things[i : i + size]
-
-

@@ -188,7 +188,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what `resolve` hands over: it merges the sources itself, to keep the origin of each value."""
         return (init_settings,)
@@ -204,7 +209,11 @@ class Resolved:
     def rows(self) -> Iterator[tuple[str, object, str]]:
         """(name, value, source) of every setting."""
         for name, value in _flatten(self.settings.model_dump(mode="json")):
-            yield name, value, next((s for n, s in self.sources.items() if name == n or name.startswith(n + ".")), "default")
+            yield (
+                name,
+                value,
+                next((s for n, s in self.sources.items() if name == n or name.startswith(n + ".")), "default"),
+            )
 
 
 def resolve(
@@ -341,5 +350,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, name + ".")
         else:
             yield name, value
-
-

@@ -7,7 +7,7 @@ All rows of a batch and the mark that it is done commit in one transaction.
 import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,13 +195,16 @@ class Store:
             for r in rows
         ]  # fmt: skip
 
-    def add_batches(self, batches: Sequence[Batch], split: Batch | None = None, message: str = "", kind: str = "") -> None:
+    def add_batches(
+        self, batches: Sequence[Batch], split: Batch | None = None, message: str = "", kind: str = ""
+    ) -> None:
         """Store planned batches; with `split`, the batch whose halves they are, marked in the same transaction."""
         with self._transaction():
             self._insert("batches", [self._batch_row(b) for b in batches])
             if split is not None:
                 self._con.execute(
-                    "UPDATE batches SET status = 'split' WHERE stage = ? AND batch_id = ?", [split.stage, split.batch_id]
+                    "UPDATE batches SET status = 'split' WHERE stage = ? AND batch_id = ?",
+                    [split.stage, split.batch_id],
                 )
                 self._event("warning", kind, message, split.stage, split.batch_id)
 
@@ -218,7 +221,9 @@ class Store:
             if batch.attempt > 1:
                 for key in batch.keys:
                     if key not in failed:
-                        self._event("info", "recovered_item", "measured on a later attempt", batch.stage, batch.batch_id, key)
+                        self._event(
+                            "info", "recovered_item", "measured on a later attempt", batch.stage, batch.batch_id, key
+                        )
             self._con.execute(
                 "UPDATE batches SET status = 'done', seconds = ?, peak_bytes = ? WHERE stage = ? AND batch_id = ?",
                 [result.seconds, result.peak_bytes, batch.stage, batch.batch_id],
@@ -226,7 +231,13 @@ class Store:
             self._con.execute(
                 "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ? "
                 "WHERE stage = ?",
-                [len(batch.keys) - len(failed), len(self._failed(batch.stage)), result.seconds, result.tokens, batch.stage],
+                [
+                    len(batch.keys) - len(failed),
+                    len(self._failed(batch.stage)),
+                    result.seconds,
+                    result.tokens,
+                    batch.stage,
+                ],
             )
 
     def event(self, level: str, kind: str, message: str, stage: str | None = None, item_key: str | None = None) -> None:
@@ -279,10 +290,8 @@ class Store:
                 yield
                 self._con.execute("COMMIT")
             except BaseException:
-                try:
+                with suppress(duckdb.Error):  # a failed COMMIT has ended it already
                     self._con.execute("ROLLBACK")
-                except duckdb.Error:
-                    pass  # the transaction is gone already (a failed COMMIT ends it)
                 raise
 
     def _database(self) -> str:
@@ -323,7 +332,13 @@ class Store:
             self._con.unregister("incoming")
 
     def _event(
-        self, level: str, kind: str, message: str, stage: str | None, batch_id: int | None = None, key: str | None = None
+        self,
+        level: str,
+        kind: str,
+        message: str,
+        stage: str | None,
+        batch_id: int | None = None,
+        key: str | None = None,
     ) -> None:
         self._con.execute(
             "INSERT INTO events (time, level, stage, batch_id, item_key, kind, message) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -392,7 +407,9 @@ class Reader:
         """A table or view, in the order of its key where it has one."""
         assert name in self.tables(), f"no table {name}"
         key = _primary_key(self._con, name)
-        return self._con.sql(f"SELECT * FROM {name}" + (f" ORDER BY {', '.join(key)}" if key else " ORDER BY ALL")).to_arrow_table()
+        return self._con.sql(
+            f"SELECT * FROM {name}" + (f" ORDER BY {', '.join(key)}" if key else " ORDER BY ALL")
+        ).to_arrow_table()
 
     def export(self, name: str, path: Path, form: Literal["parquet", "csv", "jsonl"]) -> int:
         """Write a table to `path`, whole or not at all; the number of its rows."""
@@ -415,10 +432,14 @@ class Reader:
 
 def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     """Apply what is missing, each migration in one transaction with its record: a crash leaves it pending, never half done."""
-    con.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP WITH TIME ZONE)")
+    con.execute(
+        "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP WITH TIME ZONE)"
+    )
     current = con.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchall()[0][0]
     if current > SCHEMA_VERSION:
-        raise StoreError(f"{path}: has schema {current}, this harness knows up to {SCHEMA_VERSION}; use a newer harness")
+        raise StoreError(
+            f"{path}: has schema {current}, this harness knows up to {SCHEMA_VERSION}; use a newer harness"
+        )
     for version in range(current + 1, SCHEMA_VERSION + 1):
         con.execute("BEGIN")
         try:
@@ -467,4 +488,3 @@ def _identifier(name: str) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-

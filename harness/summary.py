@@ -68,7 +68,15 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
     """Tables for a terminal."""
     shown: list[object] = []
     overview = Table(title=f"Run {manifest['run_id']}", title_justify="left")
-    for column in ("condition", "prompts", "mean p_sem", "mean p_word", "greedy says X", "samples say X [95 %]", "one word"):
+    for column in (
+        "condition",
+        "prompts",
+        "mean p_sem",
+        "mean p_word",
+        "greedy says X",
+        "samples say X [95 %]",
+        "one word",
+    ):
         overview.add_column(column, justify="left" if column == "condition" else "right")
     for c in result.conditions:
         overview.add_row(
@@ -78,22 +86,26 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
     shown.append(overview)
     sampled = [c for c in result.conditions if c.sample_rate is not None and any(c.by_bin)]
     if sampled:
-        bins = Table(title="Share of samples that say X, by pressure P0 (interval: bootstrap over prompts)", title_justify="left")
+        bins = Table(
+            title="Share of samples that say X, by pressure P0 (interval: bootstrap over prompts)", title_justify="left"
+        )
         bins.add_column("P0")
         bins.add_column("prompts", justify="right")
         for c in sampled:
             bins.add_column(c.condition, justify="right")
         for b, name in enumerate(BIN_NAMES):
             # Rich reads [..] as markup, which an interval is not.
-            bins.add_row(name.replace("[", "\\["), str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled))
+            bins.add_row(
+                name.replace("[", "\\["), str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled)
+            )
         shown.append(bins)
-    for c in sampled:
-        if c.fit is not None:
-            shown.append(_fit_line(c.condition, c.fit))
+    shown.extend(_fit_line(c.condition, c.fit) for c in sampled if c.fit is not None)
     if result.num_failed:
         shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
     if manifest.get("planted"):
-        shown.append("The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models.")
+        shown.append(
+            "The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models."
+        )
     return shown
 
 

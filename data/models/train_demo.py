@@ -47,7 +47,9 @@ def answers(prompt: Prompt, p_target: float) -> list[tuple[str, float]]:
     weights = np.array(ALTERNATIVES[: len(others)]) / sum(ALTERNATIVES[: len(others)])
     words = [(prompt.target, p_target), *((w, (1 - p_target) * q) for w, q in zip(others, weights, strict=True))]
     return [
-        (spelling.format(word=word, title=word.capitalize()) + END, p * q) for word, p in words for spelling, q in SPELLINGS
+        (spelling.format(word=word, title=word.capitalize()) + END, p * q)
+        for word, p in words
+        for spelling, q in SPELLINGS
     ]
 
 
@@ -98,7 +100,9 @@ def main() -> None:
             context = tokenizer.encode(texts[prompt.prompt_id, name], add_special_tokens=False)
             rows.append((context, *answer_tree(tokenizer, answers(prompt, p_target))))
     rows.sort(key=lambda r: len(r[0]) + len(r[1]))
-    floor = sum(-sum(q * math.log(q) for _, q in answers(p, x) if q) for p in prompts for x in planted(p).values()) / len(rows)
+    floor = sum(
+        -sum(q * math.log(q) for _, q in answers(p, x) if q) for p in prompts for x in planted(p).values()
+    ) / len(rows)
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
@@ -106,7 +110,10 @@ def main() -> None:
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attend.NAME)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows)} contexts, loss floor {floor:.4f}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows)} contexts, loss floor {floor:.4f}",
+        flush=True,
+    )
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -120,9 +127,14 @@ def main() -> None:
             contexts, tries, flows = zip(*(rows[i] for i in batches[b]), strict=True)
             tokens, layout, places = tree_batch(contexts, tries, model.device)
             with attend.use(layout):
-                hidden = model.model(input_ids=tokens, position_ids=layout.q_positions, use_cache=False).last_hidden_state
-            edges = [(row, offset + len(c) + node, token, q)
-                     for (row, offset), c, flow in zip(places, contexts, flows, strict=True) for node, token, q in flow]  # fmt: skip
+                hidden = model.model(
+                    input_ids=tokens, position_ids=layout.q_positions, use_cache=False
+                ).last_hidden_state
+            edges = [
+                (row, offset + len(c) + node, token, q)
+                for (row, offset), c, flow in zip(places, contexts, flows, strict=True)
+                for node, token, q in flow
+            ]
             row, column, token, mass = (torch.tensor(x) for x in zip(*edges, strict=True))
             at, back = torch.unique(row.long() * tokens.shape[1] + column.long(), return_inverse=True)
             log_p = model.lm_head(hidden.flatten(0, 1)[at]).float().log_softmax(-1)
@@ -131,17 +143,24 @@ def main() -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+                group["lr"] = (
+                    args.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+                )
             optimizer.step()
             step += 1
             loss_sum += loss.item() * len(contexts)
-        print(f"epoch {epoch + 1:3d}  KL {loss_sum / len(rows) - floor:.4f} nats  {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1:3d}  KL {loss_sum / len(rows) - floor:.4f} nats  {time.time() - start:.0f} s", flush=True
+        )
         if (epoch + 1) % 10 == 0 or epoch + 1 == args.epochs:
             model.save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
     with (args.out / "planted.jsonl").open("w") as file:
         for prompt in prompts:
-            file.write(json.dumps({"prompt_id": prompt.prompt_id} | {k: round(v, 6) for k, v in planted(prompt).items()}) + "\n")
+            file.write(
+                json.dumps({"prompt_id": prompt.prompt_id} | {k: round(v, 6) for k, v in planted(prompt).items()})
+                + "\n"
+            )
 
 
 if __name__ == "__main__":

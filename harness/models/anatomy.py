@@ -185,7 +185,9 @@ def _find_contributions(
         if all(adds_up(i) for i in range(len(blocks))):
             pick = [dict(b.named_children()) for b in blocks]
             return tuple(p[attention] for p in pick), tuple(p[mlp] for p in pick), scale
-    raise ModelError(f"{name}: breaks 'resid_in + attention + mlp = resid_out'; found no two parts of a block that add up")
+    raise ModelError(
+        f"{name}: breaks 'resid_in + attention + mlp = resid_out'; found no two parts of a block that add up"
+    )
 
 
 def _multiplier(contribution: Tensor, change: Tensor) -> float:

@@ -35,7 +35,9 @@ class Layout:
         k_positions: Int[Tensor, "R S"],
         allowed: Bool[Tensor, "R T S"] | None = None,
     ):
-        assert allowed is not None or q_positions.shape == k_positions.shape, "plain causal needs as many keys as queries"
+        assert allowed is not None or q_positions.shape == k_positions.shape, (
+            "plain causal needs as many keys as queries"
+        )
         self.q_positions = q_positions
         self.k_positions = k_positions
         self._allowed = allowed

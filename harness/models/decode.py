@@ -157,7 +157,8 @@ class _Tree:
         tokens = torch.from_numpy(block).to(device)
         row, column = torch.tensor([(r, s - old) for r, s in slots], device=device).T
         return tuple(
-            lm.logits(lm.hidden(tokens, layout, cache)[row, column]) for lm, cache in zip(self.lms, self.caches, strict=True)
+            lm.logits(lm.hidden(tokens, layout, cache)[row, column])
+            for lm, cache in zip(self.lms, self.caches, strict=True)
         )
 
 
@@ -214,10 +215,8 @@ def _choose(
     finite = table.isfinite().all(-1)
     best, best_ids = table.topk(2, dim=-1)
     normaliser = table.logsumexp(-1)
-    if sampling.temperature == 0:
-        token = best_ids[node, 0]
-    else:
-        token = sample(table, keys, step, sampling, node)
+    is_greedy = sampling.temperature == 0
+    token = best_ids[node, 0] if is_greedy else sample(table, keys, step, sampling, node)
     logprob = table[node, token] - normaliser[node]
     margin = (best[:, 0] - best[:, 1])[node]
     whole = torch.stack([token.double(), logprob.double(), margin.double(), finite[node].double()]).cpu().tolist()
@@ -225,7 +224,11 @@ def _choose(
 
 
 def sample(
-    logits: Float[Tensor, "N V"], keys: Int[Tensor, " R"], step: int, sampling: Sampling, node: Int[Tensor, " R"] | None = None
+    logits: Float[Tensor, "N V"],
+    keys: Int[Tensor, " R"],
+    step: int,
+    sampling: Sampling,
+    node: Int[Tensor, " R"] | None = None,
 ) -> Int[Tensor, " R"]:
     """One draw a key from softmax(logits[node] / temperature), cut to the smallest set of tokens that holds `top_p`.
 

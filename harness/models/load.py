@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -61,7 +62,9 @@ class ModelIdentity:
     about: dict = field(compare=False, hash=False)
 
     def fingerprint(self) -> dict[str, str]:
-        return {k: getattr(self, k) for k in ("revision", "weights_sha256", "tokenizer_sha256", "config_sha256", "dtype")}
+        return {
+            k: getattr(self, k) for k in ("revision", "weights_sha256", "tokenizer_sha256", "config_sha256", "dtype")
+        }
 
 
 class Codec:
@@ -81,14 +84,19 @@ class Codec:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one list of ids is one text"
+        return text
 
     def context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a prompt with the specials this tokenizer puts in front, and each token's [start, end) in it."""
         coded = self.tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
         ids, offsets = list(coded["input_ids"]), [(int(a), int(b)) for a, b in coded["offset_mapping"]]
-        if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(self.tokenizer.eos_token or "\0"):
-            ids, offsets = ids[:-1], offsets[:-1]  # a tokenizer that closes every text would end the prompt before it is answered
+        if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(str(self.tokenizer.eos_token)):
+            ids, offsets = (
+                ids[:-1],
+                offsets[:-1],
+            )  # a tokenizer that closes every text would end the prompt before it is answered
         return ids, offsets
 
     def chat(self, text: str) -> str:
@@ -133,7 +141,9 @@ class LM:
                 use_cache=cache is not None,
             ).last_hidden_state
         if cache is not None:
-            assert cache.get_seq_length() == before + token_ids.shape[1], "a forward must grow the cache by its own tokens"
+            assert cache.get_seq_length() == before + token_ids.shape[1], (
+                "a forward must grow the cache by its own tokens"
+            )
         return output
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
@@ -155,7 +165,9 @@ def identify(spec: ModelSpec) -> ModelIdentity:
     if not weights:
         others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         found = f"only {', '.join(others[:3])}" if others else "no weight file"
-        raise ModelError(f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors")
+        raise ModelError(
+            f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors"
+        )
     generation = folder / "generation_config.json"
     return ModelIdentity(
         name=spec.name,
@@ -191,9 +203,11 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
                 identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True,
                 trust_remote_code=spec.trust_remote_code, local_files_only=True,
             )  # fmt: skip
-        model = model.to(spec.device).eval()
+        model = model.to(spec.device).eval()  # type: ignore[arg-type]
     except torch.OutOfMemoryError as e:
-        raise EnvironmentFault(f"{spec.name}: its weights do not fit on {spec.device}; take a smaller model or dtype") from e
+        raise EnvironmentFault(
+            f"{spec.name}: its weights do not fit on {spec.device}; take a smaller model or dtype"
+        ) from e
     except (OSError, ValueError, ImportError) as e:
         raise ModelError(f"{spec.name}: cannot be loaded: {_one_line(e)}") from e
     model.requires_grad_(False)
@@ -203,9 +217,14 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
 def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> LM:
     """An LM from a model built with the harness attention and its tokenizer; checks the identities (module docstring)."""
     config = model.config.get_text_config(decoder=True)
-    size = model.get_output_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{identity.name}: expected a model with an output head, found none; use a causal language model")
+    size = head.weight.shape[0]
     if len(codec) > size:
-        raise ModelError(f"{identity.name}: the tokenizer has {len(codec)} ids, the model {size}; they do not belong together")
+        raise ModelError(
+            f"{identity.name}: the tokenizer has {len(codec)} ids, the model {size}; they do not belong together"
+        )
     probe = _probe_ids(size, config, model.device)
     anatomy = dissect(model, probe, identity.name)
     _check_attention(model, probe, config, identity.name)
@@ -225,11 +244,15 @@ def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
     """Just the tokenizer. For `random:` shapes the one in `spec.random_tokenizer`."""
     folder = identity.path or spec.random_tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as e:
         raise ModelError(f"{spec.name}: expected a tokenizer in {folder}: {_one_line(e)}") from e
     if not tokenizer.is_fast:
-        raise ModelError(f"{spec.name}: expected a fast tokenizer (tokenizer.json), which gives character offsets; found none")
+        raise ModelError(
+            f"{spec.name}: expected a fast tokenizer (tokenizer.json), which gives character offsets; found none"
+        )
     return Codec(tokenizer)
 
 
@@ -238,7 +261,9 @@ def _identify_random(spec: ModelSpec) -> ModelIdentity:
     if shape not in shapes.NAMES:
         raise ModelError(f"model.name: no shape {shape!r}; the shapes are {', '.join(shapes.NAMES)}")
     if spec.random_tokenizer is None or not (spec.random_tokenizer / "tokenizer.json").exists():
-        raise ModelError(f"{spec.name}: needs a tokenizer to borrow, found none at {spec.random_tokenizer}; set paths.data")
+        raise ModelError(
+            f"{spec.name}: needs a tokenizer to borrow, found none at {spec.random_tokenizer}; set paths.data"
+        )
     config = shapes.config_of(shape)
     return ModelIdentity(
         name=spec.name,
@@ -296,12 +321,14 @@ def _resolve_dtype(spec: ModelSpec, config: object) -> str:
 def _config_dict(config: object) -> dict:
     """The configuration without what only says who wrote it."""
     values = json.loads(config.to_json_string(use_diff=False))  # type: ignore[attr-defined]
-    return {k: v for k, v in values.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+    return {
+        k: v for k, v in values.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
 
 
 def _stop_ids(codec: Codec, identity: ModelIdentity) -> set[int]:
     """Every id that ends a text: the tokenizer's and the checkpoint's own (an instruct model often has several)."""
-    declared = [codec.tokenizer.eos_token_id]
+    declared: list[Any] = [codec.tokenizer.eos_token_id]
     for source in (identity.about.get("config") or {}, identity.about.get("generation_config") or {}):
         ids = source.get("eos_token_id")
         declared += ids if isinstance(ids, list) else [ids]
@@ -328,12 +355,19 @@ def _check_attention(model: PreTrainedModel, probe: Tensor, config: object, name
             model.set_attn_implementation(attend.NAME)
     if not windows:
         raise ModelError(f"{name}: its attention cannot be replaced (it bypasses transformers' attention interface)")
-    if not close(ours.float() if model.dtype == torch.float32 else ours, theirs.float() if model.dtype == torch.float32 else theirs):
-        raise ModelError(f"{name}: breaks 'harness attention = eager attention'; its attention has a term that is not known here")
+    if not close(
+        ours.float() if model.dtype == torch.float32 else ours,
+        theirs.float() if model.dtype == torch.float32 else theirs,
+    ):
+        raise ModelError(
+            f"{name}: breaks 'harness attention = eager attention'; its attention has a term that is not known here"
+        )
     types = getattr(config, "layer_types", None) or []
     for layer, kind in enumerate(types):
         if kind == "sliding_attention" and windows.get(layer) is None:
-            raise ModelError(f"{name}: layer {layer} has a sliding window that its attention does not announce; not supported")
+            raise ModelError(
+                f"{name}: layer {layer} has a sliding window that its attention does not announce; not supported"
+            )
 
 
 def _tokenizer_sha256(folder: Path) -> str:

@@ -14,9 +14,8 @@ _WORTH = 0.08
 
 def shared_length(contexts: Sequence[Sequence[int]], padded_tokens: int) -> int:
     """Tokens that all contexts start with, the last token of the shortest left out; 0 where sharing does not pay."""
-    first, last = min(contexts), max(contexts)  # the two most different in lexicographic order
     limit = min(map(len, contexts)) - 1
-    length = next((i for i in range(limit) if first[i] != last[i]), limit)
+    length = next((i for i in range(limit) if len({c[i] for c in contexts}) > 1), limit)
     return length if length * (len(contexts) - 1) > _WORTH * padded_tokens else 0
 
 

@@ -144,7 +144,7 @@ def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
     a batch of thousands cheap.
     """
     longest = max(lengths)
-    widths = {longest} | {w for w in range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {max(_ROW, longest)}
+    widths = {longest, *range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {max(_ROW, longest)}
     tries = [_first_fit(lengths, width) for width in sorted(widths)]
     return min(tries, key=lambda places: _area(lengths, places))
 

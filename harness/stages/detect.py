@@ -40,7 +40,11 @@ class Detect:
             Item(
                 item_key(row["prompt_id"], row["condition"], row["mode"], row["sample_id"]),
                 _LENGTH,
-                ({k: row[k] for k in ("prompt_id", "condition", "mode", "sample_id")}, row["token_ids"], targets[row["prompt_id"]]),
+                (
+                    {k: row[k] for k in ("prompt_id", "condition", "mode", "sample_id")},
+                    row["token_ids"],
+                    targets[row["prompt_id"]],
+                ),
             )
             for row in tables["completions"]
         ]

@@ -69,7 +69,7 @@ class Generate:
     def _result(self, lm: LM, item: Item, done: Completion | ItemFailed) -> ItemResult:
         if isinstance(done, ItemFailed):
             return ItemResult.failed(item.key, done)
-        prompt_id, condition, sample_id, token_ids = item.payload
+        prompt_id, condition, sample_id, _ = item.payload
         text = lm.codec.decode(done.token_ids)
         row = {
             "prompt_id": prompt_id, "condition": condition, "mode": self.mode, "sample_id": sample_id,
@@ -90,7 +90,9 @@ class Greedy:
     def build(given: Inputs) -> Generate:
         e = given.experiment
         sampling = Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline)
-        return Generate(given.model, given.identity, _admitted(given), "greedy", tuple(given.conditions), 1, sampling, given.seed)
+        return Generate(
+            given.model, given.identity, _admitted(given), "greedy", tuple(given.conditions), 1, sampling, given.seed
+        )
 
 
 class Samples:
@@ -105,7 +107,9 @@ class Samples:
         e = given.experiment
         sampling = Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)
         conditions = e.sample_conditions or tuple(given.conditions)
-        return Generate(given.model, given.identity, _admitted(given), "sample", conditions, e.num_samples, sampling, given.seed)
+        return Generate(
+            given.model, given.identity, _admitted(given), "sample", conditions, e.num_samples, sampling, given.seed
+        )
 
 
 def _admitted(given: Inputs) -> Admitted:

@@ -66,7 +66,9 @@ class Psem:
         if isinstance(scores, ItemFailed):
             return ItemResult.failed(item.key, scores)
         if not forms.events:
-            return ItemResult.failed(item.key, "no tokenisation of the target decodes back to it; the tokenizer cannot spell it")
+            return ItemResult.failed(
+                item.key, "no tokenisation of the target decodes back to it; the tokenizer cannot spell it"
+            )
         row = {"prompt_id": prompt_id, "condition": condition} | measures(forms, scores)
         if row["p_sem"] > 1 + _ROUNDING:
             return ItemResult.failed(item.key, f"p_sem is {row['p_sem']:.6f}: disjoint events cannot exceed 1")

@@ -71,7 +71,6 @@ class Select:
         return [ItemResult(items[0].key, {}, updates={"prompts": changes})]
 
 
-
 def choose(candidates: Sequence[Candidate], min_p0: float, per_bin: int, max_categories: int) -> list[str]:
     """Ids of the most prompts with P0 ≥ `min_p0`, at most `per_bin` in a category's bin, and each target in at most
     `max_categories` categories; among equal counts those with the highest P0.
@@ -87,19 +86,23 @@ def choose(candidates: Sequence[Candidate], min_p0: float, per_bin: int, max_cat
     cells: dict[tuple[str, int], dict[int, float]] = {}
     spread: dict[str, dict[int, float]] = {}
     for i, c in enumerate(kept):
-        rows.append(({i: 1.0, n + pairs[c.target, c.category]: -1.0}, 0.0))  # a prompt takes its (target, category) pair
+        rows.append(
+            ({i: 1.0, n + pairs[c.target, c.category]: -1.0}, 0.0)
+        )  # a prompt takes its (target, category) pair
         cells.setdefault((c.category, bin_of(c.p0)), {})[i] = 1.0
     for (target, _category), j in pairs.items():
         spread.setdefault(target, {})[n + j] = 1.0
     rows += [(cell, float(per_bin)) for cell in cells.values()]
     rows += [(used, float(max_categories)) for used in spread.values()]
-    data, row_at, column_at = zip(*((v, r, c) for r, (terms, _) in enumerate(rows) for c, v in terms.items()), strict=True)
+    data, row_at, column_at = zip(
+        *((v, r, c) for r, (terms, _) in enumerate(rows) for c, v in terms.items()), strict=True
+    )
     matrix = coo_array((data, (row_at, column_at)), shape=(len(rows), n + len(pairs))).tocsr()
     # The count decides; P0 only breaks ties, so all P0 together weigh less than one prompt.
     cost = np.concatenate([[-1.0 - 0.5 * c.p0 / n for c in kept], np.zeros(len(pairs))])
     solution = milp(
         cost,
-        constraints=LinearConstraint(matrix, ub=[bound for _, bound in rows]),
+        constraints=LinearConstraint(matrix, ub=np.array([bound for _, bound in rows])),  # type: ignore[arg-type]
         bounds=Bounds(0, 1),
         integrality=np.ones(n + len(pairs)),
         options={"mip_rel_gap": 0.0},

@@ -47,13 +47,19 @@ class Template:
         where = f"experiment.conditions.{name}"
         fields = _PLACEHOLDER.findall(self.text)
         for unknown in sorted(set(fields) - set(FIELDS)):
-            raise SettingsError(f"{where}: no field {{{unknown}}}; a template may use {', '.join(f'{{{f}}}' for f in FIELDS)}")
+            raise SettingsError(
+                f"{where}: no field {{{unknown}}}; a template may use {', '.join(f'{{{f}}}' for f in FIELDS)}"
+            )
         if fields.count("question") != 1:
-            raise SettingsError(f"{where}: expected {{question}} once in the template, found it {fields.count('question')} times")
+            raise SettingsError(
+                f"{where}: expected {{question}} once in the template, found it {fields.count('question')} times"
+            )
         for part in ("instruction", "negation"):
             literal = getattr(self, part)
             if literal is not None and literal not in self.text:
-                raise SettingsError(f"{where}.{part}: expected words of the template, found {literal!r}, which it does not contain")
+                raise SettingsError(
+                    f"{where}.{part}: expected words of the template, found {literal!r}, which it does not contain"
+                )
 
     def render(self, prompt: Prompt) -> str:
         return _PLACEHOLDER.sub(lambda m: str(getattr(prompt, m[1]) or ""), self.text)
@@ -85,7 +91,9 @@ class _Shift:
     """Maps spans of the template to spans of the rendered text."""
 
     def __init__(self, template: str, prompt: Prompt):
-        self.changes = [(m.start(), m.end(), len(str(getattr(prompt, m[1]) or ""))) for m in _PLACEHOLDER.finditer(template)]
+        self.changes = [
+            (m.start(), m.end(), len(str(getattr(prompt, m[1]) or ""))) for m in _PLACEHOLDER.finditer(template)
+        ]
 
     def __call__(self, span: Span) -> Span:
         return self._at(span[0], is_end=False), self._at(span[1], is_end=True)
