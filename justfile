@@ -50,3 +50,7 @@ lock:
     { sed -n '/^#/p' requirements.lock; .lock-venv/bin/pip freeze --exclude harness | sed 's/+cpu$//'; } > requirements.lock.new
     mv requirements.lock.new requirements.lock
     rm -rf .lock-venv build harness.egg-info
+
+# the image: `just docker`, then `docker run --gpus all -v $PWD/runs:/runs harness run`
+docker *ARGS:
+    docker build -f docker/Dockerfile -t harness --build-arg REVISION=$(git rev-parse HEAD) {{ARGS}} .

@@ -43,19 +43,15 @@ def as_text(value: object) -> str:
 
 
 def toml_file(folder: Path, values: dict[str, Any]) -> Path:
-    """A settings file with each dotted name under its own [section]; JSON values of these kinds are TOML too."""
+    """A settings file of these dotted names; JSON's spelling of these kinds of values is TOML's too."""
 
     def spell(value: object) -> str:
         if isinstance(value, dict):
             return "{" + ", ".join(f"{json.dumps(k)} = {spell(v)}" for k, v in value.items()) + "}"
         return json.dumps(value)
 
-    lines = []
-    for name, value in values.items():
-        section, _, key = name.rpartition(".")
-        lines += [f"[{section}]", f"{key} = {spell(value)}"]
     path = folder / "settings.toml"
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    path.write_text("".join(f"{name} = {spell(value)}\n" for name, value in values.items()), "utf-8")
     return path
 
 

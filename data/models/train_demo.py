@@ -82,9 +82,9 @@ def answer_tree(tokenizer: PreTrainedTokenizerFast, choices: list[tuple[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=90)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--batch", type=int, default=64, help="contexts a step")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=DATA / "models" / "demo")
     args = parser.parse_args()
     torch.manual_seed(0)
