@@ -38,9 +38,12 @@ def packages() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
 
 
-def lock_sha256() -> str | None:
-    lock = ROOT / "requirements.lock"
-    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
+def lock_sha256(data_folder: Path) -> str | None:
+    """Hash of requirements.lock, which stands beside the code, or beside the data folder where the code is installed."""
+    for lock in (ROOT / "requirements.lock", data_folder.parent / "requirements.lock"):
+        if lock.exists():
+            return hashlib.sha256(lock.read_bytes()).hexdigest()
+    return None
 
 
 def machine() -> dict[str, Any]:

@@ -283,7 +283,7 @@ def _manifest(
         "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
         "code": environment.code(),
         "packages": environment.packages(),
-        "lock_sha256": environment.lock_sha256(),
+        "lock_sha256": environment.lock_sha256(resolved.settings.paths.data_folder),
         "machine": environment.machine(),
         "device": plan.device,
         "threads": threads,

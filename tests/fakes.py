@@ -172,6 +172,13 @@ def rows_of(folder: Path, table: str) -> list[Row]:
         return store.table(table)
 
 
+def events_of(folder: Path, kind: str) -> dict[str | None, str]:
+    """Message by item of the events of a kind."""
+    with Store(RunPaths(folder).results) as store:
+        rows = store.query("SELECT item_key, message FROM events WHERE kind = ? ORDER BY event_id", [kind])
+    return {r["item_key"]: r["message"] for r in rows}
+
+
 def plan_of(folder: Path) -> list[tuple[Any, ...]]:
     """The stored plan of all stages: everything of `batches` but what a clock or a memory gauge says."""
     names = ("stage", "batch_id", "parent", "status", "keys", "num_items", "padded_tokens", "attempt")

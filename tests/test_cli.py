@@ -1,0 +1,815 @@
+"""The command line as people meet it: what each command prints, where, and the exit code it ends with."""
+
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.cli import main
+from harness.errors import ItemFailed
+from harness.settings import field_names
+from harness.stages import psem
+from harness.stages.select import Candidate, choose
+from harness.stats import bin_of
+from harness.text.prompts import read_prompts
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+Row = dict[str, Any]
+ROWS: tuple[Row, ...] = (
+    {"prompt_id": "milk", "category": "idioms", "question": "Fill the blank: there's no use crying over spilled ____.",
+     "target": "milk", "style": "blank_end", "alternatives": ["water", "wine", "juice"]},
+    {"prompt_id": "worm", "category": "idioms", "question": "The early bird catches the ____.", "target": "worm"},
+    {"prompt_id": "paris", "category": "facts", "question": "What is the capital of France?", "target": "Paris"},
+)  # fmt: skip
+BAN = "Answer with exactly one English word.\nAvoid words of the kind {category}.\nQuestion: {question}\nAnswer:"
+REFRAME = 'Answer with exactly one English word.\nPick any word but "{target}".\nQuestion: {question}\nAnswer:'
+
+
+class Told(NamedTuple):
+    """What a command left behind: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def harness(*args: object) -> Told:
+    """One command in this process, as a shell would see it."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(a) for a in args])
+    return Told(code, out.getvalue(), err.getvalue())
+
+
+def refused(told: Told, code: int = 2) -> str:
+    """The one line that a refused command prints, on stderr and nowhere else."""
+    assert (told.code, told.out) == (code, ""), told
+    assert re.fullmatch(r"harness: [^\n]+\n", told.err), told.err
+    assert "Traceback" not in told.err
+    return told.err.removeprefix("harness: ").rstrip("\n")
+
+
+def prompt_file(folder: Path, rows: Sequence[Row] = ROWS, name: str = "prompts.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return path
+
+
+def run_folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.glob("*") if p.is_dir())
+
+
+def only_run(root: Path) -> Path:
+    (folder,) = run_folders(root)
+    return folder
+
+
+def query(run: Path, sql: str) -> list[tuple]:
+    """Rows of a run's snapshot."""
+    with duckdb.connect(":memory:") as con:
+        con.execute(f"ATTACH '{run / 'live.duckdb'}' AS run (READ_ONLY); USE run")
+        return con.execute(sql).fetchall()
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return json.loads((run / "manifest.json").read_text())
+
+
+class Finished(NamedTuple):
+    """A finished run of three prompts, how it was started and what it said."""
+
+    root: Path
+    run: Path
+    args: tuple[object, ...]
+    told: Told
+
+
+SECRET = "hf-not-to-be-told-7f3a"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Started with secrets in the environment, and two rows that are no prompts. Tests read it and change nothing."""
+    folder = tmp_path_factory.mktemp("finished")
+    broken = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id": "y", "target": "bird"})
+    prompts = prompt_file(folder, (ROWS[0], broken[0], *ROWS[1:], broken[1]))
+    root = folder / "runs"
+    args = ("run", "--prompts", prompts, "--paths.runs", root, "--experiment.num_samples", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FAKE_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, SECRET)
+        told = harness(*args)
+    assert told.code == 0, told.err
+    return Finished(root, only_run(root), args, told)
+
+
+# Bad input: one line, exit 2, nothing written
+
+GOOD_LINE = json.dumps(ROWS[0]).encode() + b"\n"
+BAD_FILES: dict[str, tuple[str, bytes]] = {
+    "no suffix": ("prompts", GOOD_LINE), "unknown suffix": ("prompts.txt", GOOD_LINE), "empty": ("p.jsonl", b""),
+    "only blank lines": ("p.jsonl", b"\n \n"), "only a header": ("p.csv", b"category,question,target\n"),
+    "not json": ("p.jsonl", GOOD_LINE + b"{oops}\n"), "cut short": ("p.jsonl", GOOD_LINE + GOOD_LINE[:40]),
+    "no object": ("p.jsonl", b"[1, 2]\n"), "a key twice": ("p.jsonl", b'{"target": "a", "target": "b"}\n'),
+    "missing field": ("p.jsonl", b'{"category": "a", "question": "b"}\n'),
+    "missing column": ("p.csv", b"category,question\na,b\n"),
+    "a column twice": ("p.csv", b"category,question,target,target\na,b,c,d\n"),
+    "semicolons": ("p.csv", b"category;question;target\na;b;cc\n"),
+    "too many cells": ("p.csv", b"category,question,target\na,b,cc,d\n"),
+    "too few cells": ("p.csv", b"category,question,target\na,b\n"),
+    "open quote": ("p.csv", b'category,question,target\na,"b,cc\n'),
+    "not utf-8": ("p.jsonl", GOOD_LINE + GOOD_LINE.replace(b"milk", b"m\xe9lk")),
+    "utf-16": ("p.jsonl", GOOD_LINE.decode().encode("utf-16")), "a NUL": ("p.jsonl", GOOD_LINE + b"\0"),
+    "no parquet": ("p.parquet", b"PAR1 and then nothing"), "an empty parquet": ("p.parquet", b""),
+    "ids twice": ("p.jsonl", GOOD_LINE + GOOD_LINE.replace(b"crying", b"weeping")),
+    "a number": ("p.jsonl", GOOD_LINE.replace(b'"target": "milk"', b'"target": 3')),
+    "a text for a list": ("p.jsonl", GOOD_LINE.replace(b'["water", "wine", "juice"]', b'"water"')),
+    "no row keeps the rules": ("p.jsonl", GOOD_LINE.replace(b"milk", b"m1lk")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_prompt_file_is_one_line_and_exit_2_and_no_run(tmp_path: Path, kind: str) -> None:
+    name, content = BAD_FILES[kind]
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = refused(harness("run", "--prompts", path, "--paths.runs", tmp_path / "runs"))
+    assert name in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_file_that_is_not_there_or_a_folder_is_one_line_and_no_run(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        assert str(path) in refused(harness("run", "--prompts", path, "--paths.runs", tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [(["rum"], r"'rum'.*'run'"), (["run", "--modle", "x"], "no such argument --modle; did you mean '--model'"),
+     (["run", "--experiment.topp=1"], "no such argument --experiment.topp=1; did you mean '--experiment.top_p'"),
+     (["run", "--lim", "3"], "no such argument --lim; did you mean '--limit'"), (["run", "--limit"], "--limit"),
+     (["run", "gravitas"], "no experiment 'gravitas'; did you mean 'gravity'"), (["run", "gravity", "extra"], "extra"),
+     (["run", "--stages", "psme"], "no stage 'psme'; did you mean 'psem'"),
+     (["run", "--experiment.conditions", "negativ"], "no condition 'negativ'; did you mean 'negative'"),
+     (["run", "--experiment.sample_conditions", "negativ"], "no condition 'negativ'.*; did you mean 'negative'"),
+     (["run", "--model", "random:tiny-lama"], "no shape 'tiny-lama'.*tiny-llama"),
+     (["run", "--model", "/no/such/folder"], "no folder '/no/such/folder'"),
+     (["run", "--model", "nobody/nothing"], "'nobody/nothing' is no folder here"), (["run", "--model", "a/b/c"], "a/b/c"),
+     (["run", "--model", DATA], "config.json"), (["run", "--limit", "0"], "data.limit"),
+     (["run", "--config", "/no/such.toml"], "no file '/no/such.toml'"), (["run", "--resume", "nosuchrun"], "nosuchrun"),
+     (["show"], "run"), (["show", "latest"], "no run in"), (["export", "latest"], "--to"),
+     (["export", "latest", "--to", "x"], "no run in"), (["export", "x", "--to", "x", "--format", "xml"], "xml"),
+     (["sanity", "--num-prompts", "0"], "--num-prompts"), (["sanity", "--num-prompts", "few"], "few"),
+     (["bench", "--shape", "huge"], "huge"), (["bench", "--stage", "psme"], "psme")],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)  # fmt: skip
+def test_what_is_not_known_is_one_line_and_exit_2_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[object], told: str
+) -> None:
+    monkeypatch.setenv("HARNESS_PATHS__RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HARNESS_DATA__PROMPTS", str(prompt_file(tmp_path)))  # sooner read than the bundled ones
+    assert re.search(told, refused(harness(*args)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_variable_is_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_EXPERIMENT__TOPP", "1")
+    assert "did you mean 'HARNESS_EXPERIMENT__TOP_P'" in refused(harness("runs"))
+
+
+def test_chat_with_a_model_that_has_no_template_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "prompts")
+    assert "chat template" in refused(harness(*args, "--experiment.chat", "true"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", ["run", "sanity"])
+def test_cuda_without_a_gpu_is_one_line_and_exit_4_and_no_run(tmp_path: Path, command: str) -> None:
+    message = refused(harness(command, "--runtime.device", "cuda", "--paths.runs", tmp_path / "runs"), code=4)
+    assert "runtime.device=cuda" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_that_cannot_be_kept_where_asked_are_one_line_and_exit_4(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "taken")
+    assert "paths.runs" in refused(harness(*args), code=4)
+
+
+def test_a_stage_that_cannot_write_its_files_ends_in_one_line(tmp_path: Path) -> None:
+    """Its set-up fails, not a batch: that must not be a traceback either."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "models").symlink_to(DATA / "models")
+    (data / "validated_single_token").write_text("in the way")
+    told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--paths.data", data,
+                   "--stages", "single_token")  # fmt: skip
+    assert told.code in (2, 4)
+    assert "validated_single_token" in told.err.splitlines()[-1]
+    assert manifest(only_run(tmp_path / "runs"))["status"] == "failed"
+
+
+# Help
+
+
+def test_help_names_every_command_and_every_setting() -> None:
+    told = harness()
+    assert told.code == 0
+    for command in ("run", "runs", "show", "export", "doctor", "sanity", "bench"):
+        assert re.search(rf"^\s+{command}\s", told.out, re.MULTILINE)
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit) as caught:
+        main(["run", "--help"])
+    assert caught.value.code == 0
+    assert all(f"--{name}" in out.getvalue() for name in field_names())
+    assert all(f"--{short}" in out.getvalue() for short in ("model ", "prompts ", "limit ", "stages ", "config "))
+
+
+# A finished run
+
+
+def test_a_run_says_what_it_did_on_stdout_and_how_on_stderr(finished: Finished) -> None:
+    told = finished.told
+    assert finished.run.name in told.out
+    assert "negative" in told.out
+    assert "INFO" not in told.out
+    assert "psem done: 6 items" in told.err
+    assert f"harness show {finished.run.name}" in told.out
+
+
+def test_rejected_rows_are_counted_and_listed_with_row_numbers_and_stored(finished: Finished) -> None:
+    assert re.search(r"prompts.jsonl row 2: target_not_alphabetic", finished.told.err)
+    assert re.search(r"prompts.jsonl row 5: target_in_question", finished.told.err)
+    assert "2 rows rejected (1 target_in_question, 1 target_not_alphabetic)" in finished.told.err
+    assert manifest(finished.run)["prompts"]["rejected"] == {"target_not_alphabetic": 1, "target_in_question": 1}
+    events = query(finished.run, "SELECT message FROM events WHERE kind = 'rejected_prompt' ORDER BY event_id")
+    assert [m.split(":")[0] for (m,) in events] == ["row 2", "row 5"]
+    assert query(finished.run, "SELECT prompt_id FROM prompts ORDER BY 1") == [("milk",), ("paris",), ("worm",)]
+
+
+def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
+    found = manifest(finished.run)
+    assert found["run_id"] == finished.run.name
+    assert found["status"] == "finished"
+    assert found["fingerprint"][:8] == finished.run.name.rsplit("-", 1)[1]
+    assert found["settings"]["experiment.num_samples"] == {"value": 2, "source": "flag: --experiment.num_samples"}
+    assert found["settings"]["runtime.seed"] == {"value": 0, "source": "default"}
+    assert set(found["settings"]) == set(field_names())
+    for key in ("created", "heartbeat", "ended", "fingerprint_parts", "experiment", "device", "lock_sha256", "seconds"):
+        assert key in found
+    assert {"git_commit", "git_dirty", "version"} <= set(found["code"])
+    assert {"torch", "duckdb", "transformers"} <= set(found["packages"])
+    assert {"python", "os", "cpu", "ram_bytes", "gpus", "driver", "cuda", "cudnn", "slurm", "container"} <= set(
+        found["machine"]
+    )
+    assert {"matmul_tf32", "cudnn_tf32", "deterministic_algorithms", "attention"} <= set(found["numerics"])
+    assert {"name", "revision", "weights_sha256", "tokenizer_sha256", "config", "generation_config", "dtype"} <= set(
+        found["model"]
+    )
+    assert found["prompts"]["row_hashes"].keys() == {"milk", "worm", "paris"}
+    assert len(found["prompts"]["sha256"]) == 64
+    assert "splitmix64" in found["random_numbers"]
+    assert list(found["stages"]) == ["prompts", "psem", "greedy", "samples", "detect"]
+    assert {"num_items", "num_failed", "seconds", "tokens", "peak_bytes", "num_batches", "splits"} <= set(
+        found["stages"]["psem"]
+    )
+    assert found["tables"]["completions"] == 3 * 2 * (1 + 2)
+    assert found["planted"] is True
+
+
+def test_the_manifest_holds_the_command_that_was_given_and_not_this_processs(finished: Finished) -> None:
+    """It is what a person types to go on; in a notebook or a test, sys.argv is another program's."""
+    assert manifest(finished.run)["argv"] == ["harness", *map(str, finished.args)]
+
+
+def test_no_secret_of_the_environment_gets_into_a_run(finished: Finished) -> None:
+    files = [p for p in finished.run.rglob("*") if p.is_file()]
+    assert {"manifest.json", "results.duckdb", "live.duckdb", "run.log"} <= {p.name for p in files}
+    assert not [p for p in files if SECRET.encode() in p.read_bytes()]
+    assert [p for p in files if b"spilled" in p.read_bytes()], "the control: what is in the rows is found so"
+
+
+def test_the_log_is_json_lines(finished: Finished) -> None:
+    lines = (finished.run / "logs" / "run.log").read_text().splitlines()
+    assert any("psem done" in json.loads(line)["record"]["message"] for line in lines)
+
+
+# runs, show, RUN
+
+
+def test_runs_and_show_of_a_finished_run(finished: Finished) -> None:
+    told = harness("runs", "--paths.runs", finished.root)
+    assert told.code == 0
+    assert re.search(rf"{finished.run.name} .*finished .*demo .* 3 ", told.out)
+    told = harness("show", "latest", "--paths.runs", finished.root)
+    assert told.code == 0
+    for part in (finished.run.name, "finished", "psem", "rejected_prompt row 2", "experiment.num_samples = 2"):
+        assert part in told.out
+
+
+def test_runs_of_no_runs_say_how_to_start_one(tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "none"):
+        told = harness("runs", "--paths.runs", root)
+        assert told.code == 0
+        assert "No run in" in told.out
+        assert "harness run" in told.out
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def many_runs(tmp_path: Path, finished: Finished) -> tuple[Path, str]:
+    """A folder with copies of the finished run under ids that share beginnings, and the id of the newest."""
+    for name in ("20250101-000000-a-11111111", "20250101-000000-a-11111111-2", "20250301-000000-b-22222222"):
+        shutil.copytree(finished.run, tmp_path / "runs" / name)
+    return tmp_path / "runs", "20250301-000000-b-22222222"
+
+
+def test_a_run_is_named_by_id_unique_prefix_or_latest(many_runs: tuple[Path, str], tmp_path: Path) -> None:
+    root, newest = many_runs
+    for wanted, found in (
+        ("20250101-000000-a-11111111", "20250101-000000-a-11111111"),  # though another id begins with it
+        ("20250101-000000-a-11111111-", "20250101-000000-a-11111111-2"), ("202503", newest), ("latest", newest),
+    ):  # fmt: skip
+        told = harness("export", wanted, "--to", tmp_path / "out", "--format", "csv", "--paths.runs", root)
+        assert told.code == 0
+        assert told.out.startswith(f"{found}: ")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [("2025", "3 runs begin so: .*20250301"), ("20250101", "2 runs begin so"), ("nothing", "found none among 3"),
+     ("", "found none"), ("..", "no run|none"), ("a-11111111", "found none"), ("Latest", "found none")],
+)  # fmt: skip
+def test_a_run_that_is_not_one_is_one_line_and_exit_2(many_runs: tuple[Path, str], wanted: str, told: str) -> None:
+    root, _ = many_runs
+    for args in (("show", wanted), ("export", wanted, "--to", root.parent / "out")):
+        assert re.search(told, refused(harness(*args, "--paths.runs", root)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "expected a manifest.json, found none"), ("{", "not readable as JSON"), ("[]", "expected a manifest with"),
+     ("{}", "expected a manifest with")],
+)  # fmt: skip
+def test_a_broken_run_folder_is_a_row_with_its_reason_and_never_a_traceback(
+    many_runs: tuple[Path, str], content: str | None, reason: str
+) -> None:
+    root, newest = many_runs
+    broken = root / "20990101-000000-broken"
+    broken.mkdir()
+    if content is not None:
+        (broken / "manifest.json").write_text(content)
+    listed = harness("runs", "--paths.runs", root)
+    assert listed.code == 0
+    assert "broken" in listed.out
+    assert newest in listed.out
+    assert reason.replace(" ", "") in re.sub(r"[\s│┃]", "", listed.out), "wrapped by the table"
+    assert reason in refused(harness("show", broken.name, "--paths.runs", root))
+    assert reason in refused(harness("export", broken.name, "--to", root.parent / "out", "--paths.runs", root))
+    assert newest in harness("show", "latest", "--paths.runs", root).out, "latest is the latest that can be read"
+
+
+@pytest.mark.parametrize("damage", ["garbage", "none"])
+def test_a_run_whose_results_are_damaged_is_one_line(many_runs: tuple[Path, str], damage: str) -> None:
+    root, newest = many_runs
+    for name in ("results.duckdb", "live.duckdb"):
+        (root / newest / name).unlink()
+        if damage == "garbage":
+            (root / newest / name).write_bytes(b"garbage" * 1000)
+    assert harness("runs", "--paths.runs", root).code == 0
+    assert newest in refused(harness("show", "latest", "--paths.runs", root))
+    assert newest in refused(harness("export", "latest", "--to", root.parent / "out", "--paths.runs", root))
+
+
+def test_show_of_a_manifest_with_little_in_it_still_shows(many_runs: tuple[Path, str]) -> None:
+    root, newest = many_runs
+    (root / newest / "manifest.json").write_text(json.dumps({"run_id": newest, "fingerprint": "0"}))
+    assert harness("runs", "--paths.runs", root).code == 0
+    assert harness("show", newest, "--paths.runs", root).code == 0
+
+
+# Export
+
+# From the contract of the tables (schema.md); DuckDB's own spelling of the types. None: whatever it is.
+IDS = {"prompt_id": "VARCHAR", "condition": "VARCHAR"}
+COMPLETION = {**IDS, "mode": "VARCHAR", "sample_id": "INTEGER"}
+STEP = {**IDS, "step_kind": "VARCHAR", "layer": "INTEGER", "step": "INTEGER"}
+CONTRACT: dict[str, dict[str, str]] = {
+    "prompts": {"prompt_id": "VARCHAR", "category": "VARCHAR", "question": "VARCHAR", "target": "VARCHAR",
+                "source": "VARCHAR", "style": "VARCHAR", "row_hash": "VARCHAR", "single_token": "BOOLEAN", "tier": "VARCHAR"},
+    "contexts": {**IDS, "text": "VARCHAR", "token_ids": "INTEGER[]", "spans":
+                 "STRUCT(instruction INTEGER[], negation INTEGER[], mention INTEGER[], question INTEGER[])"},
+    "psem": {**IDS, "p_sem": "DOUBLE", "p_word": "DOUBLE", "paper_p_sem": "DOUBLE", "num_sequences": "INTEGER",
+             "sequences": "INTEGER[][]", "logprobs": "DOUBLE[]", "entropy": "DOUBLE", "top_ids": "INTEGER[]",
+             "top_probs": "DOUBLE[]"},
+    "completions": {**COMPLETION, "token_ids": "INTEGER[]", "text": "VARCHAR", "answer": "VARCHAR",
+                    "finish_reason": "VARCHAR", "logprobs": "FLOAT[]", "margins": "FLOAT[]"},
+    "detections": {**COMPLETION, "word_present": "BOOLEAN", "word_present_full": "BOOLEAN", "format_ok": "BOOLEAN",
+                   "num_occurrences": "INTEGER", "first_step": "INTEGER", "char_spans": "INTEGER[][]",
+                   "token_spans": "INTEGER[][]"},
+    "attention": {**STEP, "iar": "FLOAT[]", "nf": "FLOAT[]", "tmf": "FLOAT[]", "pi": "FLOAT[]", "mean_row": "FLOAT[]"},
+    "lens": {**STEP, "p_target": "DOUBLE", "p_emitted": "DOUBLE", "entropy": "DOUBLE", "kl_final": "DOUBLE",
+             "top_ids": "INTEGER[]", "top_probs": "DOUBLE[]"},
+    "decomposition": {**STEP, "p_in": "DOUBLE", "p_attn": "DOUBLE", "p_out": "DOUBLE", "attn_contrib": "DOUBLE",
+                      "ffn_contrib": "DOUBLE"},
+    "patching": {"prompt_id": "VARCHAR", "layer": "INTEGER", "patch": "VARCHAR", "p_sem_original": "DOUBLE",
+                 "p_sem_patched": "DOUBLE", "delta_p": "DOUBLE", "continuation": "VARCHAR", "flipped": "BOOLEAN"},
+    "activations": {**IDS, "layer": "INTEGER", "resid_norm": "FLOAT[]", "top_neurons": "INTEGER[]", "top_values": "FLOAT[]"},
+    "artifacts": {"path": "VARCHAR", "kind": "VARCHAR", "sha256": "VARCHAR", "bytes": "BIGINT", "shape": "INTEGER[]",
+                  "dtype": "VARCHAR", **IDS},
+    "stages": {"stage": "VARCHAR", "version": "INTEGER", "status": "VARCHAR", "num_items": "INTEGER", "num_done": "INTEGER",
+               "num_failed": "INTEGER", "seconds": "DOUBLE", "tokens": "BIGINT"},
+    "batches": {"stage": "VARCHAR", "batch_id": "INTEGER", "parent": "INTEGER", "status": "VARCHAR", "keys": "VARCHAR[]",
+                "num_items": "INTEGER", "padded_tokens": "BIGINT", "seconds": "DOUBLE", "peak_bytes": "BIGINT",
+                "attempt": "INTEGER"},
+    "events": {"event_id": "BIGINT", "time": "TIMESTAMP WITH TIME ZONE", "level": "VARCHAR", "stage": "VARCHAR",
+               "batch_id": "INTEGER", "item_key": "VARCHAR", "kind": "VARCHAR", "message": "VARCHAR"},
+    "suppression": {**IDS, "p0": "DOUBLE", "p1": "DOUBLE", "delta": "DOUBLE", "relative": "DOUBLE", "log": "DOUBLE"},
+    "violation": {**IDS, "num_samples": "BIGINT", "num_violations": "BIGINT", "rate": "DOUBLE"},
+    "outcomes": {**IDS, "word_present": "BOOLEAN", "outcome": "VARCHAR", "taxonomy": "VARCHAR"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run in every format, a folder each."""
+    folder = tmp_path_factory.mktemp("exported")
+    for form in ("parquet", "csv", "jsonl"):
+        told = harness("export", "latest", "--to", folder / form, "--format", form, "--paths.runs", finished.root)
+        assert told.code == 0, told.err
+        assert json.loads((folder / form / "manifest.json").read_text()) == manifest(finished.run)
+    return folder
+
+
+@pytest.mark.parametrize("table", CONTRACT)
+def test_exported_parquet_has_the_contracts_columns_and_types_and_the_runs_rows(
+    exported: Path, finished: Finished, table: str
+) -> None:
+    path = exported / "parquet" / f"{table}.parquet"
+    types = dict(duckdb.sql(f"DESCRIBE SELECT * FROM '{path}'").project("column_name, column_type").fetchall())
+    plain = {name: re.sub(r'"', "", kind).replace("INTEGER[2]", "INTEGER[]") for name, kind in types.items()}
+    assert plain | CONTRACT[table] == plain
+    assert pq.read_table(path).num_rows == query(finished.run, f"SELECT count(*) FROM {table}")[0][0]
+
+
+@pytest.mark.parametrize("table", CONTRACT)
+def test_exported_csv_and_jsonl_have_the_same_rows_as_parquet(exported: Path, table: str) -> None:
+    rows = pq.read_table(exported / "parquet" / f"{table}.parquet").to_pylist()
+    lines = (exported / "jsonl" / f"{table}.jsonl").read_text("utf-8").splitlines()
+    read = [json.loads(line) for line in lines]
+    names = list(CONTRACT[table])
+    exact = [n for n in names if n != "time" and "FLOAT" not in CONTRACT[table][n]]  # FLOATs print in fewer digits
+    assert [{n: r[n] for n in exact} for r in read] == [{n: r[n] for n in exact} for r in rows]
+    with duckdb.connect(":memory:") as con:
+        path = exported / "csv" / f"{table}.csv"
+        found = con.execute(f"SELECT * FROM read_csv('{path}', header = true, all_varchar = true)")
+        columns = [d[0] for d in found.description or []]
+        cells = found.fetchall()
+    assert set(names) <= set(columns)
+    assert len(cells) == len(rows)
+    for name in [n for n in names if CONTRACT[table][n] == "VARCHAR"]:
+        assert [c[columns.index(name)] for c in cells] == [r[name] for r in rows]
+
+
+def test_every_table_the_run_has_is_exported(exported: Path, finished: Finished) -> None:
+    names = {
+        n
+        for (n,) in query(finished.run, "SELECT table_name FROM information_schema.tables WHERE table_catalog = 'run'")
+    }
+    assert {p.stem for p in (exported / "csv").glob("*.csv")} == names
+    assert set(CONTRACT) <= names
+
+
+def test_exported_numbers_are_the_measured_ones(exported: Path, finished: Finished) -> None:
+    sql = "SELECT prompt_id, condition, p_sem, p_word, sequences, logprobs FROM {} ORDER BY 1, 2"
+    assert duckdb.sql(sql.format(f"'{exported / 'parquet' / 'psem.parquet'}'")).fetchall() == query(
+        finished.run, sql.format("psem")
+    )
+
+
+def test_export_to_where_nothing_can_be_written_is_one_line_and_exit_4(tmp_path: Path, finished: Finished) -> None:
+    (tmp_path / "taken").write_text("")
+    told = harness("export", "latest", "--to", tmp_path / "taken", "--paths.runs", finished.root)
+    assert "--to" in refused(told, code=4)
+
+
+# Doctor
+
+
+def test_doctor_finds_nothing_wrong_here_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    told = harness("doctor", "--paths.runs", tmp_path / "runs", "--runtime.device", "cpu")
+    assert told.code == 0, told.out
+    lines = told.out.splitlines()
+    assert all(line.startswith("ok ") for line in lines)
+    assert [line.split()[1] for line in lines][:4] == ["code", "python", "gpu", "memory"]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_doctor_tells_each_thing_that_is_wrong_and_exits_4(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    told = harness(
+        "doctor", "--paths.runs", tmp_path / "taken", "--model", tmp_path / "none", "--prompts", tmp_path / "none.csv"
+    )
+    assert told.code == 4
+    wrong = {line.split()[1] for line in told.out.splitlines() if line.startswith("FAIL")}
+    assert {"runs", "data", "model"} <= wrong
+    assert "Traceback" not in told.err
+
+
+# Going on with a run
+
+
+def test_the_same_command_again_reports_the_finished_run_and_exits_0(finished: Finished) -> None:
+    for more in ((), ("--resume", "auto"), ("--resume", finished.run.name), ("--resume", "latest")):
+        before = (finished.run / "manifest.json").read_bytes()
+        told = harness(*finished.args, *more)
+        assert told.code == 0
+        assert f"Run {finished.run.name} is finished already" in told.out
+        assert (finished.run / "manifest.json").read_bytes() == before
+    assert run_folders(finished.root) == [finished.run]
+
+
+def test_going_on_with_other_settings_is_refused_naming_each_key_with_both_values(finished: Finished) -> None:
+    changes = ("--experiment.num_samples", 3, "--experiment.top_p", 0.5, "--runtime.seed", 4, "--limit", 2)
+    told = harness(*finished.args, *changes, "--resume", finished.run.name)
+    message = refused(told._replace(err=told.err.splitlines(keepends=True)[-1]))  # below what is said of rejected rows
+    assert finished.run.name in message
+    for change in (
+        "stages.samples.num_samples: was 2, now 3", "stages.samples.top_p: was 0.9, now 0.5", "seed: was 0, now 4",
+        "prompts.number: was 3, now 2",
+    ):  # fmt: skip
+        assert change in message
+    assert len(re.findall(r": was ", message)) == 5, "those four and the hash of the prompts, and nothing that is equal"
+
+
+def test_resume_new_measures_it_all_again(finished: Finished, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    args = [root if a == finished.root else a for a in finished.args]
+    short = ["--stages", "psem"]
+    assert [harness(*args, *short, "--resume", "new").code for _ in range(2)] == [0, 0]
+    first, second = run_folders(root)
+    assert manifest(first)["fingerprint"] == manifest(second)["fingerprint"]
+    sql = "SELECT * FROM psem ORDER BY prompt_id, condition"
+    assert query(first, sql) == query(second, sql)
+
+
+def test_a_failed_item_is_exit_1_and_retry_recovers_once_its_cause_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Finished
+) -> None:
+    root = tmp_path / "runs"
+    args = [root if a == finished.root else a for a in finished.args] + ["--stages", "psem,detect"]
+    real = psem.score_trees
+
+    def faulty(lm: Any, contexts: Sequence[Sequence[int]], tries: Sequence[Any]) -> list[Any]:
+        """The shortest context cannot be scored for now."""
+        at = min(range(len(contexts)), key=lambda i: len(contexts[i]))
+        return [ItemFailed("a cosmic ray") if i == at else s for i, s in enumerate(real(lm, contexts, tries))]
+
+    monkeypatch.setattr(psem, "score_trees", faulty)
+    told = harness(*args)
+    assert told.code == 1
+    assert "a cosmic ray" in told.err
+    assert "--retry-failed" in told.err
+    run = only_run(root)
+    failed = "SELECT stage, item_key, message FROM events WHERE kind = 'failed_item'"
+    ((stage, key, message),) = query(run, failed)
+    assert (stage, message) == ("psem", "a cosmic ray")
+    assert manifest(run)["num_failed"] == 1
+    assert query(run, "SELECT count(*) FROM psem") == [(5,)]
+
+    again = harness(*args)
+    assert again.code == 1, "nothing left to do, and still a failed item"
+    assert "1 items failed" in again.out
+    assert harness(*args, "--retry-failed").code == 1, "the cause is still there"
+    shown = harness("show", "latest", "--paths.runs", root)
+    assert shown.code == 0
+    assert "a cosmic ray" in shown.out
+    assert key in shown.out
+
+    monkeypatch.undo()
+    told = harness(*args, "--retry-failed")
+    assert told.code == 0, told.err
+    assert manifest(run)["num_failed"] == 0
+    assert query(run, "SELECT num_items, num_done, num_failed FROM stages WHERE stage = 'psem'") == [(6, 6, 0)]
+    sql = "SELECT prompt_id, condition, p_sem FROM psem ORDER BY ALL"
+    for (*ids, p), (*same, q) in zip(query(run, sql), query(finished.run, sql), strict=True):
+        assert ids == same
+        assert p == pytest.approx(q, abs=1e-6)  # another batch, so other rounding
+    assert harness(*args).code == 0
+    assert run_folders(root) == [run]
+
+
+# Stages
+
+
+@pytest.mark.parametrize(
+    ("asked", "run"),
+    [("psem", ["prompts", "psem"]), ("detect", ["prompts", "greedy", "detect"]), ("prompts", ["prompts"]),
+     ("detect,select", ["prompts", "psem", "select", "greedy", "detect"])],
+)  # fmt: skip
+def test_a_subset_of_stages_pulls_in_what_it_needs_and_nothing_else(tmp_path: Path, asked: str, run: list[str]) -> None:
+    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", asked)
+    told = harness(*args)
+    assert told.code == 0, told.err
+    found = only_run(tmp_path / "runs")
+    assert list(manifest(found)["stages"]) == run
+    assert {s for (s,) in query(found, "SELECT stage FROM stages WHERE status = 'done'")} == set(run)
+    assert (query(found, "SELECT count(*) FROM psem")[0][0] > 0) == ("psem" in run)
+    assert (query(found, "SELECT count(*) FROM completions")[0][0] > 0) == ("greedy" in run)
+
+
+def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stages(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
+    long = {"prompt_id": "long", "category": "idioms", "question": "Which word is long?", "target": "incomprehensibly"}
+    rows = [ROWS[0] | {"target": "water"}, long, ROWS[2]]
+    prompts = prompt_file(tmp_path, rows)
+    before = prompts.read_bytes()
+    args = ("run", "--prompts", prompts, "--paths.runs", tmp_path / "runs", "--paths.data", data,
+            "--stages", "single_token,psem,greedy", "--experiment.conditions", "baseline")  # fmt: skip
+    told = harness(*args)
+    assert told.code == 0, told.err
+    run = only_run(tmp_path / "runs")
+    known = dict(query(run, "SELECT prompt_id, single_token FROM prompts"))
+    kept = {i for i, single in known.items() if single}
+    assert known["long"] is False
+    assert "milk" in kept, "water is a token of the demo model's: the control"
+    for table in ("psem", "completions"):
+        assert {i for (i,) in query(run, f"SELECT prompt_id FROM {table}")} == kept
+    folder = data / "validated_single_token"
+    for category in ("idioms", "facts"):
+        summary = json.loads((folder / f"{category}_summary.json").read_text())
+        mine = [r for r in rows if r["category"] == category]
+        gone = sorted(r["target"] for r in mine if r["prompt_id"] not in kept)
+        assert summary == {
+            "category": category, "prompts": len(mine), "kept": len(mine) - len(gone), "removed": gone
+        }  # fmt: skip
+    back = read_prompts(folder / "idioms_validated.jsonl").prompts
+    assert [(p.prompt_id, p.question, p.target, p.alternatives) for p in back] == [
+        ("milk", rows[0]["question"], "water", ("water", "wine", "juice"))
+    ]
+    assert prompts.read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"{c}_{what}" for c in ("facts", "idioms") for what in ("summary.json", "validated.jsonl")
+    ]
+
+
+def test_select_marks_the_admitted_prompts_and_later_stages_measure_only_those(tmp_path: Path) -> None:
+    told = harness("run", "--limit", "10", "--paths.runs", tmp_path, "--stages", "select,greedy",
+                   "--experiment.select.min_p0", "0.5", "--experiment.conditions", "baseline")  # fmt: skip
+    assert told.code == 0, told.err
+    run = only_run(tmp_path)
+    p0 = dict(query(run, "SELECT prompt_id, p_sem FROM psem"))
+    tiers = dict(query(run, "SELECT prompt_id, tier FROM prompts"))
+    assert len(p0) == 10
+    chosen = {i for i, tier in tiers.items() if tier is not None}
+    assert chosen == {i for i, p in p0.items() if p >= 0.5}, "no cap binds on so few"
+    assert 0 < len(chosen) < 10
+    assert {i for (i,) in query(run, "SELECT prompt_id FROM completions")} == chosen
+
+
+# The selection against brute force
+
+CANDIDATES = st.lists(
+    st.tuples(st.sampled_from(["idioms", "facts", "ood"]), st.sampled_from(["milk", "worm", "sea"]), st.integers(0, 20)),
+    max_size=8,
+).map(lambda rows: [Candidate(f"p{i}", c, t, p / 20) for i, (c, t, p) in enumerate(rows)])  # fmt: skip
+
+
+def is_allowed(chosen: Sequence[Candidate], min_p0: float, per_bin: int, max_categories: int) -> bool:
+    """The rules of gravity.md §1, said once more in the plainest way."""
+    cells = [(c.category, bin_of(c.p0)) for c in chosen]
+    spread = {c.target: {d.category for d in chosen if d.target == c.target} for c in chosen}
+    return (
+        all(c.p0 >= min_p0 for c in chosen)
+        and all(cells.count(cell) <= per_bin for cell in cells)
+        and all(len(categories) <= max_categories for categories in spread.values())
+    )
+
+
+def worth(chosen: Sequence[Candidate]) -> tuple[int, float]:
+    return len(chosen), round(sum(c.p0 for c in chosen), 6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CANDIDATES, st.sampled_from([0.0, 0.2, 0.5]), st.integers(1, 3), st.integers(1, 2))
+def test_selection_is_as_good_as_the_best_of_all_subsets(
+    candidates: list[Candidate], min_p0: float, per_bin: int, max_categories: int
+) -> None:
+    rules = (min_p0, per_bin, max_categories)
+    subsets = itertools.chain.from_iterable(itertools.combinations(candidates, n) for n in range(len(candidates) + 1))
+    best = max(worth(s) for s in subsets if is_allowed(s, *rules))
+    ids = choose(candidates, *rules)
+    chosen = [c for c in candidates if c.prompt_id in ids]
+    assert len(set(ids)) == len(ids) == len(chosen)
+    assert is_allowed(chosen, *rules)
+    assert worth(chosen) == best
+
+
+def greedily(candidates: Sequence[Candidate], *rules: Any) -> list[Candidate]:
+    chosen: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: -c.p0):
+        if is_allowed([*chosen, c], *rules):
+            chosen.append(c)
+    return chosen
+
+
+def test_taking_the_highest_pressure_first_is_not_the_best_selection() -> None:
+    """The control: where a target may stand in one category only, the one of highest P0 can cost two others."""
+    candidates = [Candidate("a", "idioms", "milk", 0.9), Candidate("b", "facts", "milk", 0.7),
+                  Candidate("c", "facts", "milk", 0.5)]  # fmt: skip
+    assert [c.prompt_id for c in greedily(candidates, 0.2, 1, 1)] == ["a"]
+    assert choose(candidates, 0.2, 1, 1) == ["b", "c"]
+
+
+def test_selection_does_not_depend_on_the_order_of_the_candidates() -> None:
+    candidates = [Candidate(f"p{i}", "idioms", "milk", 0.5) for i in range(5)]
+    assert choose(candidates, 0.2, 2, 1) == choose(candidates[::-1], 0.2, 2, 1)
+
+
+# Conditions of one's own
+
+
+def test_conditions_of_ones_own_flow_through_every_table(tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    tables = {"kind_ban": {"text": BAN}, "reframe": {"text": REFRAME, "negation": "but"}}
+    config.write_text("".join(
+        f"[experiment.conditions.{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
+        for name, table in tables.items()
+    ))  # fmt: skip
+    root = tmp_path / "runs"
+    told = harness("run", "--config", config, "--prompts", prompt_file(tmp_path), "--paths.runs", root,
+                   "--experiment.num_samples", 2)  # fmt: skip
+    assert told.code == 0, told.err
+    run = only_run(root)
+    everyone = {"baseline", "negative", "kind_ban", "reframe"}
+    for table in ("contexts", "psem", "completions", "detections", "violation"):
+        assert {c for (c,) in query(run, f"SELECT DISTINCT condition FROM {table}")} == everyone
+        assert query(run, f"SELECT count(DISTINCT prompt_id) FROM {table}") == [(3,)]
+    for view in ("suppression", "outcomes"):
+        assert {c for (c,) in query(run, f"SELECT DISTINCT condition FROM {view}")} == everyone - {"baseline"}
+    assert all(re.search(rf"│ {name} ", told.out) for name in everyone)
+    spans = dict(query(run, "SELECT condition, spans FROM contexts WHERE prompt_id = 'milk'"))
+    assert spans["kind_ban"]["mention"] is None
+    assert spans["kind_ban"]["negation"] is not None
+    assert spans["reframe"]["mention"] is not None
+    assert spans["reframe"]["negation"] is not None
+    assert spans["baseline"]["negation"] is None
+    (text,) = query(run, "SELECT text FROM contexts WHERE prompt_id = 'milk' AND condition = 'kind_ban'")[0]
+    assert text == BAN.format(category="idioms", question=ROWS[0]["question"])
+    same = harness("run", "--config", config, "--prompts", tmp_path / "prompts.jsonl", "--paths.runs", root,
+                   "--experiment.num_samples", 2)  # fmt: skip
+    assert "finished already" in same.out
+
+
+# As a process
+
+
+def shell(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(DATA.parent)}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, env=env, **kwargs)
+
+
+def test_a_refusal_is_the_process_exit_code_and_one_line(tmp_path: Path) -> None:
+    done = shell(
+        "-m", "harness", "run", "--prompts", str(tmp_path / "none.jsonl"), "--paths.runs", str(tmp_path / "runs")
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"harness: .*none.jsonl.*\n", done.stderr)
+
+
+def test_listing_runs_needs_no_torch(finished: Finished) -> None:
+    code = (
+        "import sys; from harness.cli import main; "
+        f"code = main(['runs', '--paths.runs', {str(finished.root)!r}]); print('torch' in sys.modules, code)"
+    )
+    done = shell("-c", code)
+    assert done.stdout.splitlines()[-1] == "False 0", done.stderr
+    assert finished.run.name in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(finished: Finished) -> None:
+    """`harness show latest | head -1`"""
+    command = f"{sys.executable} -m harness show latest --paths.runs {finished.root} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=DATA.parent, check=True
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "0"
