@@ -44,6 +44,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Subject:
+    """One context to time, the spellings of its target, and the noise key of its first sample."""
+
     context: tuple[int, ...]
     forms: WordForms
     key: int

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from loguru import logger
 
@@ -31,6 +31,7 @@ _GRACE_S = 6.0
 Tables = Mapping[str, list[Row]]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """One step of an experiment: rows in, rows out. It opens no store and draws no progress."""
 
@@ -69,6 +70,7 @@ class Stage(Protocol):
         ...
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Who shows progress."""
 
@@ -365,7 +367,10 @@ def _finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, list | tuple):
-        return all(map(_finite, value))
+        try:
+            return all(map(math.isfinite, value))  # most lists are plain numbers, and there are many
+        except TypeError:
+            return all(map(_finite, value))
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     return True

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from harness.errors import EnvironmentFault, HarnessError
 
@@ -56,6 +56,7 @@ class Outcome:
     traceback: str | None = None
 
 
+@runtime_checkable
 class Accelerator(Protocol):
     """The memory a batch is computed in."""
 
@@ -98,6 +99,7 @@ Setup = Callable[[], Any]
 Run = Callable[[Any, Sequence[Item]], Sequence[ItemResult]]
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Computes batches. `setup` runs once per worker, before its first batch."""
 

@@ -205,6 +205,7 @@ def _template(given: TemplateSettings) -> Template:
 
 
 def prompts_path(settings: Settings) -> Path:
+    """The prompt file of these settings; the bundled one where none is named."""
     if settings.data.prompts == BUNDLED_PROMPTS:
         return settings.paths.data_folder / "prompts" / "gravity.jsonl"
     return Path(settings.data.prompts)

@@ -152,6 +152,7 @@ class Manifest:
 
     @classmethod
     def create(cls, paths: RunPaths, content: dict[str, Any]) -> "Manifest":
+        """Write the first manifest of a new run, with the status `running`."""
         paths.log.parent.mkdir(parents=True, exist_ok=True)
         manifest = cls(paths, {"run_id": paths.run_id, "created": now_text(), **content})
         manifest.update(status="running", heartbeat=now_text())
@@ -159,6 +160,7 @@ class Manifest:
 
     @classmethod
     def reopen(cls, paths: RunPaths) -> "Manifest":
+        """The manifest of a run that is there already."""
         return cls(paths, read_manifest(paths))
 
     def __getitem__(self, key: str) -> Any:
@@ -168,6 +170,7 @@ class Manifest:
         return self._content.get(key, default)
 
     def update(self, **changes: Any) -> None:
+        """Set some keys and write the whole file anew."""
         with self._lock:
             self._content |= changes
             with replacing(self.paths.manifest) as temporary:
@@ -197,6 +200,7 @@ class Manifest:
 
 
 def now_text() -> str:
+    """This moment in UTC, as the manifest writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -108,6 +108,7 @@ def subjects_of(lm: LM, plan: "launch.Plan", num_prompts: int) -> Iterator[Subje
 
 
 def render(verdicts: Sequence[Verdict], title: str) -> Table:
+    """The certificate as a table for a terminal."""
     table = Table(title=f"Batched against sequential: {title}", title_justify="left")
     for column in (
         "measurement",

@@ -68,6 +68,8 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
+    """Which model, and how it is loaded."""
+
     name: str = DEMO_MODEL
     """`demo` (the bundled model), a Hugging Face id, a checkpoint folder, or `random:<shape>`."""
     revision: str | None = None
@@ -79,6 +81,8 @@ class ModelSettings(Section):
 
 
 class DataSettings(Section):
+    """Which prompts, and how many of them."""
+
     prompts: str = BUNDLED_PROMPTS
     """A JSONL, CSV or Parquet file; `bundled` is data/prompts/gravity.jsonl."""
     limit: Annotated[Annotated[int, Field(ge=1)] | Literal["auto", "all"], BeforeValidator(_number)] = "auto"
@@ -86,12 +90,15 @@ class DataSettings(Section):
 
     @property
     def num_prompts(self) -> int | None:
+        """How many prompts to take; None for all."""
         if self.limit == "auto":
             return 250 if self.prompts == BUNDLED_PROMPTS else None
         return None if self.limit == "all" else self.limit
 
 
 class TemplateSettings(Section):
+    """One condition's template."""
+
     text: str
     """The whole prompt, with {question} once and {target}, {category}, {style} where wanted."""
     instruction: str | None = None
@@ -108,6 +115,8 @@ Condition = Annotated[TemplateSettings, BeforeValidator(_condition)]
 
 
 class SelectSettings(Section):
+    """The rules of the optional stage `select`."""
+
     min_p0: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Lowest P0 of a selected prompt."""
     per_bin: Annotated[int, Field(ge=1)] = 100
@@ -117,6 +126,8 @@ class SelectSettings(Section):
 
 
 class ExperimentSettings(Section):
+    """What is measured: conditions, stages, sampling."""
+
     conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words)] = ("baseline", "negative")
     """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
     templates: dict[str, Condition] = Field(default_factory=dict)
@@ -140,6 +151,8 @@ class ExperimentSettings(Section):
 
 
 class BatchingSettings(Section):
+    """How much is computed at once; decides no result."""
+
     max_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_number)] = "auto"
     """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 8192 on a CPU."""
     reserve_gb: Annotated[float, Field(ge=0)] = 6.0
@@ -147,6 +160,8 @@ class BatchingSettings(Section):
 
 
 class RuntimeSettings(Section):
+    """Where it is computed, and the seed."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` without a GPU is an error, `auto` says what it chose."""
     seed: int = 0
@@ -160,6 +175,8 @@ class RuntimeSettings(Section):
 
 
 class PathSettings(Section):
+    """Where things are on this machine."""
+
     runs: Path = Path("runs")
     """Where runs are kept."""
     data: Path | None = None
@@ -169,6 +186,7 @@ class PathSettings(Section):
 
     @property
     def data_folder(self) -> Path:
+        """The data folder in effect."""
         if self.data is not None:
             return self.data
         here = Path("data")

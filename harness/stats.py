@@ -99,11 +99,11 @@ def fit_violations(
 def _binomial(
     design: Float[np.ndarray, "N 2"], counts: Float[np.ndarray, "N 2"], start: Float[np.ndarray, " 2"] | None
 ) -> Float[np.ndarray, " 2"] | None:
+    # Albert & Anderson (1984): the maximum exists just where both outcomes overlap in P0 from both sides.
+    yes, no = design[counts[:, 0] > 0, 1], design[counts[:, 1] > 0, 1]
+    if not (len(yes) and len(no) and yes.max() > no.min() and no.max() > yes.min()):
+        return None
     with warnings.catch_warnings():
-        warnings.simplefilter("error", PerfectSeparationWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)  # overflow on the way to a separated fit, refused below
-        try:
-            params = sm.GLM(counts, design, family=sm.families.Binomial()).fit(start_params=start, maxiter=50).params
-        except (PerfectSeparationWarning, np.linalg.LinAlgError, ValueError):
-            return None
-    return params if np.isfinite(params).all() and np.abs(params).max() < 1e3 else None
+        warnings.simplefilter("ignore", PerfectSeparationWarning)  # said of a perfect fit too, which is none
+        warnings.simplefilter("ignore", RuntimeWarning)  # a saturated draw has no degree of freedom left: 0/0 in its scale
+        return sm.GLM(counts, design, family=sm.families.Binomial()).fit(start_params=start, maxiter=50).params

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from harness.stats import BIN_NAMES, Estimate, LogisticFit, bin_of, fit_violations, mean_interval
@@ -29,6 +30,8 @@ class ConditionSummary:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a run came to: one entry a condition, failed items, and prompts per pressure bin."""
+
     conditions: tuple[ConditionSummary, ...]
     num_failed: int
     bin_counts: tuple[int, ...]
@@ -80,7 +83,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
         overview.add_column(column, justify="left" if column == "condition" else "right")
     for c in result.conditions:
         overview.add_row(
-            c.condition, str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
+            escape(c.condition), str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
             _estimate(c.sample_rate), _share(c.format_rate),
         )  # fmt: skip
     shown.append(overview)
@@ -92,7 +95,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
         bins.add_column("P0")
         bins.add_column("prompts", justify="right")
         for c in sampled:
-            bins.add_column(c.condition, justify="right")
+            bins.add_column(escape(c.condition), justify="right")
         for b, name in enumerate(BIN_NAMES):
             # Rich reads [..] as markup, which an interval is not.
             bins.add_row(
@@ -110,6 +113,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
 
 
 def next_steps(run_id: str, runs: Path) -> str:
+    """Where to look next, for somebody who has just seen a run end."""
     return (
         f"Results are in {runs / run_id}. Next: `harness show {run_id}`, "
         f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
@@ -119,7 +123,7 @@ def next_steps(run_id: str, runs: Path) -> str:
 def _fit_line(condition: str, fit: LogisticFit) -> str:
     (a, b), (c, d) = fit.intercept_interval, fit.slope_interval
     return (
-        f"{condition}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % \\[{c:.2f}, {d:.2f}], "
+        f"{escape(condition)}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % \\[{c:.2f}, {d:.2f}], "
         f"intercept \\[{a:.2f}, {b:.2f}], {fit.num_prompts} prompts"
     )
 

@@ -338,6 +338,8 @@ def many_runs(tmp_path: Path, finished: Finished) -> tuple[Path, str]:
     """A folder with copies of the finished run under ids that share beginnings, and the id of the newest."""
     for name in ("20250101-000000-a-11111111", "20250101-000000-a-11111111-2", "20250301-000000-b-22222222"):
         shutil.copytree(finished.run, tmp_path / "runs" / name)
+        path = tmp_path / "runs" / name / "manifest.json"
+        path.write_text(json.dumps(manifest(finished.run) | {"run_id": name}))
     return tmp_path / "runs", "20250301-000000-b-22222222"
 
 

@@ -186,7 +186,10 @@ TIED = np.repeat([0.1, 0.9], 20)
         pytest.param(TENTHS, np.array([0] * 5 + [3] + [16] * 5), np.full(11, 16), id="separated but for one prompt"),
         pytest.param(TIED, np.where(TIED < 0.5, np.arange(40) % 5, 16), np.full(40, 16), id="separated but for ties"),
         pytest.param(
-            np.array([0.1] * 11 + [0.9]), np.array([3, 5] * 6), np.full(12, 16), id="one pressure in a third of the draws"
+            np.array([0.1] * 11 + [0.9]),
+            np.array([3, 5] * 6),
+            np.full(12, 16),
+            id="one pressure in a third of the draws",
         ),
     ],
 )

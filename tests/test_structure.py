@@ -81,7 +81,19 @@ def cycles(graph: grimp.ImportGraph) -> list[str]:
 def test_the_import_graph_holds_what_the_rules_speak_of() -> None:
     """Or the rules below would hold of nothing."""
     graph = imports()
-    for name in ("models", "engine", "stages", "executor", "store", "run", "settings", "text", "errors", "stats", "cli"):
+    for name in (
+        "models",
+        "engine",
+        "stages",
+        "executor",
+        "store",
+        "run",
+        "settings",
+        "text",
+        "errors",
+        "stats",
+        "cli",
+    ):
         assert inside(graph, name), name
     assert {"torch", "duckdb", "transformers"} <= graph.modules
     assert len(graph.modules) > 40
@@ -174,9 +186,7 @@ def environment_reads(tree: ast.AST) -> Iterator[int]:
 def test_only_settings_read_the_environment() -> None:
     """Besides: cli hands settings on to libraries, environment describes the machine, load asks whether the hub is shut."""
     allowed = {"settings.py", "cli.py", "environment.py", "models/load.py"}
-    found = {
-        path.relative_to(ROOT / "harness").as_posix() for path in SOURCES if any(environment_reads(parse(path)))
-    }
+    found = {path.relative_to(ROOT / "harness").as_posix() for path in SOURCES if any(environment_reads(parse(path)))}
     assert found <= allowed
     assert "settings.py" in found  # control
     assert set(environment_reads(ast.parse("import os\nx = os.getenv('A')\nfrom os import environ as e"))) == {2, 3}
@@ -218,7 +228,9 @@ def test_every_public_function_and_class_says_what_it_gives() -> None:
     protocols = [n for path in SOURCES for n in parse(path).body if isinstance(n, ast.ClassDef) and is_protocol(n)]
     promised = {m.name for p in protocols for m in p.body if isinstance(m, Function)}
     missing = [
-        f"{path.relative_to(ROOT).as_posix()}: {name}" for path in SOURCES for name in unexplained(parse(path), promised)
+        f"{path.relative_to(ROOT).as_posix()}: {name}"
+        for path in SOURCES
+        for name in unexplained(parse(path), promised)
     ]
     assert missing == []
 
@@ -230,7 +242,11 @@ def test_a_missing_docstring_would_be_seen() -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    silent = [path.relative_to(ROOT).as_posix() for path in SOURCES if path.stat().st_size and not ast.get_docstring(parse(path))]
+    silent = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if path.stat().st_size and not ast.get_docstring(parse(path))
+    ]
     assert silent == []
 
 
@@ -273,7 +289,11 @@ def _arguments(command: list[str]) -> list[str] | None:
         words = words[2:]
     if words and words[0].split("/")[-1] == "harness":
         return words[1:]
-    if words[:1] and words[0].split("/")[-1].startswith("python") and words[1:3] == ["-m", "harness"]:
+    if (
+        words[:1]
+        and words[0].split("/")[-1].startswith("python")
+        and words[1:3] in (["-m", "harness"], ["bootstrap.py", "harness"])
+    ):
         return words[3:]
     if words[:1] in (["docker"], ["podman"]) and "run" in words[1:3]:
         for place, word in enumerate(words[3:], 3):
@@ -319,16 +339,25 @@ def test_every_command_is_mentioned_in_the_documents() -> None:
 
 
 def test_a_command_that_is_not_taken_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (
-        "# x\n```bash\n$ harness run --limit 3  # all\nHARNESS_DATA__LIMIT=3 uv run harness runs | head && harness show latest\n"
-        "docker run -ti --rm --name harness --gpus all -v \"$PWD/runs:/runs\" harness:gpu run --model \\\n  ID\npip install harness\n```\n"
-        "harness prose\n```text\nharness --help\n.venv/bin/python -m harness doctor\n```\n"
-    )
+    text = """# x
+```bash
+$ harness run --limit 3  # all
+HARNESS_DATA__LIMIT=3 uv run harness runs | head && harness show latest
+docker run -ti --rm --name harness --gpus all -v "$PWD/runs:/runs" harness:gpu run --model \\
+  ID
+pip install harness
+```
+harness prose
+```text
+harness --help
+.venv/bin/python -m harness doctor; python3 bootstrap.py harness bench
+```
+"""
     found = [arguments for line in code_lines(text) for arguments in harness_arguments(line)]
     assert found == [
-        ["run", "--limit", "3"], ["runs"], ["show", "latest"], ["run", "--model", "ID"], ["--help"], ["doctor"]
+        ["run", "--limit", "3"], ["runs"], ["show", "latest"], ["run", "--model", "ID"], ["--help"], ["doctor"], ["bench"]
     ]  # fmt: skip
-    assert [refusal(arguments) for arguments in found] == [None] * 6
+    assert [refusal(arguments) for arguments in found] == [None] * 7
     for wrong in (["run", "--limt", "3"], ["rnu"], ["show"], ["run", "gravity", "again"], ["export", "latest"]):
         assert refusal(wrong), wrong
     assert {"run", "runs", "show", "export", "doctor", "sanity", "bench"} <= set(command_names())

@@ -1,7 +1,7 @@
 """The experiments' tables of contents. A stage is one file beside this one and one entry here, in the order of running."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from harness.engine import Stage
 from harness.errors import SettingsError
@@ -15,6 +15,7 @@ from harness.stages.select import Select
 from harness.stages.single_token import SingleToken
 
 
+@runtime_checkable
 class Entry(Protocol):
     """What a table of contents knows of a stage: its name, what it needs before it, and how to build it."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from harness.engine import Tables
 from harness.errors import ItemFailed
@@ -11,7 +11,7 @@ from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.stages.inputs import Inputs, item_key
 from harness.text.detect import detect
 
-_LENGTH = 32  # per item: a batch of 512 completions takes some tens of milliseconds
+_LENGTH = 8  # per item: a batch of 1,024 completions takes some tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Detect:
     row_bytes: ClassVar[int] = 250
 
     @classmethod
-    def build(cls, given: Inputs) -> Self:
+    def build(cls, given: Inputs) -> "Detect":
         return cls(given.model, given.identity)
 
     def params(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from harness.engine import Tables
 from harness.executor import Item, ItemResult
@@ -31,7 +31,7 @@ class Prompts:
     row_bytes: ClassVar[int] = 2_000
 
     @classmethod
-    def build(cls, given: Inputs) -> Self:
+    def build(cls, given: Inputs) -> "Prompts":
         return cls(given.prompts, given.conditions, given.model, given.identity, given.experiment.chat)
 
     def params(self) -> dict[str, Any]:

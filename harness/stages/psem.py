@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Psem:
     row_bytes: ClassVar[int] = 1_500
 
     @classmethod
-    def build(cls, given: Inputs) -> Self:
+    def build(cls, given: Inputs) -> "Psem":
         return cls(given.model, given.identity, Admitted("single_token" in given.stages, selected=False))
 
     def params(self) -> dict[str, Any]:

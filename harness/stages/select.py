@@ -6,7 +6,7 @@ all, and `prompts.tier` says so.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -47,7 +47,7 @@ class Select:
     row_bytes: ClassVar[int] = 100_000
 
     @classmethod
-    def build(cls, given: Inputs) -> Self:
+    def build(cls, given: Inputs) -> "Select":
         return cls(given.experiment.select, Admitted("single_token" in given.stages, selected=False))
 
     def params(self) -> dict[str, Any]:

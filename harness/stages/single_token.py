@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from harness.engine import Tables
 from harness.executor import Item, ItemResult
@@ -29,7 +29,7 @@ class SingleToken:
     row_bytes: ClassVar[int] = 100_000
 
     @classmethod
-    def build(cls, given: Inputs) -> Self:
+    def build(cls, given: Inputs) -> "SingleToken":
         return cls(given.data_folder / "validated_single_token")
 
     def params(self) -> dict[str, Any]:

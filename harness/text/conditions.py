@@ -56,7 +56,7 @@ class Template:
             )
         for part in ("instruction", "negation"):
             literal = getattr(self, part)
-            if literal is not None and literal not in self.text:
+            if literal is not None and (not literal or literal not in self.text):
                 raise SettingsError(
                     f"{where}.{part}: expected words of the template, found {literal!r}, which it does not contain"
                 )

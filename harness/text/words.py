@@ -7,7 +7,7 @@ Pure functions on strings and token ids; knows no model and no tensor library.
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ PAPER_ENDINGS = ("", " ", ".", ". ")
 """What the paper counts as separate events (arXiv 2601.08070): they overlap."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that this module needs."""
 
@@ -132,7 +133,7 @@ def word_forms(word: str, tokenizer: Tokenizer) -> WordForms:
 
     events = prefix_free(token_sequences(word, encode, tokenizer.decode, ENDINGS))
     paper = token_sequences(word, encode, tokenizer.decode, PAPER_ENDINGS)
-    at_boundary = tuple(not tokenizer.decode(s)[-1].isalnum() for s in events)
+    at_boundary = tuple(not _continues_word(tokenizer.decode(s)[-1]) for s in events)
     open_ended = [s for s, ended in zip(events, at_boundary, strict=True) if not ended]
     return WordForms(tuple(events), at_boundary, tuple(paper), build_trie([*events, *paper], whole=open_ended))
 

@@ -28,7 +28,11 @@ def scaled_model(family: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family, **SMALL, **SCALED[family])
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attend.NAME).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attend.NAME).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and ".layers." in name:
+            parameter.mul_(8.0)  # so that the sublayers matter beside the embedding
+    return model
 
 
 def tokens(rows: int = 2, length: int = 40) -> Tensor:
@@ -83,8 +87,8 @@ def test_the_parts_found_add_up_to_the_model(family: str) -> None:
     lens = anatomy.to_logits(anatomy.head(anatomy.final_norm(resid[-1])))
     assert torch.allclose(lens, run(model, ids), rtol=0, atol=5e-5)
     # Control: without the norm, or from a layer too early, the lens is another.
-    assert float((anatomy.to_logits(anatomy.head(resid[-1])) - lens).abs().max()) > 1e-2
-    assert float((anatomy.to_logits(anatomy.head(anatomy.final_norm(resid[-2]))) - lens).abs().max()) > 1e-2
+    for wrong in (resid[-1], anatomy.final_norm(resid[-2])):
+        assert float((anatomy.to_logits(anatomy.head(wrong)) - lens).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
@@ -339,7 +343,9 @@ def logits_with(model: PreTrainedModel, implementation: str, ids: Tensor) -> Ten
         model.set_attn_implementation(attend.NAME)
 
 
-def as_told(_module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
+def as_told(
+    _module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **_
+) -> tuple[Tensor, None]:
     """SDPA with the mask it is handed, and nothing of its own."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

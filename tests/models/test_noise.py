@@ -105,7 +105,9 @@ def test_values_are_uniform_over_rows_and_over_tokens(step: int) -> None:
     assert kstest(values.flatten().numpy(), "uniform").pvalue > 1e-3
     fine = (values * 1e6 % 1).flatten()  # the low digits as well
     assert kstest(fine.numpy(), "uniform").pvalue > 1e-3
-    assert kstest(gumbel(torch.arange(300), step, torch.arange(300).expand(300, -1)).flatten(), "gumbel_r").pvalue > 1e-3
+    assert (
+        kstest(gumbel(torch.arange(300), step, torch.arange(300).expand(300, -1)).flatten(), "gumbel_r").pvalue > 1e-3
+    )
     # Control: the test sees a distribution that is off by a twentieth.
     assert kstest((values.flatten() ** 1.05).numpy(), "uniform").pvalue < 1e-9
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from harness.errors import ItemFailed
 from harness.models import plain, score
@@ -18,7 +18,7 @@ from harness.models.attend import Layout
 from harness.models.decode import Completion, Request, Sampling, decode
 from harness.models.load import LM, Codec, assemble
 from harness.models.noise import row_key
-from harness.models.prefix import shared_length
+from harness.models.prefix import shared_cache, shared_length
 from harness.models.score import TreeScores, pack, row_length, score_trees, tree_batch
 from harness.stages.psem import measures
 from harness.text.detect import find_word
@@ -45,9 +45,9 @@ TOGETHER = [(START + random_ids(n, 8), trie) for n, trie in [(1, DEEP), (30, HAN
 
 
 @cache
-def reference(family: str, dtype: str, context: Tokens, trie_name: str) -> tuple[np.ndarray, np.ndarray, float]:
+def reference(family: str, context: Tokens, trie_name: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Log-probability of every sequence, log-mass of word ends where asked for, and entropy of the first step."""
-    lm, trie = tiny_lm(family, dtype=dtype), globals()[trie_name]
+    lm, trie = tiny_lm(family), globals()[trie_name]
     logprobs = [plain.sequence_logprob(lm, context, s) for s in trie.sequences]
     pairs = zip(trie.sequences, trie.ends, strict=True)
     ends = [plain.word_end_logprob(lm, context, s) if e >= 0 else math.nan for s, e in pairs]
@@ -55,9 +55,9 @@ def reference(family: str, dtype: str, context: Tokens, trie_name: str) -> tuple
     return np.array(logprobs), np.array(ends), float(-(first.exp() * first).sum())
 
 
-def wanted(family: str, context: Tokens, trie: Trie, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, float]:
+def wanted(family: str, context: Tokens, trie: Trie) -> tuple[np.ndarray, np.ndarray, float]:
     name = next(k for k, v in globals().items() if v is trie)
-    return reference(family, dtype, context, name)
+    return reference(family, context, name)
 
 
 def scored(lm: LM, items: Sequence[tuple[Tokens, Trie]]) -> list[TreeScores]:
@@ -72,11 +72,11 @@ def gap(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.nanmax(np.abs(np.expm1(got - want)), initial=0.0))
 
 
-def worst(lm: LM, family: str, items: Sequence[tuple[Tokens, Trie]], dtype: str = "float32") -> float:
+def worst(lm: LM, family: str, items: Sequence[tuple[Tokens, Trie]]) -> float:
     """Greatest relative difference between the tree's probabilities and the reference's, over a batch."""
     greatest = 0.0
     for (context, trie), got in zip(items, scored(lm, items), strict=True):
-        logprobs, ends, entropy = wanted(family, context, trie, dtype)
+        logprobs, ends, entropy = wanted(family, context, trie)
         lengths = np.maximum(1, np.array([len(s) for s in trie.sequences]) / USUAL_LENGTH)
         off = [gap(got.logprobs / lengths, logprobs / lengths), gap(got.word_end, ends), abs(got.entropy - entropy)]
         greatest = max(greatest, *off)
@@ -103,10 +103,55 @@ def test_a_common_start_is_shared_and_changes_nothing(family: str) -> None:
     assert worst(tiny_lm(family), family, same) < RELATIVE
 
 
-@pytest.mark.parametrize("family", ["tiny-llama", "tiny-gemma2"])
-def test_in_float64_trees_equal_the_reference_to_the_tenth_digit(family: str) -> None:
-    lm = tiny_lm(family, dtype="float64")
-    assert worst(lm, family, [*APART, *TOGETHER], "float64") < 1e-10
+def exact_lm(family: str, monkeypatch: pytest.MonkeyPatch) -> LM:
+    """A float64 model without the float32 that families keep in their norms and their eager softmax."""
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(x, dim, dtype=torch.promote_types(x.dtype, dtype or x.dtype))
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+    lm = assemble(build_model(family), Codec(byte_tokenizer()), identity(family, "float64"))
+    for module in lm.model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            eps, weight = module.variance_epsilon, module.weight
+            module.forward = lambda x, e=eps, w=weight: w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e)
+    return lm
+
+
+@pytest.mark.parametrize("family", ["tiny-llama", "tiny-mistral", "tiny-gpt2"])
+def test_in_float64_every_node_equals_the_reference_to_the_tenth_digit(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What float32 hides as rounding would show here: the states of all tokens and nodes, packed and sharing a start."""
+    lm = exact_lm(family, monkeypatch)
+    for items in (APART, TOGETHER):
+        contexts, tries = [c for c, _ in items], [t for _, t in items]
+        shared = shared_length(contexts, len(contexts) * max(row_length(c, t) for c, t in items))
+        tokens, layout, places = tree_batch(contexts, tries, lm.device, shared)
+        with torch.inference_mode():
+            cache = shared_cache(lm, contexts[0][:shared], len(tokens)) if shared else None
+            hidden = lm.hidden(tokens, layout, cache)
+        assert hidden.dtype == torch.float64
+        for (row, start), context, trie in zip(places, contexts, tries, strict=True):
+            node = start + len(context) - shared
+            for sequence, steps in zip(trie.sequences, trie.steps, strict=True):
+                with torch.inference_mode(), plain.eager(lm):
+                    ids = torch.tensor([[*context, *sequence]])
+                    want = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(context) - 1 :]
+                got = hidden[row, [node + i for i, _ in steps]]  # -1 is the context's last token
+                assert torch.allclose(got, want[: len(steps)], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["tiny-llama", "tiny-gpt2"])
+def test_in_float64_probabilities_equal_the_reference_to_the_tenth_digit(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact states round to the same float32 logits, so that even the last digit of a probability is the same."""
+    lm = exact_lm(family, monkeypatch)
+    for (context, trie), got in zip(APART, scored(lm, APART), strict=True):
+        want = [plain.sequence_logprob(lm, context, s) for s in trie.sequences]
+        assert gap(got.logprobs, np.array(want)) < 1e-10
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,7 +208,7 @@ def test_broken_trees_give_other_probabilities(family: str) -> None:
 def test_items_that_could_see_each_other_give_other_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: items packed in one row without the mask that makes them blind to each other."""
 
-    def open_rows(*args: object) -> tuple[torch.Tensor, Layout, list[tuple[int, int]]]:
+    def open_rows(*args: object) -> tuple[Tensor, Layout, list[tuple[int, int]]]:
         tokens, layout, places = tree_batch(*args)  # type: ignore[arg-type]
         return tokens, Layout(layout.q_positions, layout.k_positions), places
 

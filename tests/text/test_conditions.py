@@ -162,7 +162,9 @@ def test_an_instruction_and_a_negation_named_in_the_settings_win_over_the_usual_
 
 
 def test_parts_that_stand_against_a_field_keep_to_their_side() -> None:
-    template = Template("{category}{target}\nnever{target}{question}{target}", instruction="never", negation="{target}{q")
+    template = Template(
+        "{category}{target}\nnever{target}{question}{target}", instruction="never", negation="{target}{q"
+    )
     asked = prompt("Q", "milk", "idioms")
     spans = template.spans(asked)
     text = template.render(asked)
@@ -182,7 +184,9 @@ def test_the_usual_prohibitions_are_found_whole(cue: str) -> None:
     assert found == cue.removeprefix("You ")
 
 
-@pytest.mark.parametrize("text", ["Answer with {target}", "A notable word", "Whenever asked", "Use one word", "Do note it"])
+@pytest.mark.parametrize(
+    "text", ["Answer with {target}", "A notable word", "Whenever asked", "Use one word", "Do note it"]
+)
 def test_words_that_only_look_like_a_prohibition_are_none(text: str) -> None:
     assert Template(f"{text}.\n{{question}}").spans(prompt()).negation is None
 
@@ -216,7 +220,9 @@ tilings = st.lists(st.integers(0, 4), min_size=1, max_size=8)
 
 
 @patient
-@given(tilings, st.lists(st.integers(0, 2), min_size=8, max_size=8), st.integers(0, 12), st.integers(1, 8), st.booleans())
+@given(
+    tilings, st.lists(st.integers(0, 2), min_size=8, max_size=8), st.integers(0, 12), st.integers(1, 8), st.booleans()
+)
 def test_a_token_span_is_the_least_range_that_leaves_no_touching_token_out(
     sizes: list[int], gaps: list[int], start: int, size: int, special: bool
 ) -> None:

@@ -209,7 +209,9 @@ def probability(sequence: Tokens, seed: int) -> float:
 
 @patient
 @given(sequences, sequences)
-def test_a_trie_spells_every_sequence_and_has_parents_before_children(given_: list[Tokens], whole: list[Tokens]) -> None:
+def test_a_trie_spells_every_sequence_and_has_parents_before_children(
+    given_: list[Tokens], whole: list[Tokens]
+) -> None:
     trie = build_trie(given_, whole)
     assert set(trie.sequences) == {*given_, *whole}
     assert len(trie.sequences) == len(set(trie.sequences))

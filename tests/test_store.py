@@ -1,0 +1,668 @@
+"""The store: migrations, round trips, transactions, views, snapshots and their readers."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness import store as store_module
+from harness.errors import EnvironmentFault, StoreError
+from harness.executor import Item, ItemResult
+from harness.run import RunPaths
+from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store
+from tests.fakes import Fake, measured, plan_of, run_stages, same_lengths, scored
+
+ROOT = Path(__file__).parents[1]
+BATCH = Batch("scores", 0, ("a", "b"), 10)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "results.duckdb") as opened:
+        opened.add_batches([BATCH])
+        opened.start_stage("scores", 1, 2)
+        yield opened
+
+
+def psem(prompt_id: str, p_sem: float | None, condition: str = "baseline") -> Row:
+    return {"prompt_id": prompt_id, "condition": condition, "p_sem": p_sem}
+
+
+def put(store: Store, **rows: list[Row]) -> None:
+    store.commit(BATCH, BatchResult(rows=dict(rows)))
+
+
+def names(store: Store) -> set[str]:
+    return {r["n"] for r in store.query("SELECT table_name AS n FROM information_schema.tables")}
+
+
+# -- migrations
+
+
+def test_a_fresh_file_has_every_table_and_view_and_a_second_opening_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.duckdb"
+    with Store(path) as first:
+        assert {*TABLES, *VIEWS} <= names(first)
+        put(first, psem=[psem("a", 0.5)])
+        applied = first.query("SELECT version, epoch_us(applied) AS t FROM schema_version")
+    with Store(path) as second:
+        assert second.query("SELECT version, epoch_us(applied) AS t FROM schema_version") == applied
+        assert [r["version"] for r in applied] == list(range(1, SCHEMA_VERSION + 1))
+        assert second.table("psem")[0]["p_sem"] == 0.5
+
+
+def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
+    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, sql))
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+
+
+ADDED = "CREATE TABLE added (a INTEGER PRIMARY KEY); ALTER TABLE psem ADD COLUMN extra DOUBLE;"
+
+
+def test_an_older_file_is_brought_to_this_schema_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.duckdb"
+    with Store(path) as old:
+        put(old, psem=[psem("a", 0.5)])
+        assert "added" not in names(old)
+    with_migration(monkeypatch, ADDED)
+    for _ in range(2):  # once is enough, twice does no harm
+        with Store(path) as new:
+            assert "added" in names(new)
+            assert [(r["p_sem"], r["extra"]) for r in new.query("SELECT * FROM psem")] == [(0.5, None)]
+            assert new.query("SELECT max(version) AS v FROM schema_version")[0]["v"] == SCHEMA_VERSION + 1
+
+
+def test_a_failure_inside_a_migration_leaves_it_pending_and_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.duckdb"
+    Store(path).close()
+    with monkeypatch.context() as patch:
+        with_migration(patch, ADDED + "SELECT error('in the middle');")
+        with pytest.raises(Exception, match="in the middle"):
+            Store(path)
+    with Store(path) as store:
+        assert "added" not in names(store)
+        assert store.query("SELECT max(version) AS v FROM schema_version")[0]["v"] == SCHEMA_VERSION
+    with_migration(monkeypatch, ADDED)
+    with Store(path) as store:
+        assert "added" in names(store)
+
+
+def test_a_crash_inside_the_first_migration_leaves_a_file_that_opens(tmp_path: Path) -> None:
+    """Killed after the tables were made and before they were committed, and again just after."""
+    path = tmp_path / "results.duckdb"
+    code = (
+        "import os, signal, sys, pathlib\nfrom harness import store\n"
+        "class Clock:\n    def now(*_):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.datetime = Clock()\nstore.Store(pathlib.Path(sys.argv[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == -signal.SIGKILL
+    with Store(path) as store:
+        assert set(TABLES) <= names(store)
+        assert store.counts() == dict.fromkeys(TABLES, 0)
+
+
+def test_a_file_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.duckdb"
+    with monkeypatch.context() as patch:
+        with_migration(patch, ADDED)
+        Store(path).close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=f"schema {SCHEMA_VERSION + 1}, this harness knows up to {SCHEMA_VERSION}"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+# -- round trips
+
+LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
+SPANS = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(list)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "VARCHAR": LETTERS | st.sampled_from(["", "NULL", 'a"b', "it's", "a,b\nc", "Zürich 日本 \U0001f600", "[1, 2]"]),
+    "BOOLEAN": st.booleans(),
+    "INTEGER": st.integers(-(2**31), 2**31 - 1),
+    "BIGINT": st.integers(-(2**63), 2**63 - 1),
+    "DOUBLE": st.floats(allow_nan=False, allow_infinity=False),
+    "FLOAT": st.floats(allow_nan=False, allow_infinity=False, width=32),
+    "INTEGER[2]": SPANS,
+    "TIMESTAMP": st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1)),
+    "TIMESTAMP WITH TIME ZONE": st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),
+}
+
+
+def values(sql_type: str) -> st.SearchStrategy[Any]:
+    """Everything a column of this type may hold, NULL apart."""
+    if sql_type in VALUES:
+        return VALUES[sql_type]
+    if sql_type.startswith("STRUCT("):
+        fields = [f.rsplit(" ", 1) for f in sql_type.removeprefix("STRUCT(").removesuffix(")").split(", ")]
+        return st.fixed_dictionaries({n.strip('"'): st.none() | values(t) for n, t in fields})
+    assert sql_type.endswith("[]"), sql_type
+    return st.lists(values(sql_type.removesuffix("[]")), max_size=4)
+
+
+def columns(store: Store, table: str) -> dict[str, str]:
+    return {
+        r["n"]: r["t"]
+        for r in store.query(
+            "SELECT column_name AS n, data_type AS t FROM information_schema.columns "
+            "WHERE table_name = ? AND table_catalog = current_database()", [table])
+    }  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Fixed-size arrays come back as tuples; times in the machine's own zone."""
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value.astimezone(UTC) if isinstance(value, datetime) and value.tzinfo else value
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_row_comes_back_as_it_went_in(table: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("round trip")
+    store = Store(folder / "results.duckdb")
+    types, key = columns(store, table), store._key(table)
+    rows = st.fixed_dictionaries({n: values(t) if n in key else st.none() | values(t) for n, t in types.items()})
+    several = st.lists(rows, min_size=1, max_size=3, unique_by=lambda r: tuple(str(r[k]) for k in key))
+
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(several)
+    def check(given_rows: list[Row]) -> None:
+        store.query(f"DELETE FROM {table}")
+        store.commit(Batch("no such stage", 0, (), 0), BatchResult(rows={table: given_rows}))
+        found = {tuple(r[k] for k in key): plain(r) for r in store.table(table)}
+        assert found == {tuple(r[k] for k in key): r for r in given_rows}
+
+    check()
+    store.publish(folder / "live.duckdb")
+    with Reader(folder / "live.duckdb") as reader:  # and a snapshot holds the same
+        assert [plain(r) for r in reader.query(f"SELECT * FROM {table} ORDER BY ALL")] == [
+            plain(r) for r in store.query(f"SELECT * FROM {table} ORDER BY ALL")
+        ]
+        assert reader.table(table).num_rows == len(store.table(table))
+    store.close()
+
+
+def test_spans_that_are_missing_stay_missing(store: Store) -> None:
+    spans = {"instruction": [0, 5], "negation": None, "mention": None, "question": [6, 9]}
+    put(store, contexts=[{"prompt_id": "a", "condition": "x", "token_ids": [], "spans": spans},
+                         {"prompt_id": "b", "condition": "x", "token_ids": [1], "spans": None}])  # fmt: skip
+    a, b = store.table("contexts")
+    assert plain(a["spans"]) == spans
+    assert (a["token_ids"], b["token_ids"], b["spans"], a["text"]) == ([], [1], None, None)
+
+
+def test_events_can_be_read_whole(store: Store) -> None:
+    """`events.time` needs nothing installed beyond what the project declares."""
+    store.event("warning", "rejected_prompt", "row 3: no target", item_key="x")
+    (row,) = store.table("events")
+    assert row["message"] == "row 3: no target"
+    assert abs((datetime.now(UTC) - plain(row["time"]).replace(tzinfo=UTC)).total_seconds()) < 60
+
+
+# -- transactions
+
+
+def test_a_row_that_cannot_be_stored_takes_its_whole_batch_with_it(store: Store) -> None:
+    """Good rows in another table, an update, a failure and the mark: none of it, and the message names the cause."""
+    put(store, prompts=[{"prompt_id": "a", "tier": None}])
+    store.query("UPDATE batches SET status = 'planned'")
+    result = BatchResult(
+        rows={"completions": [{"prompt_id": "a", "condition": "c", "mode": "m", "sample_id": 0}],
+              "psem": [psem("a", 0.1), psem("a", 0.2)]},
+        updates={"prompts": [{"prompt_id": "a", "tier": "high"}]}, failures=[Failure("b", "why")], tokens=7,
+    )  # fmt: skip
+    before = store.stage_rows()
+    with pytest.raises(Exception, match=r"(?i)constraint|duplicate key"):
+        store.commit(BATCH, result)
+    counts = store.counts()
+    assert (counts["psem"], counts["completions"], counts["events"]) == (0, 0, 0)
+    assert store.table("prompts")[0]["tier"] is None
+    assert store.plan("scores")[0].status == "planned"
+    assert store.stage_rows() == before
+    # Control: without the second row all of it is there; the store goes on after the failure.
+    store.commit(BATCH, replace(result, rows=result.rows | {"psem": [psem("a", 0.1)]}))
+    counts = store.counts()
+    assert (counts["psem"], counts["completions"], counts["events"]) == (1, 1, 1)
+    assert store.plan("scores")[0].status == "done"
+    (row,) = store.stage_rows()
+    assert (row["tokens"], row["num_failed"]) == (7, 1)
+
+
+def test_a_column_that_a_table_does_not_have_is_refused(store: Store) -> None:
+    with pytest.raises(AssertionError, match="no column"):
+        put(store, psem=[psem("a", 0.5) | {"p_semm": 0.5}])
+    assert store.counts()["psem"] == 0
+
+
+def test_rows_of_one_batch_with_different_columns_lose_nothing(store: Store) -> None:
+    """The second row has a value that the first has not. It is stored, or the batch is refused: never dropped."""
+    try:
+        put(store, psem=[{"prompt_id": "a", "condition": "baseline"}, psem("b", 0.5)])
+    except AssertionError:
+        assert store.counts()["psem"] == 0
+    else:
+        assert [r["p_sem"] for r in store.table("psem")] == [None, 0.5]
+
+
+def test_changes_of_one_batch_with_different_columns_lose_nothing(store: Store) -> None:
+    """Two items change different columns: neither may wipe out what the other's row holds."""
+    put(store, prompts=[{"prompt_id": "a", "tier": "old", "style": "old"}, {"prompt_id": "b", "tier": "old"}])
+    changes = [{"prompt_id": "a", "tier": "new"}, {"prompt_id": "b", "style": "new"}]
+    try:
+        store.commit(BATCH, BatchResult(updates={"prompts": changes}))
+    except AssertionError:
+        changes = []
+    assert [(r["tier"], r["style"]) for r in store.table("prompts")] == (
+        [("new", "old"), ("old", "new")] if changes else [("old", "old"), ("old", None)]
+    )
+
+
+@pytest.mark.parametrize("table", [t for t in TABLES if t not in ("events", "batches", "stages")])
+def test_a_primary_key_cannot_be_written_twice(table: str, store: Store) -> None:
+    types = columns(store, table)
+    row = {name: "x" if types[name] == "VARCHAR" else 1 for name in store._key(table)}
+    assert row
+    put(store, **{table: [row]})
+    with pytest.raises(Exception, match=r"(?i)duplicate key|constraint"):
+        put(store, **{table: [row]})
+    assert store.counts()[table] == 1
+
+
+def test_an_update_changes_the_given_columns_of_the_given_rows_and_no_others(store: Store) -> None:
+    put(store, prompts=[{"prompt_id": p, "category": "idioms", "tier": None, "alternatives": ["z"]} for p in "abc"])
+    store.commit(BATCH, BatchResult(updates={"prompts": [
+        {"prompt_id": "b", "tier": "high", "alternatives": []}, {"prompt_id": "c", "tier": "low", "alternatives": None},
+        {"prompt_id": "nobody", "tier": "low", "alternatives": None},
+    ]}))  # fmt: skip
+    assert [(r["prompt_id"], r["category"], r["tier"], r["alternatives"]) for r in store.table("prompts")] == [
+        ("a", "idioms", None, ["z"]), ("b", "idioms", "high", []), ("c", "idioms", "low", None),
+    ]  # fmt: skip
+
+
+def test_an_item_failed_until_it_is_measured_again(store: Store) -> None:
+    """The last word counts, whatever the number of attempts."""
+    store.commit(BATCH, BatchResult(failures=[Failure("a", "one"), Failure("b", "two")]))
+    assert store.failed("scores") == ["a", "b"]
+    assert store.failed("another stage") == []
+    again = [replace(BATCH, batch_id=n, keys=(key,), attempt=2, parent=0) for n, key in ((1, "a"), (2, "b"))]
+    store.add_batches(again)
+    store.commit(again[0], BatchResult(rows={"psem": [psem("a", 0.5)]}))
+    assert store.failed("scores") == ["b"]
+    store.commit(again[1], BatchResult(failures=[Failure("b", "three")]))
+    assert store.failed("scores") == ["b"]
+    assert store.stage_rows()[0]["num_failed"] == 1
+    third = replace(again[1], batch_id=3, attempt=3, parent=2)
+    store.add_batches([third])
+    store.commit(third, BatchResult(rows={"psem": [psem("b", 0.5)]}))
+    assert store.failed("scores") == []
+    (row,) = store.stage_rows()
+    assert (row["num_done"], row["num_failed"]) == (2, 0)
+
+
+# -- views
+
+
+def test_suppression_against_numbers_worked_by_hand(store: Store) -> None:
+    put(store, psem=[
+        psem("a", 0.8), psem("a", 0.2, "negative"), psem("a", 0.9, "hint"),
+        psem("b", 0.0), psem("b", 0.1, "negative"),
+        psem("alone", 0.3, "negative"), psem("base", 0.3),
+    ])  # fmt: skip
+    rows = {(r["prompt_id"], r["condition"]): r for r in store.query("SELECT * FROM suppression")}
+    assert set(rows) == {("a", "negative"), ("a", "hint"), ("b", "negative")}
+    a = rows["a", "negative"]
+    assert (a["p0"], a["p1"]) == (0.8, 0.2)
+    assert a["delta"] == pytest.approx(0.6)
+    assert a["relative"] == pytest.approx(0.75)
+    assert a["log"] == pytest.approx(math.log(4))
+    assert rows["a", "hint"]["relative"] == pytest.approx(-0.125)
+    b = rows["b", "negative"]  # a pressure of zero divides by the floor, not by zero
+    assert b["relative"] == pytest.approx(-0.1 / 1e-9)
+    assert b["log"] == pytest.approx(math.log(1e-12) - math.log(0.1))
+
+
+def detection(prompt_id: str, mode: str, sample_id: int, present: bool, condition: str = "negative") -> Row:
+    return {"prompt_id": prompt_id, "condition": condition, "mode": mode, "sample_id": sample_id, "word_present": present}
+
+
+def test_violation_and_outcomes_against_numbers_worked_by_hand(store: Store) -> None:
+    put(store, detections=[
+        *(detection("a", "sample", n, n < 3) for n in range(4)), *(detection("b", "sample", n, False) for n in range(2)),
+        *(detection("a", "sample", n, True, "baseline") for n in range(2)),
+        detection("a", "greedy", 0, True), detection("b", "greedy", 0, False), detection("a", "greedy", 0, True, "baseline"),
+    ])  # fmt: skip
+    violation = store.query("SELECT * FROM violation ORDER BY prompt_id, condition")
+    assert [tuple(r.values()) for r in violation] == [
+        ("a", "baseline", 2, 2, 1.0), ("a", "negative", 4, 3, 0.75), ("b", "negative", 2, 0, 0.0),
+    ]  # fmt: skip
+    outcomes = store.query("SELECT * FROM outcomes ORDER BY prompt_id")
+    assert [tuple(r.values()) for r in outcomes] == [
+        ("a", "negative", True, "failure", None), ("b", "negative", False, "success", None),
+    ]  # fmt: skip
+
+
+# -- snapshots
+
+
+def num_psem(reader: Reader) -> int:
+    return reader.query("SELECT count(*) AS n FROM psem")[0]["n"]
+
+
+CHILD = """
+import sys, pathlib
+from harness.store import Reader
+live = pathlib.Path(sys.argv[1])
+first = Reader(live)
+count = lambda r: r.query("SELECT count(*) AS n FROM psem")[0]["n"]
+print(count(first), flush=True)
+sys.stdin.readline()
+print(count(first), count(Reader(live)), flush=True)
+"""
+
+
+def test_a_reader_keeps_its_snapshot_and_a_new_one_sees_the_new_in_this_process_and_in_another(store: Store) -> None:
+    live = store.path.with_name("live.duckdb")
+    put(store, psem=[psem("a", 0.5)])
+    store.publish(live)
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(live)], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as child, Reader(live) as first:  # fmt: skip
+        assert child.stdout is not None
+        assert (num_psem(first), child.stdout.readline()) == (1, "1\n")
+        put(store, psem=[psem("b", 0.5)])
+        with Reader(live) as second:
+            assert num_psem(second) == 1  # stored is not published
+        store.publish(live)
+        with Reader(live) as third:
+            assert (num_psem(first), num_psem(third)) == (1, 2)
+        assert child.communicate("\n")[0] == "1 2\n"
+    assert sorted(p.name for p in live.parent.iterdir() if "live" in p.name) == ["live.duckdb"]
+
+
+def test_readers_never_block_the_writer_and_never_fail(store: Store) -> None:
+    """Four threads open, query and drop snapshots while a hundred batches are committed and published."""
+    live = store.path.with_name("live.duckdb")
+    store.publish(live)
+    stop, problems, counts = threading.Event(), [], set()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                with Reader(live) as reader:
+                    counts.add(num_psem(reader))
+                    reader.table("psem")
+            except Exception as e:
+                problems.append(e)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(30):
+        put(store, psem=[psem(f"{n:03d}", 0.5)])
+        store.publish(live)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert len(counts) > 3
+    assert counts <= set(range(31))
+    # Control: the store itself cannot be shared so. That is why there are snapshots.
+    code = f"from pathlib import Path; from harness.store import Store; Store(Path({str(store.path)!r}))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot be opened as a results store" in child.stderr
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_last_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = store.path.with_name("live.duckdb")
+    put(store, psem=[psem("a", 0.5)])
+    store.publish(live)
+    put(store, psem=[psem("b", 0.5)])
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_database", lambda: "no such database")
+        with pytest.raises(Exception, match="no such database"):
+            store.publish(live)
+    with Reader(live) as reader:
+        assert num_psem(reader) == 1
+    assert sorted(p.name for p in live.parent.iterdir() if "live" in p.name) == ["live.duckdb"]
+    store.publish(live)  # and the store goes on
+    with Reader(live) as reader:
+        assert num_psem(reader) == 2
+
+
+def test_a_snapshot_is_published_when_it_is_old_enough_and_cheap_enough(store: Store) -> None:
+    live = store.path.with_name("live.duckdb")
+    store.publish_if_due(live)
+    first = live.stat().st_mtime_ns
+    store.publish_if_due(live, every_s=3600.0)
+    store.publish_if_due(live, every_s=0.0, share=1e-9)  # a snapshot of some milliseconds, once in months
+    assert live.stat().st_mtime_ns == first
+    store.publish_if_due(live, every_s=0.0, share=1e9)
+    assert live.stat().st_mtime_ns > first
+
+
+@pytest.mark.parametrize("name", ["it's here", 'a "quoted" folder', "spaces  and 日本", "semi;colon -- x", "a%20b[1]{2}*"])
+def test_paths_with_quotes_and_spaces_work(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    with Store(folder / "results.duckdb") as store:
+        put(store, psem=[psem("a", 0.5)])
+        store.publish(folder / "live.duckdb")
+    with Reader(folder / "live.duckdb") as reader:
+        assert num_psem(reader) == 1
+        assert reader.export("psem", folder / f"{name}.csv", "csv") == 1
+    assert (folder / f"{name}.csv").exists()
+
+
+def test_a_reader_knows_the_schema_the_tables_and_the_age_of_its_snapshot(store: Store) -> None:
+    live = store.path.with_name("live.duckdb")
+    put(store, psem=[psem("b", 0.25), psem("a", 0.5), psem("a", 0.125, "negative")])
+    store.publish(live)
+    with Reader(live) as reader:
+        assert reader.schema_version == SCHEMA_VERSION
+        assert {*TABLES, *VIEWS} <= set(reader.tables())
+        assert 0 <= reader.age_s < 30
+        assert reader.table("psem").column("prompt_id").to_pylist() == ["a", "a", "b"]
+        assert reader.table("suppression").column("delta").to_pylist() == [0.375]
+        with pytest.raises(StoreError, match="no_such_table") as caught:
+            reader.query("SELECT * FROM\nno_such_table")
+        assert "\n" not in str(caught.value)
+        with pytest.raises(StoreError, match="read-only"):
+            reader.query("DELETE FROM psem")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no snapshot yet"), (b"", "cannot be opened"), (b"garbage" * 999, "cannot be opened"), (b"DUCK", "cannot")],
+)
+def test_a_missing_or_broken_snapshot_is_told_in_one_line(tmp_path: Path, content: bytes | None, said: str) -> None:
+    live = tmp_path / "live.duckdb"
+    if content is not None:
+        live.write_bytes(content)
+    with pytest.raises(StoreError, match=said) as caught:
+        Reader(live)
+    assert str(live) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if content is not None:
+        with pytest.raises(StoreError) as caught:
+            Store(live)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_snapshot_is_told_in_one_line(tmp_path: Path) -> None:
+    for opened in (Reader, Store):
+        with pytest.raises(StoreError) as caught:
+            opened(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_snapshot_cut_short_is_told_in_one_line(store: Store) -> None:
+    """As a copy over the network leaves it: the head is right, the rest is missing or nonsense."""
+    live = store.path.with_name("live.duckdb")
+    put(store, psem=[psem(f"{n:05d}", n / 7) for n in range(20_000)])
+    store.publish(live)
+    whole = live.read_bytes()
+    half = len(whole) // 8  # the end of the file is spare room
+    for cut in (whole[:12_288], whole[:12_288] + bytes(len(whole)), whole[:half] + b"\xab" * half + whole[2 * half :]):
+        live.with_name("cut.duckdb").write_bytes(cut)
+        with pytest.raises(StoreError) as caught, Reader(live.with_name("cut.duckdb")) as reader:
+            assert reader.table("psem").num_rows
+        assert "\n" not in str(caught.value)
+
+
+# -- exports
+
+
+def tricky(store: Store) -> list[Row]:
+    rows: list[Row] = [
+        {"prompt_id": "a, b", "condition": 'say "hi"', "mode": "greedy", "sample_id": 0, "token_ids": [], "text": "",
+         "answer": None, "finish_reason": "stop", "logprobs": [0.1, -1e-30], "margins": None},
+        {"prompt_id": "b\nc", "condition": "日本 \U0001f600", "mode": "sample", "sample_id": 1, "token_ids": [1, -2, 3],
+         "text": " it's; a\ttab\\n", "answer": "NULL", "finish_reason": "length", "logprobs": [], "margins": [3.5]},
+    ]  # fmt: skip
+    put(store, completions=rows, psem=[psem("a", 0.1), psem("b", 1 / 3)])
+    store.publish(store.path.with_name("live.duckdb"))
+    return store.table("completions")
+
+
+def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path: Path) -> None:
+    rows = tricky(store)
+    with Reader(store.path.with_name("live.duckdb")) as reader:
+        assert reader.export("completions", tmp_path / "t.parquet", "parquet") == 2
+        assert reader.export("completions", tmp_path / "t.jsonl", "jsonl") == 2
+        assert reader.export("suppression", tmp_path / "view.jsonl", "jsonl") == 0
+    assert pq.read_table(tmp_path / "t.parquet").to_pylist() == rows
+    lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text("utf-8").splitlines()]
+    narrow = {c: lambda v: None if v is None else [pytest.approx(x, rel=1e-6) for x in v] for c in ("logprobs", "margins")}
+    assert lines == [r | {c: f(r[c]) for c, f in narrow.items()} for r in rows]  # FLOAT is printed in 32 bits
+
+
+def test_an_export_to_csv_holds_every_value(store: Store, tmp_path: Path) -> None:
+    rows = tricky(store)
+    with Reader(store.path.with_name("live.duckdb")) as reader:
+        assert reader.export("completions", tmp_path / "t.csv", "csv") == 2
+        assert reader.export("psem", tmp_path / "psem.csv", "csv") == 2
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    for line, row in zip(lines, rows, strict=True):
+        for column in ("prompt_id", "condition", "mode", "text", "finish_reason"):
+            assert line[column] == row[column]
+        assert int(line["sample_id"]) == row["sample_id"]
+        assert json.loads(line["token_ids"]) == row["token_ids"]
+        assert line["answer"] == (row["answer"] or "")
+    with (tmp_path / "psem.csv").open(newline="") as file:
+        assert [float(line["p_sem"]) for line in csv.DictReader(file)] == [0.1, 1 / 3]  # every bit of a DOUBLE
+
+
+def test_an_empty_table_is_exported_with_its_columns(store: Store, tmp_path: Path) -> None:
+    store.publish(store.path.with_name("live.duckdb"))
+    with Reader(store.path.with_name("live.duckdb")) as reader:
+        for form in ("parquet", "csv", "jsonl"):
+            assert reader.export("lens", tmp_path / f"lens.{form}", form) == 0
+    assert pq.read_table(tmp_path / "lens.parquet").schema.names[:2] == ["prompt_id", "condition"]
+    assert (tmp_path / "lens.csv").read_text().startswith("prompt_id,condition,")
+    assert (tmp_path / "lens.jsonl").read_text().strip() in ("", "[]")
+
+
+def test_the_machinery_can_be_exported_too(store: Store, tmp_path: Path) -> None:
+    store.event("info", "note", "hello")
+    store.publish(store.path.with_name("live.duckdb"))
+    with Reader(store.path.with_name("live.duckdb")) as reader:
+        for form in ("parquet", "csv", "jsonl"):
+            assert reader.export("events", tmp_path / f"events.{form}", form) == 1
+            assert "hello" in (tmp_path / f"events.{form}").read_bytes().decode("utf-8", "replace")
+
+
+# -- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+WORDS = " ".join(str(n * 7919 % 10_007) for n in range(12_000))
+
+
+def wordy(items: Sequence[Item]) -> list[ItemResult]:
+    """Rows of some 60 kB that do not compress to nothing."""
+    texts = {i.key: WORDS[int(i.key[1:]) :] + i.key for i in items}
+    return [replace(r, rows=r.rows | {"prompts": [{"prompt_id": r.key, "question": texts[r.key]}]}) for r in scored(items)]
+
+
+def fill(path: Path, leave_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.write(b"\0" * max(0, shutil.disk_usage(path.parent).free - leave_bytes))
+
+
+@pytest.mark.parametrize("leave_bytes", [0, 60_000, 400_000, 3_000_000, 6_000_000])
+def test_a_full_disk_stops_the_run_and_with_room_again_it_ends_as_if_nothing_had_been(
+    small_disk: Path, tmp_path: Path, leave_bytes: int
+) -> None:
+    """The disk fills in a commit, a checkpoint or a snapshot, whichever comes first with so much left."""
+    stage = Fake(same_lengths(60), wordy)
+    run_stages(tmp_path / "whole", stage, max_tokens=20)
+    folder = small_disk / "run"
+    folder.mkdir()
+    Store(RunPaths(folder).results).close()
+    fill(small_disk / "ballast", leave_bytes)
+    with pytest.raises(EnvironmentFault, match="disk") as caught:
+        run_stages(folder, stage, max_tokens=20)
+    assert "\n" not in str(caught.value)
+    (small_disk / "ballast").unlink()
+    with Store(RunPaths(folder).results) as store:
+        done = {k for b in store.plan("scores") if b.status == "done" for k in b.keys}
+        assert {r["prompt_id"] for r in store.table("psem")} == done == {r["prompt_id"] for r in store.table("prompts")}
+    run_stages(folder, stage, max_tokens=20)
+    assert measured(folder) == measured(tmp_path / "whole")
+    assert plan_of(folder) == plan_of(tmp_path / "whole")
+
+
+def test_a_store_that_cannot_be_made_on_a_full_disk_is_the_machines_fault(small_disk: Path) -> None:
+    fill(small_disk / "ballast", 0)
+    with pytest.raises(EnvironmentFault, match="disk"):
+        Store(small_disk / "results.duckdb")
+    (small_disk / "ballast").unlink()
+    with Store(small_disk / "results.duckdb") as store:
+        assert set(TABLES) <= names(store)
+
+
+def test_a_snapshot_without_room_leaves_the_last_one_and_no_rubbish(small_disk: Path) -> None:
+    live = small_disk / "live.duckdb"
+    with Store(small_disk / "results.duckdb") as store:
+        put(store, psem=[psem("a", 0.5)])
+        store.publish(live)
+        put(store, psem=[psem("b", 0.5)])
+        fill(small_disk / "ballast", 0)
+        with pytest.raises(EnvironmentFault, match="disk"):
+            store.publish(live)
+        with Reader(live) as reader:
+            assert num_psem(reader) == 1
+        (small_disk / "ballast").unlink()
+        assert sorted(p.name for p in small_disk.iterdir() if "live" in p.name) == ["live.duckdb"]
+        store.publish(live)
+        with Reader(live) as reader:
+            assert num_psem(reader) == 2
