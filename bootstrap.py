@@ -36,7 +36,7 @@ def install() -> None:
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (an older Python may well be what runs this)
         print(f"bootstrap: expected Python 3.11 or newer, found {sys.version.split()[0]}", file=sys.stderr)
         return 4
     if len(sys.argv) < 2:

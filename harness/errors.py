@@ -55,7 +55,8 @@ class ItemFailed(HarnessError):
     exit_code = 1
 
 
-class BatchTooBig(HarnessError):
-    """A batch did not fit in memory: the engine splits it."""
+NOT_FINITE = "the model's logits are not finite (NaN or infinity); try a wider model.dtype"
 
-    exit_code = 4
+
+class NotFinite(ItemFailed):
+    """A model's logits are NaN or infinite for one item."""

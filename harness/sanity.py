@@ -22,8 +22,10 @@ from harness.settings import Resolved
 from harness.stages.psem import measures
 from harness.text.words import WordForms, word_forms
 
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "bfloat16": (1e-2, 1e-2), "float16": (1e-2, 1e-2)}
-"""Per dtype: absolute, on log-probabilities; absolute, on probabilities (harness.md §8)."""
+TOLERANCE = {"float64": (1e-6, 1e-6), "float32": (5e-5, 1e-5), "bfloat16": (1e-2, 1e-2), "float16": (1e-2, 1e-2)}
+"""Per dtype: absolute, on log-probabilities; absolute, on probabilities (harness.md §8).
+
+Float64 is no tighter than 1e-6: the families' own eager softmax and norms, which are the reference, run in float32."""
 BATCH_SIZES = (1, 3, 16)
 _T = TypeVar("_T")
 

@@ -105,5 +105,7 @@ def _binomial(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PerfectSeparationWarning)  # said of a perfect fit too, which is none
-        warnings.simplefilter("ignore", RuntimeWarning)  # a saturated draw has no degree of freedom left: 0/0 in its scale
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # a saturated draw has no degree of freedom left: 0/0 in its scale
         return sm.GLM(counts, design, family=sm.families.Binomial()).fit(start_params=start, maxiter=50).params

@@ -320,7 +320,7 @@ def test_runs_and_show_of_a_finished_run(finished: Finished) -> None:
     assert re.search(rf"{finished.run.name} .*finished .*demo .* 3 ", told.out)
     told = harness("show", "latest", "--paths.runs", finished.root)
     assert told.code == 0
-    for part in (finished.run.name, "finished", "psem", "rejected_prompt row 2", "experiment.num_samples = 2"):
+    for part in (finished.run.name, "finished", "psem", "row 2: target_not_alphabetic", "experiment.num_samples = 2"):
         assert part in told.out
 
 

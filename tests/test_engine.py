@@ -92,7 +92,9 @@ def test_the_plan_is_stored_longest_first_and_does_not_depend_on_the_order_of_th
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.floats(0, 60, allow_subnormal=False), min_size=1, max_size=40), max_tokens=st.integers(1, 150))
+@given(
+    lengths=st.lists(st.floats(0, 60, allow_subnormal=False), min_size=1, max_size=40), max_tokens=st.integers(1, 150)
+)
 def test_rows_times_the_longest_row_stay_within_the_budget(lengths: list[float], max_tokens: int) -> None:
     items = {f"k{i:03d}": n for i, n in enumerate(lengths)}
     with TemporaryDirectory() as name:
@@ -422,7 +424,9 @@ def test_an_item_with_an_error_or_without_a_result_is_a_failed_item(tmp_path: Pa
 
 def test_an_item_that_failed_without_a_word_is_a_failed_item(tmp_path: Path) -> None:
     """`ItemResult.failed(key, AssertionError())`: its message is empty, the failure is not."""
-    run_stages(tmp_path, Fake(same_lengths(2), lambda items: [ItemResult.failed(i.key, AssertionError()) for i in items]))
+    run_stages(
+        tmp_path, Fake(same_lengths(2), lambda items: [ItemResult.failed(i.key, AssertionError()) for i in items])
+    )
     assert sorted(failures(tmp_path)) == ["k000", "k001"]
 
 
@@ -696,7 +700,13 @@ def test_the_results_of_a_commit_are_counted_once(tmp_path: Path) -> None:
         run_stages(tmp_path, Fake(MIXED, stopped))
     run_stages(tmp_path, Fake(MIXED))
     (row,) = rows_of(tmp_path, "stages")
-    assert (row["num_items"], row["num_done"], row["num_failed"], row["tokens"], row["status"]) == (30, 30, 0, 30, "done")
+    assert (row["num_items"], row["num_done"], row["num_failed"], row["tokens"], row["status"]) == (
+        30,
+        30,
+        0,
+        30,
+        "done",
+    )
 
 
 def test_the_engine_needs_nothing_of_a_batch_result_but_what_it_says() -> None:

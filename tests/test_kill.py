@@ -96,9 +96,7 @@ STAGES = (
     Stage(
         "pressure",
         ("prompts",),
-        lambda t: [
-            Item(f"{p['prompt_id']}|{c}", 10.0, (p["prompt_id"], c)) for p in t["prompts"] for c in CONDITIONS
-        ],
+        lambda t: [Item(f"{p['prompt_id']}|{c}", 10.0, (p["prompt_id"], c)) for p in t["prompts"] for c in CONDITIONS],
         _psem,
         most=2,  # batches of four run out of memory: the first is tried and split, the others are cut before
     ),
@@ -247,7 +245,9 @@ ROWS_OF = {
 
 def inconsistencies(query: Callable[[str], list[Row]]) -> list[str]:
     """Items of done batches without a row or a failure, and rows that no done batch accounts for."""
-    failed = Counter((r["stage"], r["item_key"]) for r in query("SELECT * EXCLUDE time FROM events WHERE item_key NOT NULL"))
+    failed = Counter(
+        (r["stage"], r["item_key"]) for r in query("SELECT * EXCLUDE time FROM events WHERE item_key NOT NULL")
+    )
     batches = query("SELECT stage, keys FROM batches WHERE status = 'done'")
     found = []
     for stage, sql in ROWS_OF.items():

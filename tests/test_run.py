@@ -93,7 +93,9 @@ def test_the_order_of_a_list_and_an_added_key_are_part_of_the_fingerprint() -> N
     assert len(fingerprint({})) == 64
 
 
-@given(st.lists(st.datetimes(datetime(2000, 1, 1), datetime(2099, 12, 31)), min_size=2, max_size=5), st.text(max_size=40))
+@given(
+    st.lists(st.datetimes(datetime(2000, 1, 1), datetime(2099, 12, 31)), min_size=2, max_size=5), st.text(max_size=40)
+)
 @settings(deadline=None, derandomize=True)
 def test_run_ids_sort_by_time_and_are_plain_folder_names(times: list[datetime], slug: str) -> None:
     times = sorted({t.replace(microsecond=0) for t in times})
@@ -303,7 +305,12 @@ def test_a_manifest_keeps_what_it_was_given_and_says_what_changed(tmp_path: Path
     assert created["status"] == "running"
     created.update(status="finished", seconds=1.5)
     again = Manifest.reopen(paths)
-    assert (again["run_id"], again["text"], again["argv"], again["path"]) == (paths.run_id, "é \U0001f600", ["run"], "a")
+    assert (again["run_id"], again["text"], again["argv"], again["path"]) == (
+        paths.run_id,
+        "é \U0001f600",
+        ["run"],
+        "a",
+    )
     assert (again["status"], again["seconds"], again.get("nothing", 7)) == ("finished", 1.5, 7)
     assert state(read_manifest(paths)) == "finished"
 
@@ -373,7 +380,9 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
         "import sys, pathlib, time\nfrom harness.run import RunPaths, locked\n"
         "with locked(RunPaths(pathlib.Path(sys.argv[1]))):\n    print('held', flush=True)\n    time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as held:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as held:
         try:
             assert held.stdout is not None
             assert held.stdout.readline() == "held\n"

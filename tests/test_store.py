@@ -340,7 +340,13 @@ def test_suppression_against_numbers_worked_by_hand(store: Store) -> None:
 
 
 def detection(prompt_id: str, mode: str, sample_id: int, present: bool, condition: str = "negative") -> Row:
-    return {"prompt_id": prompt_id, "condition": condition, "mode": mode, "sample_id": sample_id, "word_present": present}
+    return {
+        "prompt_id": prompt_id,
+        "condition": condition,
+        "mode": mode,
+        "sample_id": sample_id,
+        "word_present": present,
+    }
 
 
 def test_violation_and_outcomes_against_numbers_worked_by_hand(store: Store) -> None:
@@ -457,7 +463,9 @@ def test_a_snapshot_is_published_when_it_is_old_enough_and_cheap_enough(store: S
     assert live.stat().st_mtime_ns > first
 
 
-@pytest.mark.parametrize("name", ["it's here", 'a "quoted" folder', "spaces  and 日本", "semi;colon -- x", "a%20b[1]{2}*"])
+@pytest.mark.parametrize(
+    "name", ["it's here", 'a "quoted" folder', "spaces  and 日本", "semi;colon -- x", "a%20b[1]{2}*"]
+)
 def test_paths_with_quotes_and_spaces_work(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
@@ -549,7 +557,9 @@ def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path
         assert reader.export("suppression", tmp_path / "view.jsonl", "jsonl") == 0
     assert pq.read_table(tmp_path / "t.parquet").to_pylist() == rows
     lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text("utf-8").splitlines()]
-    narrow = {c: lambda v: None if v is None else [pytest.approx(x, rel=1e-6) for x in v] for c in ("logprobs", "margins")}
+    narrow = {
+        c: lambda v: None if v is None else [pytest.approx(x, rel=1e-6) for x in v] for c in ("logprobs", "margins")
+    }
     assert lines == [r | {c: f(r[c]) for c, f in narrow.items()} for r in rows]  # FLOAT is printed in 32 bits
 
 
@@ -610,7 +620,9 @@ WORDS = " ".join(str(n * 7919 % 10_007) for n in range(12_000))
 def wordy(items: Sequence[Item]) -> list[ItemResult]:
     """Rows of some 60 kB that do not compress to nothing."""
     texts = {i.key: WORDS[int(i.key[1:]) :] + i.key for i in items}
-    return [replace(r, rows=r.rows | {"prompts": [{"prompt_id": r.key, "question": texts[r.key]}]}) for r in scored(items)]
+    return [
+        replace(r, rows=r.rows | {"prompts": [{"prompt_id": r.key, "question": texts[r.key]}]}) for r in scored(items)
+    ]
 
 
 def fill(path: Path, leave_bytes: int) -> None:

@@ -1,9 +1,9 @@
 """The attention function every model here runs with: SDPA, told by a `Layout` what each token may look at.
 
 Transformers builds masks per family (causal, sliding, per layer type, as a tensor or a dictionary). A scoring tree or
-a forked cache needs masks of its own, so the function asks the active `Layout` instead and the family's plumbing is
+a grown cache needs masks of its own, so the function asks the active `Layout` instead and the family's plumbing is
 bypassed. The function is registered with *both* of transformers' interfaces: registered for attention alone it would
-be handed no mask at all and silently attend to the future.
+be handed no mask at all, and lose padding and sliding windows without a word.
 
 Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) are computed explicitly: SDPA has no place for them.
 """
@@ -137,7 +137,7 @@ def _explicit(
     if mask is None:
         length, keys = query.shape[2], key.shape[2]
         mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from harness.errors import ItemFailed
+from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import Layout
 from harness.models.load import LM
 from harness.models.noise import gumbel
@@ -172,6 +172,22 @@ def decode(
     """
     assert lms, "at least one model"
     assert len(lms) == 1 or combine is not None, "several models need a function that combines their logits"
+    results = _decode(lms, requests, sampling, combine)
+    # A masked NaN is still a NaN (0 × NaN), so a completion may have caught it from a neighbour on its prompt's tree.
+    bad = [i for i, r in enumerate(results) if isinstance(r, NotFinite)]
+    if len(bad) > 1 or (bad and len(requests) > 1):
+        of_bad = torch.tensor(bad, device=lms[0].device)
+        again = None if combine is None else lambda logits, index: combine(logits, of_bad[index])
+        redone = _decode(lms, [requests[i] for i in bad], sampling, again, is_apart=True)
+        for i, result in zip(bad, redone, strict=True):
+            results[i] = result
+    return results
+
+
+def _decode(
+    lms: Sequence[LM], requests: Sequence[Request], sampling: Sampling, combine: Combine | None, is_apart: bool = False
+) -> list[Completion | ItemFailed]:
+    """As `decode`; with `is_apart`, every request has a tree of its own."""
     limit = min(lm.max_positions for lm in lms)
     results: list[Completion | ItemFailed] = [
         Completion()
@@ -182,9 +198,10 @@ def decode(
     live = [i for i, r in enumerate(results) if isinstance(r, Completion)]
     if not live:
         return results
-    contexts = {c: n for n, c in enumerate(dict.fromkeys(requests[i].context for i in live))}
-    of_context = [contexts[requests[i].context] for i in live]
-    tree = _Tree(lms, list(contexts))
+    names = [(i if is_apart else 0, requests[i].context) for i in live]
+    rows = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    of_context = [rows[name] for name in names]
+    tree = _Tree(lms, [context for _, context in rows])
     nodes, parents = of_context, [(c, -1) for c in of_context]
     keys = torch.tensor([requests[i].key for i in live], dtype=torch.long, device=lms[0].device)
     for step in range(sampling.max_new_tokens):
@@ -257,7 +274,7 @@ def _record(
 ) -> bool:  # fmt: skip
     """Append a token to completion `i`; whether it goes on."""
     if not finite:
-        results[i] = ItemFailed("the model's logits are not finite (NaN or infinity); try a wider model.dtype")
+        results[i] = NotFinite(NOT_FINITE)
         return False
     done = results[i]
     assert isinstance(done, Completion)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
@@ -147,8 +148,9 @@ class LM:
         return output
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The model's own logits in float32, for just these rows."""
-        return self.anatomy.to_logits(self.anatomy.head(hidden)).float()
+        """The model's own logits for just these rows, in float32 (float64 for a float64 model)."""
+        raw = self.anatomy.to_logits(self.anatomy.head(hidden))
+        return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
     def new_cache(self) -> DynamicCache:
         """An empty cache that keeps every key: windows are cut by the layout, by position."""
@@ -169,17 +171,19 @@ def identify(spec: ModelSpec) -> ModelIdentity:
             f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors"
         )
     generation = folder / "generation_config.json"
+    wishes = json.loads(generation.read_text("utf-8")) if generation.exists() else None
     return ModelIdentity(
         name=spec.name,
         revision=revision,
         weights_sha256=_digest({p.name: _file_sha256(p) for p in weights}),
         tokenizer_sha256=_tokenizer_sha256(folder),
-        config_sha256=_digest(_config_dict(config)),
+        # Of what a checkpoint wants for generation only the tokens that end a text are heeded, so they count.
+        config_sha256=_digest([_config_dict(config), (wishes or {}).get("eos_token_id")]),
         dtype=_resolve_dtype(spec, config),
         path=folder,
         about={
             "config": _config_dict(config),
-            "generation_config": json.loads(generation.read_text()) if generation.exists() else None,
+            "generation_config": wishes,
             "weight_files": {p.name: p.stat().st_size for p in weights},
         },
     )
@@ -199,16 +203,21 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True,
-                trust_remote_code=spec.trust_remote_code, local_files_only=True,
+            model, info = AutoModelForCausalLM.from_pretrained(
+                identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True, local_files_only=True,
+                trust_remote_code=spec.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
+            # Transformers fills what a checkpoint lacks with random numbers and goes on.
+            wrong = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
+            if wrong:
+                shown = ", ".join(wrong[:3])
+                raise ModelError(f"{spec.name}: {len(wrong)} weights are missing or of another shape, such as {shown}")
         model = model.to(spec.device).eval()  # type: ignore[arg-type]
     except torch.OutOfMemoryError as e:
         raise EnvironmentFault(
             f"{spec.name}: its weights do not fit on {spec.device}; take a smaller model or dtype"
         ) from e
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         raise ModelError(f"{spec.name}: cannot be loaded: {_one_line(e)}") from e
     model.requires_grad_(False)
     return assemble(model, load_codec(spec, identity), identity)
@@ -219,7 +228,9 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
     config = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(f"{identity.name}: expected a model with an output head, found none; use a causal language model")
+        raise ModelError(
+            f"{identity.name}: expected a model with an output head, found none; use a causal language model"
+        )
     size = head.weight.shape[0]
     if len(codec) > size:
         raise ModelError(
@@ -280,7 +291,7 @@ def _identify_random(spec: ModelSpec) -> ModelIdentity:
 def _resolve(spec: ModelSpec) -> tuple[Path, str]:
     """The local folder of a name and its revision; an id is fetched from the hub, or found in its cache when offline."""
     folder = Path(spec.name).expanduser()
-    if folder.is_dir():
+    if spec.name and folder.is_dir():
         return folder, "local"
     if spec.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
         raise ModelError(f"model.name: no folder {spec.name!r}; give a folder, a hub id (owner/name) or random:<shape>")

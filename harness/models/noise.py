@@ -48,8 +48,8 @@ def _mix(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
 def uniform(keys: Int[Tensor, " R"], step: int, token_ids: Int[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     """Float64 in the open interval (0, 1), one for each row and token at this step."""
     at_step = _mix(keys + _signed(step * 0x9E3779B97F4A7C15 % (1 << 64)))
-    bits = _shift_right(_mix(at_step[:, None] + (token_ids + 1) * _GAMMA), 11)
-    return (bits.double() + 0.5) * 2.0**-53
+    bits = _shift_right(_mix(at_step[:, None] + (token_ids + 1) * _GAMMA), 12)
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 def gumbel(keys: Int[Tensor, " R"], step: int, token_ids: Int[Tensor, "R V"]) -> Float[Tensor, "R V"]:

@@ -28,9 +28,10 @@ def eager(lm: LM) -> Iterator[None]:
 
 @torch.inference_mode()
 def next_logits(lm: LM, token_ids: Sequence[int]) -> Float[Tensor, "T V"]:
-    """Float32 logits after every token of one text, by a plain Hugging Face call."""
+    """Logits after every token of one text, by a plain Hugging Face call; float32, or float64 of a float64 model."""
     with eager(lm):
-        return lm.model(input_ids=torch.tensor([list(token_ids)], device=lm.device), use_cache=False).logits[0].float()
+        logits = lm.model(input_ids=torch.tensor([list(token_ids)], device=lm.device), use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def sequence_logprob(lm: LM, context: Sequence[int], sequence: Sequence[int]) -> float:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harness.errors import ItemFailed
+from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import Layout
 from harness.models.load import LM
 from harness.models.prefix import shared_cache, shared_length
@@ -63,6 +63,12 @@ def score_trees(
         scores = _score(lm, [contexts[i] for i in kept], [tries[i] for i in kept], top_k)
         for i, score in zip(kept, scores, strict=True):
             results[i] = score
+        # A masked NaN is still a NaN (0 × NaN), so an item may have caught it from a neighbour in its row.
+        bad = [i for i in kept if isinstance(results[i], NotFinite)]
+        if bad and len(kept) > 1:
+            apart = _score(lm, [contexts[i] for i in bad], [tries[i] for i in bad], top_k, is_apart=True)
+            for i, score in zip(bad, apart, strict=True):
+                results[i] = score
     return [r for r in results if r is not None]
 
 
@@ -76,11 +82,11 @@ def _too_long(lm: LM, context: Sequence[int], trie: Trie) -> ItemFailed | None:
 
 
 def _score(
-    lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int
+    lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int, is_apart: bool = False
 ) -> list[TreeScores | ItemFailed]:
     padded = len(contexts) * max(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
     shared = shared_length(contexts, padded)
-    tokens, layout, places = tree_batch(contexts, tries, lm.device, shared)
+    tokens, layout, places = tree_batch(contexts, tries, lm.device, shared, is_apart)
     cache = shared_cache(lm, contexts[0][:shared], tokens.shape[0]) if shared else None
     hidden = lm.hidden(tokens, layout, cache)
     # Rows the head is applied to: per item its last context token, then its nodes.
@@ -98,7 +104,7 @@ def _score(
     results: list[TreeScores | ItemFailed] = []
     for i, trie in enumerate(tries):
         if not bool(finite[starts[i] : starts[i + 1]].all()):
-            results.append(ItemFailed("the model's logits are not finite (NaN or infinity); try a wider model.dtype"))
+            results.append(NotFinite(NOT_FINITE))
             continue
         logprobs = np.array([picked[pick_of[i][j]].sum() for j in range(len(trie.sequences))], dtype=np.float64)
         ends = np.array([word_end[starts[i] + 1 + e] if e >= 0 else np.nan for e in trie.ends], dtype=np.float64)
@@ -107,15 +113,19 @@ def _score(
 
 
 def tree_batch(
-    contexts: Sequence[Sequence[int]], tries: Sequence[Trie], device: torch.device, shared: int = 0
+    contexts: Sequence[Sequence[int]],
+    tries: Sequence[Trie],
+    device: torch.device,
+    shared: int = 0,
+    is_apart: bool = False,
 ) -> tuple[Int[Tensor, "R T"], Layout, list[tuple[int, int]]]:
     """Tokens [R, T] of contexts + nodes, the layout that makes each item a tree of its own, and each item's (row, offset).
 
-    Several items stand in one row where they fit, blind to each other. The first `shared` tokens of every context
-    stand in a cache already: all see them, and they are keys only.
+    Several items stand in one row where they fit, blind to each other, or each in its own with `is_apart`. The first
+    `shared` tokens of every context stand in a cache already: all see them, and they are keys only.
     """
     lengths = [row_length(c, t) - shared for c, t in zip(contexts, tries, strict=True)]
-    places = pack(lengths)
+    places = [(row, 0) for row in range(len(lengths))] if is_apart else pack(lengths)
     rows, width = 1 + max(r for r, _ in places), max(o + n for (_, o), n in zip(places, lengths, strict=True))
     tokens = np.zeros((rows, width), dtype=np.int64)
     positions = np.zeros((rows, shared + width), dtype=np.int64)
@@ -144,7 +154,7 @@ def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
     a batch of thousands cheap.
     """
     longest = max(lengths)
-    widths = {longest, *range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {max(_ROW, longest)}
+    widths = {longest, *range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {longest, max(_ROW, longest)}
     tries = [_first_fit(lengths, width) for width in sorted(widths)]
     return min(tries, key=lambda places: _area(lengths, places))
 

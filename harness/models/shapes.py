@@ -5,6 +5,12 @@ A shape is a transformers configuration without weights. It measures speed and c
 
 from transformers import AutoConfig, PretrainedConfig
 
+
+def _rope(theta: float) -> dict[str, dict]:
+    """Rotary embedding with this base, as configurations of transformers 5 spell it."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
 _TINY = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
@@ -31,19 +37,19 @@ _SHAPES: dict[str, tuple[str, dict]] = {
                                     "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "qwen2.5-0.5b": ("qwen2", {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
                                "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                               "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}),
+                               "max_position_embeddings": 32768, **_rope(1e6), "tie_word_embeddings": True}),
     "qwen2.5-1.5b": ("qwen2", {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
                                "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-                               "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}),
+                               "max_position_embeddings": 32768, **_rope(1e6), "tie_word_embeddings": True}),
     "qwen2.5-7b": ("qwen2", {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
                              "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                             "max_position_embeddings": 32768, "rope_theta": 1e6}),
+                             "max_position_embeddings": 32768, **_rope(1e6)}),
     "llama-3.2-1b": ("llama", {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
                                "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-                               "max_position_embeddings": 131072, "rope_theta": 5e5, "tie_word_embeddings": True}),
+                               "max_position_embeddings": 131072, **_rope(5e5), "tie_word_embeddings": True}),
     "llama-3.1-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
                                "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-                               "max_position_embeddings": 131072, "rope_theta": 5e5}),
+                               "max_position_embeddings": 131072, **_rope(5e5)}),
     "gemma-2-2b": ("gemma2", {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
                               "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
                               "head_dim": 256, "max_position_embeddings": 8192}),

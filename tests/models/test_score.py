@@ -330,7 +330,8 @@ def test_however_items_are_packed_each_equals_itself_alone(shape: list[tuple[int
     lm, tries = tiny_lm("tiny-gemma3"), [HAND_MADE, ONE_TOKEN, DEEP, build_trie([(9,)])]
     items = [(random_ids(n, i), tries[t]) for i, (n, t) in enumerate(shape)]
     for item, got in zip(items, scored(lm, items), strict=True):
-        assert gap(got.logprobs, scored(lm, [item])[0].logprobs) < RELATIVE
+        # Sequences of e^-147 are sums of twenty float32 logits: their rounding grows with them.
+        assert gap(got.logprobs, scored(lm, [item])[0].logprobs) < 3 * RELATIVE
 
 
 # ---- failures stay alone --------------------------------------------------------------------------------------
