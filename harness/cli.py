@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "act"):
             parser.print_help()
             return 0
+        args.argv = ["harness", *given]
         return args.act(args)
     except HarnessError as e:
         print(f"harness: {' '.join(str(e).split())}", file=sys.stderr)
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness import launch
 
-    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, ["harness", *sys.argv[1:]])
+    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv)
 
 
 def _runs(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ class Item:
     """
 
     key: str
-    length: float
+    length: int | float
     payload: Any = None
 
 
@@ -126,7 +126,10 @@ class Inline:
         ready = False
         for token, items in batches:
             if not ready:
-                context, ready = setup(), True
+                try:
+                    context, ready = setup(), True
+                except OSError as e:
+                    raise EnvironmentFault(f"what the stage needs cannot be made ready: {_name(e)}") from e
             yield self._one(context, run, token, items)
 
     def _one(self, context: Any, run: Run, token: Any, items: Sequence[Item]) -> Outcome:

@@ -18,7 +18,7 @@ from harness.engine import Engine, Limits, Stage, StageReport, StopSignal
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
 from harness.models import device, noise
-from harness.models.load import ModelIdentity, ModelSpec, identify
+from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
     Manifest,
     RunPaths,
@@ -72,6 +72,8 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
     chosen = take(prompt_set.prompts, settings.data.num_prompts)
     spec = model_spec(settings, where)
     identity = identify(spec)
+    if settings.experiment.chat:
+        load_codec(spec, identity).chat("")  # refused here rather than once for every item
     given = Inputs(
         chosen,
         conditions,

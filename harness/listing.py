@@ -7,7 +7,7 @@ from loguru import logger
 from rich.table import Table
 
 from harness import log, summary
-from harness.errors import EnvironmentFault, RunError
+from harness.errors import EnvironmentFault, RunError, StoreError
 from harness.run import RunPaths, find_run, list_runs, locked, read_manifest, state
 from harness.store import Reader, Store
 
@@ -87,8 +87,12 @@ def open_snapshot(paths: RunPaths) -> Reader:
             store.publish(paths.live)
     except RunError:
         logger.info("the run is being computed: showing its snapshot")
-    except OSError as e:
-        logger.warning("the snapshot could not be renewed ({}); showing the one that is there", e.strerror)
+    except (StoreError, OSError) as e:
+        if not paths.live.exists():
+            raise
+        reader = Reader(paths.live)
+        logger.warning("the snapshot could not be renewed ({}); showing the one that is there", e)
+        return reader
     return Reader(paths.live)
 
 

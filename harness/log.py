@@ -112,9 +112,16 @@ def _bar() -> Progress:
     )  # fmt: skip
 
 
+class _Out(Console):
+    """A console that lets `harness runs | head` end as other commands do; Rich's own exits with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def print_out(*objects: object) -> None:
     """The result of a command, on stdout, one object after the other: logs and bars stay on stderr."""
     is_terminal = sys.stdout.isatty()
-    out = Console(file=sys.stdout, highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 140)
+    out = _Out(file=sys.stdout, highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 140)
     for thing in objects:
         out.print(thing)

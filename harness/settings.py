@@ -44,7 +44,7 @@ def _words(value: object) -> object:
     """A list may be written `a,b` or as JSON wherever text is all there is (flags, environment)."""
     if isinstance(value, str):
         text = value.strip()
-        if text[:1] in "[{":
+        if text.startswith(("[", "{")):
             try:
                 return json.loads(text)
             except json.JSONDecodeError as e:
@@ -64,7 +64,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
 class Section(BaseModel):
     """One section of the tree: frozen, and closed to names that are not fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class ModelSettings(Section):
@@ -130,7 +132,7 @@ class ExperimentSettings(Section):
 
     conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words)] = ("baseline", "negative")
     """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
-    templates: dict[str, Condition] = Field(default_factory=dict)
+    templates: Annotated[dict[str, Condition], BeforeValidator(_words)] = Field(default_factory=dict)
     """Own templates by name, for `conditions` to name."""
     chat: bool = False
     """Wrap every prompt in the model's chat template instead of completing raw text."""
@@ -347,8 +349,9 @@ def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
 
 
 def _refusal(error: ValidationError, sources: Mapping[str, str]) -> SettingsError:
-    first = error.errors()[0]
-    parts = [str(p) for p in first["loc"]]
+    # Where a setting may be written in two ways the deepest complaint is about the way that was chosen.
+    first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
+    parts = [str(p) for p in first["loc"] if "[" not in str(p)]
     names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     source = next((sources[n] for n in names if n in sources), None)
     known = field_names()

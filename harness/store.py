@@ -77,7 +77,7 @@ _MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (stage, batch_id));
     CREATE SEQUENCE event_ids;
     CREATE TABLE events (
-        event_id BIGINT PRIMARY KEY DEFAULT nextval('event_ids'), time TIMESTAMP WITH TIME ZONE, level VARCHAR,
+        event_id BIGINT PRIMARY KEY DEFAULT nextval('event_ids'), time TIMESTAMP, level VARCHAR,
         stage VARCHAR, batch_id INTEGER, item_key VARCHAR, kind VARCHAR, message VARCHAR);
 
     CREATE VIEW suppression AS
@@ -342,7 +342,7 @@ class Store:
     ) -> None:
         self._con.execute(
             "INSERT INTO events (time, level, stage, batch_id, item_key, kind, message) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [datetime.now(UTC), level, stage, batch_id, key, kind, message],
+            [_utc_now(), level, stage, batch_id, key, kind, message],
         )
 
     def _failed(self, stage: str) -> list[str]:
@@ -416,9 +416,16 @@ class Reader:
         how = {"parquet": "FORMAT parquet", "csv": "FORMAT csv, HEADER", "jsonl": "FORMAT json"}[form]
         key = _primary_key(self._con, name)
         order = ", ".join(key) if key else "ALL"
+        # As lists: DuckDB 2.0 writes a fixed-size array that is NULL in a way that other Parquet readers refuse.
+        columns = ", ".join(
+            f"{c}::{kind.replace('[2]', '[]')} AS {c}" if "[2]" in kind else c for c, kind in self._columns(name)
+        )
         with replacing(path) as temporary, _disk_errors():
-            self._con.execute(f"COPY (SELECT * FROM {name} ORDER BY {order}) TO '{_quoted(temporary)}' ({how})")
+            self._con.execute(f"COPY (SELECT {columns} FROM {name} ORDER BY {order}) TO '{_quoted(temporary)}' ({how})")
         return int(self.query(f"SELECT count(*) AS n FROM {name}")[0]["n"])
+
+    def _columns(self, table: str) -> list[tuple[str, str]]:
+        return [(r["column_name"], r["column_type"]) for r in self.query(f"DESCRIBE {table}")]
 
     def close(self) -> None:
         self._con.close()
@@ -432,9 +439,7 @@ class Reader:
 
 def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     """Apply what is missing, each migration in one transaction with its record: a crash leaves it pending, never half done."""
-    con.execute(
-        "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP WITH TIME ZONE)"
-    )
+    con.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)")
     current = con.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchall()[0][0]
     if current > SCHEMA_VERSION:
         raise StoreError(
@@ -444,7 +449,7 @@ def _migrate(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         con.execute("BEGIN")
         try:
             con.execute(_MIGRATIONS[version - 1])
-            con.execute("INSERT INTO schema_version VALUES (?, ?)", [version, datetime.now(UTC)])
+            con.execute("INSERT INTO schema_version VALUES (?, ?)", [version, _utc_now()])
             con.execute("COMMIT")
         except BaseException:
             con.execute("ROLLBACK")
@@ -484,6 +489,11 @@ def _quoted(path: os.PathLike[str] | str) -> str:
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _utc_now() -> datetime:
+    """UTC without a zone: DuckDB hands out zoned times only where pytz is installed."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _one_line(error: BaseException) -> str:

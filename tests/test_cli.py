@@ -441,7 +441,7 @@ CONTRACT: dict[str, dict[str, str]] = {
     "batches": {"stage": "VARCHAR", "batch_id": "INTEGER", "parent": "INTEGER", "status": "VARCHAR", "keys": "VARCHAR[]",
                 "num_items": "INTEGER", "padded_tokens": "BIGINT", "seconds": "DOUBLE", "peak_bytes": "BIGINT",
                 "attempt": "INTEGER"},
-    "events": {"event_id": "BIGINT", "time": "TIMESTAMP WITH TIME ZONE", "level": "VARCHAR", "stage": "VARCHAR",
+    "events": {"event_id": "BIGINT", "time": "TIMESTAMP", "level": "VARCHAR", "stage": "VARCHAR",
                "batch_id": "INTEGER", "item_key": "VARCHAR", "kind": "VARCHAR", "message": "VARCHAR"},
     "suppression": {**IDS, "p0": "DOUBLE", "p1": "DOUBLE", "delta": "DOUBLE", "relative": "DOUBLE", "log": "DOUBLE"},
     "violation": {**IDS, "num_samples": "BIGINT", "num_violations": "BIGINT", "rate": "DOUBLE"},

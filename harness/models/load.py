@@ -203,10 +203,11 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True, local_files_only=True,
                 trust_remote_code=spec.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
+            model, info = loaded
             # Transformers fills what a checkpoint lacks with random numbers and goes on.
             wrong = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
             if wrong:
