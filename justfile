@@ -54,3 +54,7 @@ lock:
 # the image: `just docker`, then `docker run --gpus all -v $PWD/runs:/runs harness run`
 docker *ARGS:
     docker build -f docker/Dockerfile -t harness --build-arg REVISION=$(git rev-parse HEAD) {{ARGS}} .
+
+# the review app, on http://127.0.0.1:8501
+app *ARGS:
+    harness app {{ARGS}}

@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
     export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
     command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
+    app = command("app", _app, "the review app, in the browser")
+    app.add_argument("--port", type=int, default=8501, help="port (default 8501)")
+    app.add_argument("--address", default="127.0.0.1", help="address to listen on (default: this machine only)")
     sanity = command(
         "sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement"
     )
@@ -166,6 +169,18 @@ def _doctor(args: argparse.Namespace) -> int:
         log.print_out(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<12} {check.finding}".replace("[", "\\["))
         checks.append(check)
     return 0 if all(c.ok for c in checks) else EnvironmentFault.exit_code
+
+
+def _app(args: argparse.Namespace) -> int:
+    settings = _resolved(args).settings
+    root = Path(__file__).resolve().parent.parent
+    found = next((f for f in (root / "app", settings.paths.data_folder.parent / "app") if f.is_dir()), None)
+    if found is None:
+        raise EnvironmentFault("the app's files are not beside this installation; run it from a clone, or in the image")
+    os.environ["OUTPUT_ROOT"] = str(settings.paths.runs)
+    command = [sys.executable, "-m", "streamlit", "run", str(found), "--server.port", str(args.port)]
+    command += ["--server.address", args.address, "--server.headless", "true", "--browser.gatherUsageStats", "false"]
+    os.execv(sys.executable, command)
 
 
 def _sanity(args: argparse.Namespace) -> int:

@@ -71,7 +71,9 @@ def test_the_order_and_number_of_prompts_do_not_decide_a_sample(tmp_path: Path) 
     other = run(tmp_path / "other", **{"data.limit": "3", "runtime.seed": "1"})
 
     def tokens(rows: dict[str, list[dict[str, Any]]]) -> dict[tuple[Any, ...], list[int]]:
-        return {(r["prompt_id"], r["condition"], r["mode"], r["sample_id"]): r["token_ids"] for r in rows["completions"]}
+        return {
+            (r["prompt_id"], r["condition"], r["mode"], r["sample_id"]): r["token_ids"] for r in rows["completions"]
+        }
 
     all_tokens = tokens(many)
     assert tokens(few) == {key: all_tokens[key] for key in tokens(few)}
