@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,7 @@ _PROBES = (2_048, 8_192)
 """Padded tokens of the two small batches that a GPU's memory is measured with."""
 _SAFETY = 0.85
 """Share of the measured room that is used: allocators fragment."""
+_FLOAT_MAX = 3.4028234663852886e38
 _GRACE_S = 6.0
 """Time a batch has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of 10 s."""
 
@@ -131,10 +132,10 @@ class Engine:
             self._store.start_stage(stage.name, stage.version, len(items))
         finished = sum(len(b.keys) for b in plan if b.status == "done" and b.attempt == 1)
         self._observer.stage_started(stage.name, len(items), finished)
-        budget = _Budget(self._limits.max_tokens, self._executor, plan)
+        budget = _Budget(self._limits.max_tokens, self._executor, plan, self._store.ran_out(stage.name))
         while True:
             plan += self._plan_more(stage, items, plan, budget)
-            todo = deque(b for b in plan if b.status == "planned")
+            todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: _place(b, plan)))
             if not todo:
                 break
             self._execute(stage, items, todo, budget, next_id=len(plan))
@@ -147,6 +148,8 @@ class Engine:
         self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch], budget: "_Budget"
     ) -> list[Batch]:
         """Store batches for the items that no batch holds yet: all of them, or on a GPU first those that measure it."""
+        if budget.tokens is None and any(b.status == "planned" for b in plan):
+            return []  # a run that was killed before its probes were done: measure first
         planned = {key for b in plan for key in b.keys}
         new = [item for key, item in items.items() if key not in planned]
         batches = list(budget.cut(new, len(plan), stage.name))
@@ -193,7 +196,8 @@ class Engine:
             message = f"{stage.name} batch {batch.batch_id} ({len(batch.keys)} items): {why}; split in two"
             with self._stop.shield():
                 self._store.add_batches(halves, batch, message, kind)
-            logger.warning(message)
+            # Running out of memory is worth one line; that later batches keep to what was learned is not.
+            logger.log("DEBUG" if kind == "ceiling_split" else "WARNING", "{}", message)
             todo.extendleft(reversed(halves))
 
         with self._stop.droppable():
@@ -255,19 +259,24 @@ class Engine:
 class _Budget:
     """How many padded tokens a batch may have: given, or measured on the first two batches; lower after running out."""
 
-    def __init__(self, given: int | None, executor: Executor, plan: Sequence[Batch]):
+    def __init__(self, given: int | None, executor: Executor, plan: Sequence[Batch], ran_out: Collection[int]):
+        """`ran_out`: ids of the batches of `plan` that did not fit, in an earlier life of this run."""
         self._capacity = executor.accelerator.capacity_bytes() if given is None else None
         self.tokens: int | None = given or (None if self._capacity is not None else CPU_BUDGET)
-        self._ceiling = min(
-            (b.padded_tokens // 2 for b in plan if b.status == "split" and len(b.keys) > 1), default=None
-        )
+        self._ceiling: int | None = None
+        for batch in plan:
+            if batch.batch_id in ran_out:
+                self.learn(batch)
         self.remember(plan)
 
     def allows(self, batch: Batch) -> bool:
         return self._ceiling is None or batch.padded_tokens <= self._ceiling or len(batch.keys) == 1
 
     def learn(self, batch: Batch) -> None:
-        self._ceiling = min(batch.padded_tokens // 2, self._ceiling or batch.padded_tokens)
+        """A batch did not fit: none larger than its larger half is tried again in this stage."""
+        num = len(batch.keys)
+        half = math.ceil(batch.padded_tokens * ((num + 1) // 2) / num)
+        self._ceiling = min(half, self._ceiling or half)
 
     def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
         """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys."""
@@ -321,6 +330,13 @@ def _batch(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
     )
 
 
+def _place(batch: Batch, plan: Sequence[Batch]) -> tuple[int, ...]:
+    """Where a batch stands in the order of running: halves stand where their parent stood, in a resumed run too."""
+    if batch.parent is None or plan[batch.parent].status != "split":
+        return (batch.batch_id,)
+    return (*_place(plan[batch.parent], plan), batch.batch_id)
+
+
 def _halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
     middle = len(batch.keys) // 2
     return [
@@ -343,9 +359,12 @@ def _collect(batch: Batch, outcome: Outcome) -> BatchResult:
     answered = {r.key: r for r in outcome.results}
     for key in batch.keys:
         item = answered.get(key)
-        error = "the stage gave no result for it" if item is None else item.error or _not_finite(item)
-        if item is None or error:
-            result.failures.append(Failure(key, error or ""))
+        if item is None:
+            result.failures.append(Failure(key, "the stage gave no result for it"))
+            continue
+        error = item.error if item.error is not None else _not_finite(item)
+        if error is not None:
+            result.failures.append(Failure(key, error or "failed without a message"))
             continue
         result.tokens += item.tokens
         for target, given in ((result.rows, item.rows), (result.updates, item.updates or {})):
@@ -364,19 +383,21 @@ def _not_finite(item: ItemResult) -> str | None:
 
 
 def _finite(value: Any) -> bool:
+    """Whether every number in it is finite, and stays so as a 32-bit float, which is what lists are stored as."""
     if isinstance(value, float):
-        return math.isfinite(value)
+        return bool(abs(value) <= _FLOAT_MAX)  # false for NaN
     if isinstance(value, list | tuple):
-        try:
-            return all(map(math.isfinite, value))  # most lists are plain numbers, and there are many
+        try:  # most lists are plain numbers, and there are many
+            finite = all(map(math.isfinite, value))
+            return finite and (not value or bool(max(value) <= _FLOAT_MAX and min(value) >= -_FLOAT_MAX))
         except TypeError:
             return all(map(_finite, value))
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
-    return True
+    return _finite(value.tolist()) if hasattr(value, "tolist") else True  # numpy's scalars and arrays
 
 
-def _mb(size: float) -> str:
+def _mb(size: int | float) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 

@@ -40,7 +40,7 @@ class ItemResult:
 
     @classmethod
     def failed(cls, key: str, error: object) -> "ItemResult":
-        return cls(key, {}, error=str(error))
+        return cls(key, {}, error=str(error) or repr(error))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Inline:
                 ) from e
             return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         except HarnessError as e:
-            return Outcome(token, error=str(e), traceback=traceback.format_exc())
+            return Outcome(token, error=str(e) or _name(e), traceback=traceback.format_exc())
         except Exception as e:
             return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         if exhausted:

@@ -48,8 +48,9 @@ class Difference(NamedTuple):
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every leaf on which two nested mappings differ, by dotted name."""
-    a, b = dict(_leaves(old)), dict(_leaves(new))
-    return [Difference(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    a, b = (dict(_leaves(json.loads(json.dumps(tree, default=str)))) for tree in (old, new))  # as the manifest has them
+    absent = object()
+    return [Difference(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k, absent) != b.get(k, absent)]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -220,6 +221,8 @@ def locked(paths: RunPaths) -> Iterator[None]:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
+        for left in paths.folder.glob(".*.tmp*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
 
 

@@ -150,12 +150,18 @@ class Store:
         self.path = path
         self._publish_cost_s = 0.0
         self._published = 0.0
-        try:
-            self._con = duckdb.connect(str(path))
-        except duckdb.Error as e:
-            raise StoreError(f"{path}: cannot be opened as a results store: {_one_line(e)}") from e
-        self._con.execute("SET preserve_insertion_order = true")
-        _migrate(self._con, path)
+        is_new = not path.exists()
+        with _disk_errors():
+            try:
+                self._con = duckdb.connect(str(path))
+                self._con.execute("SET preserve_insertion_order = true")
+                _migrate(self._con, path)
+            except duckdb.Error as e:
+                if is_new:  # a fragment would stand in the way of the next attempt
+                    path.unlink(missing_ok=True)
+                if _is_disk_full(e):
+                    raise
+                raise StoreError(f"{path}: cannot be opened as a results store: {_one_line(e)}") from e
         self._schemas: dict[str, pa.Schema] = {}
         self._keys: dict[str, list[str]] = {}
 
@@ -244,6 +250,11 @@ class Store:
         with self._transaction():
             self._event(level, kind, message, stage, None, item_key)
 
+    def ran_out(self, stage: str) -> set[int]:
+        """Ids of the batches that were split because they did not fit in memory."""
+        rows = self.query("SELECT batch_id FROM events WHERE stage = ? AND kind = 'oom_split'", [stage])
+        return {r["batch_id"] for r in rows}
+
     def failed(self, stage: str) -> list[str]:
         """Keys of items that failed and were not measured since."""
         return self._failed(stage)
@@ -315,6 +326,10 @@ class Store:
         """Set the given columns of the rows with the given keys."""
         if not rows:
             return
+        if any(row.keys() != rows[0].keys() for row in rows):  # a column that one row leaves alone must stay as it is
+            for row in rows:
+                self._update(table, [row])
+            return
         keys = self._key(table)
         changed = [c for c in rows[0] if c not in keys]
         setting = ", ".join(f"{c} = incoming.{c}" for c in changed)
@@ -322,14 +337,16 @@ class Store:
         self._with_rows(table, rows, f"UPDATE {table} SET {setting} FROM incoming WHERE {matching}")
 
     def _with_rows(self, table: str, rows: Sequence[Row], sql: str) -> None:
-        schema = pa.schema([f for f in self._schema(table) if f.name in rows[0]])
-        unknown = set(rows[0]) - set(schema.names)
+        given = {name for row in rows for name in row}
+        schema = pa.schema([f for f in self._schema(table) if f.name in given])
+        unknown = given - set(schema.names)
         assert not unknown, f"table {table} has no column {sorted(unknown)}"
         self._con.register("incoming", pa.Table.from_pylist(list(rows), schema=schema))
         try:
             self._con.execute(sql)
         finally:
-            self._con.unregister("incoming")
+            with suppress(duckdb.Error):  # refused in an aborted transaction, whose own error is the one to show
+                self._con.unregister("incoming")
 
     def _event(
         self,
@@ -367,20 +384,26 @@ class Reader:
     """Reads one run's snapshot and holds nothing that could hinder its writer.
 
     The snapshot is attached to a database in memory of its own: `duckdb.connect` on the file itself would hand out the
-    old snapshot for as long as any connection to it is open.
+    old snapshot for as long as any connection to it is open. It is attached through a file descriptor, because DuckDB
+    opens a path twice while attaching it, and a snapshot published in between would be read with the old one's header.
     """
 
     def __init__(self, live: Path):
         self.path = live
-        if not live.exists():
-            raise StoreError(f"{live}: no snapshot yet; the run has not published one")
-        self.published = live.stat().st_mtime
+        try:
+            self._file = live.open("rb")
+        except FileNotFoundError as e:
+            raise StoreError(f"{live}: no snapshot yet; the run has not published one") from e
+        except OSError as e:
+            raise StoreError(f"{live}: cannot be opened as a snapshot: {e.strerror}") from e
+        self.published = os.fstat(self._file.fileno()).st_mtime
+        held = Path(f"/proc/self/fd/{self._file.fileno()}")
         self._con = duckdb.connect(":memory:")
         try:
-            self._con.execute(f"ATTACH '{_quoted(live)}' AS run (READ_ONLY)")
+            self._con.execute(f"ATTACH '{_quoted(held if held.exists() else live)}' AS run (READ_ONLY)")
             self._con.execute("USE run")
         except duckdb.Error as e:
-            self._con.close()
+            self.close()
             raise StoreError(f"{live}: cannot be opened as a snapshot: {_one_line(e)}") from e
 
     @property
@@ -406,10 +429,11 @@ class Reader:
     def table(self, name: str) -> pa.Table:
         """A table or view, in the order of its key where it has one."""
         assert name in self.tables(), f"no table {name}"
-        key = _primary_key(self._con, name)
-        return self._con.sql(
-            f"SELECT * FROM {name}" + (f" ORDER BY {', '.join(key)}" if key else " ORDER BY ALL")
-        ).to_arrow_table()
+        order = ", ".join(_primary_key(self._con, name)) or "ALL"
+        try:
+            return self._con.sql(f"SELECT * FROM {name} ORDER BY {order}").to_arrow_table()
+        except duckdb.Error as e:
+            raise StoreError(f"{self.path}: {_one_line(e)}") from e
 
     def export(self, name: str, path: Path, form: Literal["parquet", "csv", "jsonl"]) -> int:
         """Write a table to `path`, whole or not at all; the number of its rows."""
@@ -429,6 +453,7 @@ class Reader:
 
     def close(self) -> None:
         self._con.close()
+        self._file.close()
 
     def __enter__(self) -> "Reader":
         return self
@@ -461,11 +486,18 @@ def _disk_errors():
     """A full disk is the machine's fault, and says so; the transaction in progress is gone, nothing else."""
     try:
         yield
-    except (duckdb.IOException, duckdb.FatalException, OSError) as e:
-        text = _one_line(e)
-        if "No space left" in text or "out of disk" in text.lower() or getattr(e, "errno", None) == 28:
-            raise EnvironmentFault(f"the disk is full ({text}); free some space and type the same command again") from e
+    except (duckdb.Error, OSError) as e:
+        if _is_disk_full(e):
+            raise EnvironmentFault(
+                f"the disk is full ({_one_line(e)}); free some space and type the same command again"
+            ) from e
         raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """DuckDB says it in the text of several kinds of error, a failed COMMIT among them."""
+    text = str(error).lower()
+    return "no space left" in text or "out of disk" in text or getattr(error, "errno", None) == 28
 
 
 def _rows(con: duckdb.DuckDBPyConnection, sql: str, params: Sequence[object] | None) -> list[Row]:

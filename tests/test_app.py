@@ -1,6 +1,6 @@
 """The review app by AppTest: it opens on no run, a finished, a broken and an empty one, and shows what the store holds."""
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +29,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "20200101-000000-broken-00000000" / "manifest.json").write_text("{ torn")
     empty = root / "20200102-000000-empty-00000000"
     empty.mkdir()
-    (empty / "manifest.json").write_text(
-        '{"run_id": "20200102-000000-empty-00000000", "fingerprint": "0", "status": "running", "heartbeat": "2020-01-02T00:00:00+00:00"}'
-    )
+    manifest = {"run_id": empty.name, "fingerprint": "0", "status": "running", "heartbeat": "2020-01-02T00:00:00+00:00"}
+    (empty / "manifest.json").write_text(json.dumps(manifest))
     return root
 
 
 @pytest.fixture
-def opened(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def opened(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTPUT_ROOT", str(finished))
-    yield
 
 
 def page(name: str, **params: str) -> AppTest:
