@@ -245,6 +245,8 @@ def _choose_run(root: Path, plan: Plan, resume: str) -> tuple[RunPaths, bool]:
         unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
         if same:
             return (unfinished or same)[0].paths, False
+    if "?" in str(root.resolve()):
+        raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
     run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
     paths, n = RunPaths(root / run_id), 1
     while paths.folder.exists():  # a second run in the same second

@@ -127,6 +127,13 @@ class SelectSettings(Section):
     """Most categories in which one target may be selected."""
 
 
+class PatchingSettings(Section):
+    """The subset of prompts that activation patching takes; the stage itself is not built yet."""
+
+    min_p0: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Lowest P0 of the subset; unset computes it from the run's own P0."""
+
+
 class ExperimentSettings(Section):
     """What is measured: conditions, stages, sampling."""
 
@@ -150,6 +157,7 @@ class ExperimentSettings(Section):
     stop_at_newline: bool = True
     """Off lets the model run on past its answer, as the paper did."""
     select: SelectSettings = SelectSettings()
+    patching: PatchingSettings = PatchingSettings()
 
 
 class BatchingSettings(Section):

@@ -452,6 +452,7 @@ class Reader:
         return [(r["column_name"], r["column_type"]) for r in self.query(f"DESCRIBE {table}")]
 
     def close(self) -> None:
+        """Let the snapshot go; a newer one is a new Reader."""
         self._con.close()
         self._file.close()
 

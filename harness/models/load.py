@@ -6,7 +6,7 @@ been found and checked. Safetensors only. The checkpoint's generation_config is 
 
 import hashlib
 import json
-import os
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
@@ -184,6 +184,8 @@ def identify(spec: ModelSpec) -> ModelIdentity:
         about={
             "config": _config_dict(config),
             "generation_config": wishes,
+            "num_parameters": sum(map(_num_parameters, weights)),
+            "chat_template_sha256": _chat_template_sha256(folder),
             "weight_files": {p.name: p.stat().st_size for p in weights},
         },
     )
@@ -382,6 +384,24 @@ def _check_attention(model: PreTrainedModel, probe: Tensor, config: object, name
             )
 
 
+def _num_parameters(path: Path) -> int:
+    """Numbers in a weight file, from its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as e:
+        raise ModelError(f"{path}: not a whole safetensors file: {_one_line(e)}; fetch or copy it again") from e
+
+
+def _chat_template_sha256(folder: Path) -> str | None:
+    """Hash of the chat template, wherever the tokenizer keeps it."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.exists():
+        return _file_sha256(alone)
+    template = json.loads(config.read_text("utf-8")).get("chat_template") if config.exists() else None
+    return _digest(template) if template else None
+
+
 def _tokenizer_sha256(folder: Path) -> str:
     return _digest({n: _file_sha256(folder / n) for n in _TOKENIZER_FILES if (folder / n).exists()})
 
@@ -401,8 +421,3 @@ def _digest(value: object) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def offline() -> bool:
-    """Whether Hugging Face libraries were told not to reach the hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
