@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, GenerationConfig, PreTrainedModel
 
 from harness.errors import ModelError
-from harness.models import load as load_module
 from harness.models import plain
 from harness.models.decode import Request, Sampling, decode
 from harness.models.load import LM, ModelSpec, identify, load, load_codec, shared
@@ -425,9 +424,3 @@ def test_chat_without_a_template_is_refused(checkpoint: Path) -> None:
     codec = load(ModelSpec(str(checkpoint))).codec
     assert codec.chat("Hello") == "<user>Hello:"
     assert codec.decode(codec.chat_context(codec.chat("Hello"))[0]) == "<user>Hello:"
-
-
-def test_offline_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, told in (("1", True), ("0", False), ("", False)):
-        monkeypatch.setenv("HF_HUB_OFFLINE", value)
-        assert load_module.offline() == told
