@@ -5,10 +5,8 @@ The plan of a stage is made once and stored: a killed run goes on with the same 
 
 import math
 import shutil
-import signal
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,18 +14,12 @@ from loguru import logger
 
 from harness.errors import EnvironmentFault, Stopped
 from harness.executor import Executor, Item, ItemResult, Outcome
+from harness.plan import Budget, batch_of, halves, place
 from harness.run import RunPaths
+from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Failure, Row, Store
 
-CPU_BUDGET = 8_192
-"""Padded tokens a batch where memory is not measured."""
-_PROBES = (2_048, 8_192)
-"""Padded tokens of the two small batches that a GPU's memory is measured with."""
-_SAFETY = 0.85
-"""Share of the measured room that is used: allocators fragment."""
 _FLOAT_MAX = 3.4028234663852886e38
-_GRACE_S = 6.0
-"""Time a batch has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of 10 s."""
 
 Tables = Mapping[str, list[Row]]
 
@@ -109,7 +101,7 @@ class Engine:
     """Runs stages of one run, in order, and is the only one to write its store."""
 
     def __init__(
-        self, store: Store, paths: RunPaths, executor: Executor, limits: Limits, observer: Observer, stop: "StopSignal"
+        self, store: Store, paths: RunPaths, executor: Executor, limits: Limits, observer: Observer, stop: StopSignal
     ):
         self._store, self._paths, self._executor = store, paths, executor
         self._limits, self._observer, self._stop = limits, observer, stop
@@ -132,10 +124,11 @@ class Engine:
             self._store.start_stage(stage.name, stage.version, len(items))
         finished = sum(len(b.keys) for b in plan if b.status == "done" and b.attempt == 1)
         self._observer.stage_started(stage.name, len(items), finished)
-        budget = _Budget(self._limits.max_tokens, self._executor, plan, self._store.ran_out(stage.name))
+        capacity = self._executor.accelerator.capacity_bytes()
+        budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name))
         while True:
             plan += self._plan_more(stage, items, plan, budget)
-            todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: _place(b, plan)))
+            todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: place(b, plan)))
             if not todo:
                 break
             self._execute(stage, items, todo, budget, next_id=len(plan))
@@ -144,9 +137,7 @@ class Engine:
         self._observer.stage_finished(stage.name)
         return self._finish(stage, plan, budget)
 
-    def _plan_more(
-        self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch], budget: "_Budget"
-    ) -> list[Batch]:
+    def _plan_more(self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch], budget: Budget) -> list[Batch]:
         """Store batches for the items that no batch holds yet: all of them, or on a GPU first those that measure it."""
         if budget.tokens is None and any(b.status == "planned" for b in plan):
             return []  # a run that was killed before its probes were done: measure first
@@ -165,7 +156,7 @@ class Engine:
         waiting = {key for b in plan for key in b.keys if b.status == "planned"}
         retries = [
             replace(
-                _batch(stage.name, len(plan) + n, [items[key]]),
+                batch_of(stage.name, len(plan) + n, [items[key]]),
                 parent=last[key].batch_id,
                 attempt=last[key].attempt + 1,
             )
@@ -177,7 +168,7 @@ class Engine:
         return retries
 
     def _execute(
-        self, stage: Stage, items: Mapping[str, Item], todo: deque[Batch], budget: "_Budget", next_id: int
+        self, stage: Stage, items: Mapping[str, Item], todo: deque[Batch], budget: Budget, next_id: int
     ) -> None:
         """Compute and commit what is planned. A batch that does not fit, or fails whole, comes back as two halves."""
 
@@ -191,14 +182,14 @@ class Engine:
 
         def split(batch: Batch, kind: str, why: str) -> None:
             nonlocal next_id
-            halves = _halves(batch, items, next_id)
-            next_id += len(halves)
+            parts = halves(batch, items, next_id)
+            next_id += len(parts)
             message = f"{stage.name} batch {batch.batch_id} ({len(batch.keys)} items): {why}; split in two"
             with self._stop.shield():
-                self._store.add_batches(halves, batch, message, kind)
+                self._store.add_batches(parts, batch, message, kind)
             # Running out of memory is worth one line; that later batches keep to what was learned is not.
             logger.log("DEBUG" if kind == "ceiling_split" else "WARNING", "{}", message)
-            todo.extendleft(reversed(halves))
+            todo.extendleft(reversed(parts))
 
         with self._stop.droppable():
             for outcome in self._executor.map(stage.setup, stage.run, pull()):
@@ -228,7 +219,7 @@ class Engine:
             stage.name, len(batch.keys), result.tokens, result.seconds, len(batch.keys), result.peak_bytes
         )
 
-    def _finish(self, stage: Stage, plan: Sequence[Batch], budget: "_Budget") -> StageReport:
+    def _finish(self, stage: Stage, plan: Sequence[Batch], budget: Budget) -> StageReport:
         row = next(r for r in self._store.stage_rows() if r["stage"] == stage.name)
         with self._stop.shield():
             self._store.finish_stage(stage.name, "done" if not row["num_failed"] else "failed")
@@ -254,97 +245,6 @@ class Engine:
             raise EnvironmentFault(
                 f"{self._paths.folder}: only {_mb(free)} of disk are free; free some space and type the same command again"
             )
-
-
-class _Budget:
-    """How many padded tokens a batch may have: given, or measured on the first two batches; lower after running out."""
-
-    def __init__(self, given: int | None, executor: Executor, plan: Sequence[Batch], ran_out: Collection[int]):
-        """`ran_out`: ids of the batches of `plan` that did not fit, in an earlier life of this run."""
-        self._capacity = executor.accelerator.capacity_bytes() if given is None else None
-        self.tokens: int | None = given or (None if self._capacity is not None else CPU_BUDGET)
-        self._ceiling: int | None = None
-        for batch in plan:
-            if batch.batch_id in ran_out:
-                self.learn(batch)
-        self.remember(plan)
-
-    def allows(self, batch: Batch) -> bool:
-        return self._ceiling is None or batch.padded_tokens <= self._ceiling or len(batch.keys) == 1
-
-    def learn(self, batch: Batch) -> None:
-        """A batch did not fit: none larger than its larger half is tried again in this stage."""
-        num = len(batch.keys)
-        half = math.ceil(batch.padded_tokens * ((num + 1) // 2) / num)
-        self._ceiling = min(half, self._ceiling or half)
-
-    def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
-        """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys."""
-        ordered = sorted(items, key=lambda i: (-i.length, i.key))
-        if self.tokens is None and self._measured:
-            self.tokens = self._from_measurement()
-        if self.tokens is None:
-            for probe in _PROBES:
-                batch = _take(ordered, probe)
-                if batch:
-                    ordered = ordered[len(batch) :]
-                    yield _batch(stage, next_id, batch)
-                    next_id += 1
-            return
-        while ordered:
-            batch = _take(ordered, self.tokens)
-            ordered = ordered[len(batch) :]
-            yield _batch(stage, next_id, batch)
-            next_id += 1
-
-    def remember(self, plan: Sequence[Batch]) -> None:
-        """Take the peaks of the batches that are done as measurements."""
-        self._measured = [b for b in plan if b.status == "done" and b.peak_bytes]
-
-    def _from_measurement(self) -> int:
-        """Room over what is always there, divided by bytes per padded token: a line through the two probes.
-
-        Never less than the largest batch that did fit.
-        """
-        small = min(self._measured, key=lambda b: b.padded_tokens)
-        large = max(self._measured, key=lambda b: b.padded_tokens)
-        rise = (large.peak_bytes or 0) - (small.peak_bytes or 0)
-        if large.padded_tokens == small.padded_tokens or rise <= 0:
-            return 4 * large.padded_tokens
-        per_token = rise / (large.padded_tokens - small.padded_tokens)
-        room = (self._capacity or 0) - ((small.peak_bytes or 0) - per_token * small.padded_tokens)
-        return max(int(_SAFETY * room / per_token), large.padded_tokens)
-
-
-def _take(ordered: Sequence[Item], budget: int) -> list[Item]:
-    """The most items from the front whose rows × longest row stay within the budget; at least one."""
-    if not ordered:
-        return []
-    longest = max(1.0, ordered[0].length)
-    return list(ordered[: max(1, int(budget / longest))])
-
-
-def _batch(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
-    return Batch(
-        stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items)))
-    )
-
-
-def _place(batch: Batch, plan: Sequence[Batch]) -> tuple[int, ...]:
-    """Where a batch stands in the order of running: halves stand where their parent stood, in a resumed run too."""
-    if batch.parent is None or plan[batch.parent].status != "split":
-        return (batch.batch_id,)
-    return (*_place(plan[batch.parent], plan), batch.batch_id)
-
-
-def _halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
-    middle = len(batch.keys) // 2
-    return [
-        replace(
-            _batch(batch.stage, next_id + n, [items[k] for k in keys]), parent=batch.batch_id, attempt=batch.attempt
-        )
-        for n, keys in enumerate((batch.keys[:middle], batch.keys[middle:]))
-    ]
 
 
 def _collect(batch: Batch, outcome: Outcome) -> BatchResult:
@@ -399,78 +299,3 @@ def _finite(value: Any) -> bool:
 
 def _mb(size: int | float) -> str:
     return f"{size / 1e6:,.0f} MB"
-
-
-class StopNow(BaseException):
-    """Drops the batch in progress; not an Exception, so that no handler on the way takes it for a failed item."""
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a clean end: the batch in progress may finish, or is dropped after a few seconds.
-
-    A commit is never interrupted. A second signal drops the batch at once. Only the main thread can catch signals;
-    elsewhere (tests, notebooks) this does nothing.
-    """
-
-    def __init__(self, grace_s: float = _GRACE_S):
-        self.requested = False
-        self._grace_s = grace_s
-        self._shielded = 0
-        self._droppable = False
-        self._overdue = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._on_signal)
-            self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
-        except ValueError:  # not the main thread
-            self._old.clear()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._old:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Nothing is dropped inside: what must be written is written whole."""
-        self._shielded += 1
-        try:
-            yield
-        finally:
-            self._shielded -= 1
-        self._drop_if_overdue()
-
-    @contextmanager
-    def droppable(self) -> Iterator[None]:
-        """Work inside may be dropped; that reads as Stopped outside."""
-        self._droppable = True
-        try:
-            if self.requested:
-                raise Stopped("stopped by a signal")
-            yield
-        except StopNow:
-            raise Stopped("stopped by a signal; the batch in progress was dropped") from None
-        finally:
-            self._droppable = False
-
-    def _on_signal(self, *_: object) -> None:
-        if self.requested:
-            self._on_alarm()
-            return
-        self.requested = True
-        logger.warning("stopping: finishing the batch in progress (again to drop it)")
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
-
-    def _on_alarm(self, *_: object) -> None:
-        self._overdue = True
-        self._drop_if_overdue()
-
-    def _drop_if_overdue(self) -> None:
-        if self._overdue and self._droppable and not self._shielded:
-            self._overdue = False
-            raise StopNow

@@ -14,7 +14,7 @@ from typing import Any
 from loguru import logger
 
 from harness import environment, log, stages, summary
-from harness.engine import Engine, Limits, Stage, StageReport, StopSignal
+from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
 from harness.models import device, noise
@@ -34,6 +34,7 @@ from harness.run import (
 )  # fmt: skip
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
 from harness.stages.inputs import Inputs
+from harness.stop import StopSignal
 from harness.store import Reader, Store
 from harness.text.conditions import BUILT_IN, Template
 from harness.text.prompts import PromptSet, read_prompts, take

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.engine import Engine, Limits, StageReport, StopSignal
+from harness.engine import Engine, Limits, StageReport
 from harness.errors import Stopped
 from harness.executor import Accelerator, Host, Inline, Item, ItemResult
 from harness.run import RunPaths
+from harness.stop import StopSignal
 from harness.store import MACHINERY, TABLES, Row, Store
 
 MEASURED = tuple(name for name in TABLES if name not in MACHINERY)

@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
-from harness.engine import Engine, Limits, StopSignal
+from harness.engine import Engine, Limits
 from harness.errors import EnvironmentFault, Stopped
 from harness.executor import Executor, Host, Inline, Item, ItemResult, Outcome
 from harness.run import RunPaths
+from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import (
     Fake,

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from harness.engine import Engine, Limits, StageReport, StopSignal
+from harness.engine import Engine, Limits, StageReport
 from harness.executor import Host, Inline, Item, ItemResult
 from harness.run import Manifest, RunPaths, locked, read_manifest
+from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Reader, Row, Store
 from tests.fakes import Watcher, measured, plan_of, score
 

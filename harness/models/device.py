@@ -52,7 +52,8 @@ class CudaMemory:
 
     def peak_bytes(self) -> int:
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_reserved()
+        # Allocated, not reserved: what the allocator keeps from an earlier batch would hide what this one needed.
+        return torch.cuda.max_memory_allocated()
 
     def capacity_bytes(self) -> int | None:
         """What is free now and what this process already holds, less the reserve."""

@@ -84,6 +84,10 @@ class Codec:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, without specials; much faster than one by one."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str), "one list of ids is one text"

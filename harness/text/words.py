@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     all_special_ids: list[int]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def __len__(self) -> int: ...
 
@@ -121,16 +122,12 @@ class WordForms:
     paper: tuple[Tokens, ...]
     trie: Trie
 
-    def index(self, sequence: Tokens) -> int:
-        return self.trie.sequences.index(sequence)
-
 
 def word_forms(word: str, tokenizer: Tokenizer) -> WordForms:
     """Every spelling of `word` under one tokenizer, arranged so that one tree forward scores them all."""
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
+    forms = surface_forms(word, tuple(dict.fromkeys(ENDINGS + PAPER_ENDINGS)))
+    encode = dict(zip(forms, tokenizer.encode_all(forms), strict=True)).__getitem__
     events = prefix_free(token_sequences(word, encode, tokenizer.decode, ENDINGS))
     paper = token_sequences(word, encode, tokenizer.decode, PAPER_ENDINGS)
     at_boundary = tuple(not _continues_word(tokenizer.decode(s)[-1]) for s in events)

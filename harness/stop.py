@@ -1,0 +1,88 @@
+"""A signal ends a run cleanly: what must be written is written whole, the batch in progress may be dropped."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from loguru import logger
+
+from harness.errors import Stopped
+
+_GRACE_S = 6.0
+"""Time a batch has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of 10 s."""
+
+
+class StopNow(BaseException):
+    """Drops the batch in progress; not an Exception, so that no handler on the way takes it for a failed item."""
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a clean end: the batch in progress may finish, or is dropped after a few seconds.
+
+    A commit is never interrupted. A second signal drops the batch at once. Only the main thread can catch signals;
+    elsewhere (tests, notebooks) this does nothing.
+    """
+
+    def __init__(self, grace_s: float = _GRACE_S):
+        self.requested = False
+        self._grace_s = grace_s
+        self._shielded = 0
+        self._droppable = False
+        self._overdue = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._on_signal)
+            self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
+        except ValueError:  # not the main thread
+            self._old.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._old:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Nothing is dropped inside: what must be written is written whole."""
+        self._shielded += 1
+        try:
+            yield
+        finally:
+            self._shielded -= 1
+        self._drop_if_overdue()
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """Work inside may be dropped; that reads as Stopped outside."""
+        self._droppable = True
+        try:
+            if self.requested:
+                raise Stopped("stopped by a signal")
+            yield
+        except StopNow:
+            raise Stopped("stopped by a signal; the batch in progress was dropped") from None
+        finally:
+            self._droppable = False
+
+    def _on_signal(self, *_: object) -> None:
+        if self.requested:
+            self._on_alarm()
+            return
+        self.requested = True
+        logger.warning("stopping: finishing the batch in progress (again to drop it)")
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+
+    def _on_alarm(self, *_: object) -> None:
+        self._overdue = True
+        self._drop_if_overdue()
+
+    def _drop_if_overdue(self) -> None:
+        if self._overdue and self._droppable and not self._shielded:
+            self._overdue = False
+            raise StopNow
