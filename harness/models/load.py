@@ -302,11 +302,27 @@ def _resolve(spec: ModelSpec) -> tuple[Path, str]:
         return folder, "local"
     if spec.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
         raise ModelError(f"model.name: no folder {spec.name!r}; give a folder, a hub id (owner/name) or random:<shape>")
+    path = _snapshot(spec)
+    return path, path.name
+
+
+def _snapshot(spec: ModelSpec) -> Path:
+    """The folder of a hub id at its revision, named by the commit: fetched where missing, from the cache when offline."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    def get(*, offline: bool) -> Path:
+        return Path(
+            snapshot_download(spec.name, revision=spec.revision, allow_patterns=_HUB_FILES, local_files_only=offline)
+        )
+
     try:
-        path = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=_HUB_FILES))
+        try:
+            return get(offline=False)
+        except LocalEntryNotFoundError:
+            raise
+        except ConnectionError:  # older hub clients do not fall back to the cache by themselves
+            return get(offline=True)
     except LocalEntryNotFoundError as e:
         raise ModelError(
             f"model.name: {spec.name!r} is no folder here, is not in the Hugging Face cache, and the hub cannot be reached; "
@@ -314,7 +330,6 @@ def _resolve(spec: ModelSpec) -> tuple[Path, str]:
         ) from e
     except (HfHubHTTPError, OSError, ValueError) as e:
         raise ModelError(f"model.name: {spec.name!r} cannot be had from the hub: {_one_line(e)}") from e
-    return path, path.name
 
 
 def _read_config(folder: Path, spec: ModelSpec) -> object:
@@ -322,7 +337,7 @@ def _read_config(folder: Path, spec: ModelSpec) -> object:
         raise ModelError(f"{folder}: expected a model's config.json, found none; is this a checkpoint folder?")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ModelError(f"{folder}: its config.json cannot be used: {_one_line(e)}") from e
 
 
