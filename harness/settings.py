@@ -200,7 +200,9 @@ class PathSettings(Section):
         if self.data is not None:
             return self.data
         here = Path("data")
-        return here if (here / "prompts").is_dir() else Path(__file__).resolve().parent.parent / "data"
+        return (
+            here if (here / "prompts" / "gravity.jsonl").is_file() else Path(__file__).resolve().parent.parent / "data"
+        )
 
 
 class Settings(BaseSettings):

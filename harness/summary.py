@@ -105,6 +105,11 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
     shown.extend(_fit_line(c.condition, c.fit) for c in sampled if c.fit is not None)
     if result.num_failed:
         shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
+    told = ", ".join(
+        f"{n} {level}s" if n != 1 else f"1 {level}" for level, n in (manifest.get("warnings") or {}).items()
+    )
+    if told:
+        shown.append(f"{told} in the log (logs/run.log).")
     if manifest.get("planted"):
         shown.append(
             "The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models."
