@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from harness.errors import HarnessError
-from harness.run import RunEntry, RunPaths, list_runs, state
+from harness.run import RunEntry, RunPaths, list_runs
 from harness.settings import resolve
 from harness.store import Reader
 from harness.summary import Summary, summarise
@@ -28,22 +28,7 @@ def runs() -> list[RunEntry]:
 
 def runs_table() -> pd.DataFrame:
     """One row a run, for a table on a page."""
-    rows = []
-    for entry in runs():
-        manifest = entry.manifest or {}
-        rows.append(
-            {
-                "run": entry.paths.run_id,
-                "status": state(manifest) if entry.manifest else "broken",
-                "model": str((manifest.get("model") or {}).get("name", "")).rsplit("/", 1)[-1],
-                "prompts": (manifest.get("prompts") or {}).get("used"),
-                "stages done": ", ".join(manifest.get("stages") or {}),
-                "failed": manifest.get("num_failed"),
-                "created": manifest.get("created"),
-                "reason": entry.problem or manifest.get("reason") or "",
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame([entry.facts() for entry in runs()])
 
 
 def choose_run() -> RunEntry | None:

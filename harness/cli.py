@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
+from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, disk_full
 from harness.settings import SHORT_FLAGS, Resolved, describe, field_names, nearest, resolve
 
 # Modules that import torch are imported where they are used: `harness runs` should answer at once.
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        if e.errno == 28:
-            print(f"harness: the disk is full ({e}); free some space and type the same command again", file=sys.stderr)
-            return EnvironmentFault.exit_code
+        if (fault := disk_full(e)) is not None:
+            print(f"harness: {fault}", file=sys.stderr)
+            return fault.exit_code
         raise
 
 

@@ -4,6 +4,8 @@ Knows nothing else of the project. A message says what was expected, what was fo
 in one line: it is printed as it stands, without a traceback.
 """
 
+import errno
+
 
 class HarnessError(Exception):
     """Bad input or settings: the one line says what to mend."""
@@ -31,12 +33,6 @@ class StoreError(HarnessError):
     """A results file of another schema, or one that cannot be opened."""
 
 
-class CheckFailed(HarnessError):
-    """Everything ran, and a check did not hold: a failed item, a disagreement."""
-
-    exit_code = 1
-
-
 class Stopped(HarnessError):
     """Stopped early, by a signal or by a person; the same command goes on where it stopped."""
 
@@ -60,3 +56,15 @@ NOT_FINITE = "the model's logits are not finite (NaN or infinity); try a wider m
 
 class NotFinite(ItemFailed):
     """A model's logits are NaN or infinite for one item."""
+
+
+def disk_full(error: BaseException) -> EnvironmentFault | None:
+    """What to raise where an error means a full disk; None where it means something else.
+
+    The system says it by number, DuckDB in the text of several kinds of error, a failed COMMIT among them.
+    """
+    text = " ".join(str(error).split())
+    said = any(words in text.lower() for words in ("no space left", "out of disk"))
+    if not said and getattr(error, "errno", None) != errno.ENOSPC:
+        return None
+    return EnvironmentFault(f"the disk is full ({text}); free some space and type the same command again")

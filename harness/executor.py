@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from harness.errors import EnvironmentFault, HarnessError
+from harness.errors import EnvironmentFault, HarnessError, disk_full
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,8 @@ class Inline:
         except EnvironmentFault:
             raise
         except OSError as e:
-            if e.errno == 28:
-                raise EnvironmentFault(
-                    f"the disk is full ({e}); free some space and type the same command again"
-                ) from e
+            if (fault := disk_full(e)) is not None:
+                raise fault from e
             return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         except HarnessError as e:
             return Outcome(token, error=str(e) or _name(e), traceback=traceback.format_exc())

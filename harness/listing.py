@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loguru import logger
+from rich.markup import escape
 from rich.table import Table
 
 from harness import log, summary
@@ -19,21 +20,15 @@ def print_runs(root: Path) -> None:
         log.print_out(f"No run in {root} yet. Start one with `harness run`.")
         return
     table = Table()
-    for column in ("run", "status", "model", "prompts", "stages done", "failed", "seconds"):
+    shown = ("run", "status", "model", "prompts", "stages done", "failed", "seconds", "reason")
+    for column in shown:
         table.add_column(
             column, justify="right" if column in ("prompts", "failed", "seconds") else "left", overflow="fold"
         )
     for entry in entries:
-        if entry.manifest is None:
-            table.add_row(entry.paths.run_id, "broken", f"{entry.problem}", "", "", "", "")
-            continue
-        m = entry.manifest
-        stages = m.get("stages") or {}
-        table.add_row(
-            entry.paths.run_id, state(m), str((m.get("model") or {}).get("name", "?")).rsplit("/", 1)[-1],
-            str((m.get("prompts") or {}).get("used", "?")), f"{len(stages)}", str(m.get("num_failed", "")),
-            f"{m.get('seconds', 0):.0f}" if m.get("seconds") else "",
-        )  # fmt: skip
+        facts = entry.facts()
+        cells = (facts[column] for column in shown)
+        table.add_row(*(escape("" if c is None else f"{c:.0f}" if isinstance(c, float) else str(c)) for c in cells))
     log.print_out(table)
 
 

@@ -53,7 +53,6 @@ class ConsoleProgress:
     def __init__(self) -> None:
         self._bar = _bar() if console.is_terminal else None
         self._task: object = None
-        self._stage = ""
         self._total = self._done = self._first = self._tokens = 0
         self._start = self._last_line = 0.0
 
@@ -67,7 +66,7 @@ class ConsoleProgress:
             self._bar.stop()
 
     def stage_started(self, stage: str, total: int, done: int) -> None:
-        self._stage, self._total, self._done, self._first, self._tokens = stage, total, done, done, 0
+        self._total, self._done, self._first, self._tokens = total, done, done, 0
         self._start = time.perf_counter()
         self._last_line = self._start
         if self._bar:

@@ -233,6 +233,21 @@ class RunEntry(NamedTuple):
     manifest: dict[str, Any] | None
     problem: str | None
 
+    def facts(self) -> dict[str, Any]:
+        """One row of a list of runs; of a broken run its name, `broken` and the reason."""
+        manifest = self.manifest or {}
+        return {
+            "run": self.paths.run_id,
+            "status": state(manifest) if self.manifest else "broken",
+            "model": str((manifest.get("model") or {}).get("name", "")).rsplit("/", 1)[-1],
+            "prompts": (manifest.get("prompts") or {}).get("used"),
+            "stages done": ", ".join(manifest.get("stages") or {}),
+            "failed": manifest.get("num_failed"),
+            "seconds": manifest.get("seconds"),
+            "created": manifest.get("created"),
+            "reason": self.problem or manifest.get("reason") or "",
+        }
+
 
 def list_runs(root: Path) -> list[RunEntry]:
     """Every run under `root`, newest first; a broken one is an entry with its reason."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from harness.errors import EnvironmentFault, StoreError
+from harness.errors import StoreError, disk_full
 from harness.run import replacing
 
 Row = dict[str, Any]
@@ -159,7 +159,7 @@ class Store:
             except duckdb.Error as e:
                 if is_new:  # a fragment would stand in the way of the next attempt
                     path.unlink(missing_ok=True)
-                if _is_disk_full(e):
+                if disk_full(e) is not None:
                     raise
                 raise StoreError(f"{path}: cannot be opened as a results store: {_one_line(e)}") from e
         self._schemas: dict[str, pa.Schema] = {}
@@ -488,17 +488,9 @@ def _disk_errors():
     try:
         yield
     except (duckdb.Error, OSError) as e:
-        if _is_disk_full(e):
-            raise EnvironmentFault(
-                f"the disk is full ({_one_line(e)}); free some space and type the same command again"
-            ) from e
+        if (fault := disk_full(e)) is not None:
+            raise fault from e
         raise
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """DuckDB says it in the text of several kinds of error, a failed COMMIT among them."""
-    text = str(error).lower()
-    return "no space left" in text or "out of disk" in text or getattr(error, "errno", None) == 28
 
 
 def _rows(con: duckdb.DuckDBPyConnection, sql: str, params: Sequence[object] | None) -> list[Row]:
