@@ -17,14 +17,21 @@ import torch
 from rich.table import Table
 
 from harness import launch, log
-from harness.models import device, plain
+from harness.errors import ItemFailed
+from harness.models import attend, device, plain
 from harness.models.attend import Layout
 from harness.models.decode import Completion, Request, Sampling, decode
+from harness.models.inside import Probe, View, look_inside, right_padded
 from harness.models.load import LM, ModelSpec, load
 from harness.models.noise import row_key
+from harness.models.patch import PATCHES, Patched, begin, run_rows
 from harness.models.score import TreeScores, row_length, score_trees
 from harness.settings import Resolved
-from harness.text.words import Tokens, WordForms, word_forms
+from harness.stages.patching import align
+from harness.stages.prompts import context_row
+from harness.text.conditions import BUILT_IN
+from harness.text.prompts import Prompt
+from harness.text.words import Tokens, WordForms, build_trie, word_forms
 
 _REPEATS = 3
 
@@ -75,6 +82,12 @@ def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts:
         figures += bench_psem(lm, subjects)
     if "samples" in stages:
         figures += bench_samples(lm, subjects, settings.experiment.num_samples)
+    if "attention" in stages:
+        figures += bench_attention(lm, subjects)
+    if "mechanism" in stages:
+        figures += bench_mechanism(lm, subjects)
+    if "patching" in stages:
+        figures += bench_patching(lm, plan.inputs.prompts[: max(1, num_contexts // 8)])
     about = _about(lm, shape, subjects, where)
     table = Table(title=", ".join(f"{k} {v}" for k, v in about.items()), title_justify="left")
     for column in ("stage", "way", "seconds", "tokens forwarded", "tokens/s", "fast path is", "max rel diff"):
@@ -186,6 +199,115 @@ def _unshared(lm: LM, requests: Sequence[Request], sampling: Sampling) -> list[A
         for i, done in zip(index, decode([lm], [requests[i] for i in index], sampling), strict=True):
             result[i] = done
     return result
+
+
+def bench_attention(lm: LM, subjects: Sequence[Subject], max_tokens: int = 2048) -> list[Figure]:
+    """SDPA with every layer's and head's row of the last token, against plain SDPA, and against eager attention's maps."""
+    contexts = [s.context for s in subjects]
+    fast_s, fast_tokens, fast = _timed(lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _tapped(lm, b)))
+    sdpa_s, sdpa_tokens, _ = _timed(lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _forward_only(lm, b)))
+    with plain.eager(lm):
+        eager_s, eager_tokens, maps = _timed(
+            lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _eager_maps(lm, b))
+        )
+    apart = max(float(np.abs(a - b).max()) for a, b in zip(fast, maps, strict=True))
+    return [
+        Figure("attention", "SDPA and the last token's rows", fast_s, fast_tokens, 1.0, 0.0),
+        Figure("attention", "plain SDPA, no rows", sdpa_s, sdpa_tokens, sdpa_s / fast_s, 0.0),
+        Figure("attention", "eager, whole maps returned", eager_s, eager_tokens, eager_s / fast_s, apart),
+    ]
+
+
+@torch.inference_mode()
+def _tapped(lm: LM, batch: Sequence[Tokens]) -> list[np.ndarray]:
+    """[L, H, T] of each context's last token."""
+    tokens, layout = right_padded(batch, lm.device)
+    at = torch.tensor([[len(c) - 1] for c in batch], device=lm.device)
+    rows: list[torch.Tensor] = []
+    with attend.watch_rows(at, lambda _layer, weights: rows.append(weights[:, :, 0])):
+        lm.hidden(tokens, layout)
+    whole = torch.stack(rows, 1).cpu().numpy()
+    return [whole[r, :, :, : len(c)] for r, c in enumerate(batch)]
+
+
+@torch.inference_mode()
+def _forward_only(lm: LM, batch: Sequence[Tokens]) -> list[None]:
+    lm.hidden(*right_padded(batch, lm.device))
+    return [None] * len(batch)
+
+
+@torch.inference_mode()
+def _eager_maps(lm: LM, batch: Sequence[Tokens]) -> list[np.ndarray]:
+    tokens, layout = right_padded(batch, lm.device)
+    mask = torch.tensor([[n < len(c) for n in range(tokens.shape[1])] for c in batch], device=lm.device).long()
+    maps = lm.model.base_model(
+        input_ids=tokens, attention_mask=mask, position_ids=layout.q_positions, use_cache=False, output_attentions=True
+    ).attentions
+    return [np.stack([m[r, :, len(c) - 1, : len(c)].float().cpu().numpy() for m in maps]) for r, c in enumerate(batch)]
+
+
+def bench_mechanism(lm: LM, subjects: Sequence[Subject], max_tokens: int = 2048) -> list[Figure]:
+    """Everything of gravity.md §5 from one forward, against one prompt and one layer at a time."""
+    probes = [
+        Probe(s.context, (len(s.context) - 1,), (s.context[-1],), s.forms.first_tokens, {"question": (1, 4)})
+        for s in subjects
+    ]
+    fast_s, fast_tokens, fast = _timed(
+        lm, lambda: _in_batches(probes, lambda p: len(p.tokens), max_tokens, lambda b: look_inside(lm, b))
+    )
+    some = probes[:: max(1, len(probes) // 8)]
+
+    def one_by_one() -> list[dict[str, np.ndarray]]:
+        return [
+            plain.layers(lm, p, p.at[0], p.emitted[0])
+            | {"rows": plain.attention_rows(lm, p.tokens, p.at[0])} for p in some
+        ]  # fmt: skip
+
+    plain_s, plain_tokens, slow = _timed(lm, one_by_one, repeats=1)
+    scale = len(probes) / len(some)
+    views = [v for v in fast[:: max(1, len(probes) // 8)] if isinstance(v, View)]
+    apart = max(float(np.abs(v.steps[0].p_out - w["p_out"]).max()) for v, w in zip(views, slow, strict=True))
+    return [
+        Figure("mechanism", f"one forward a batch ({len(probes)} contexts)", fast_s, fast_tokens, 1.0, 0.0),
+        Figure("mechanism", f"one prompt, one layer at a time ({len(some)} timed, scaled)", plain_s * scale,
+               int(plain_tokens * scale), plain_s * scale / fast_s, apart),
+    ]  # fmt: skip
+
+
+def bench_patching(lm: LM, prompts: Sequence[Prompt]) -> list[Figure]:
+    """All six patches at every layer as the rows of one forward, against one (patch, layer) at a time that goes on from
+    the same prefilled prefix, forked each time."""
+    pairs = [align(*(context_row(lm.codec, p, n, t, chat=False) for n, t in BUILT_IN.items())) for p in prompts]
+    tries = [build_trie(word_forms(p.target, lm.codec).events) for p in prompts]
+    names = [(name, layer) for name in PATCHES for layer in range(len(lm.anatomy.blocks))]
+
+    def together() -> list[float]:
+        return [x for pair, trie in zip(pairs, tries, strict=True)
+                for x in _p_sems(run_rows(lm, pair, begin(lm, pair, PATCHES), names, trie, 8, False))]  # fmt: skip
+
+    def one_at_a_time() -> list[float]:
+        found = []
+        for pair, trie in zip(pairs, tries, strict=True):
+            start = begin(lm, pair, PATCHES)
+            for name in names:
+                found += _p_sems(run_rows(lm, pair, start, [name], trie, 8, False))
+        return found
+
+    fast_s, fast_tokens, fast = _timed(lm, together)
+    slow_s, slow_tokens, slow = _timed(lm, one_at_a_time, repeats=1)
+    apart = float((np.abs(np.array(fast) / np.array(slow) - 1)).max())
+    told = f"{len(pairs)} prompts × {len(names)} (patch, layer) pairs"
+    return [
+        Figure("patching", f"rows of one forward ({told})", fast_s, fast_tokens, 1.0, 0.0),
+        Figure(
+            "patching", "one pair at a time, its own fork of the prefix", slow_s, slow_tokens, slow_s / fast_s, apart
+        ),
+    ]
+
+
+def _p_sems(rows: Sequence[Patched | ItemFailed]) -> list[float]:
+    assert all(isinstance(r, Patched) for r in rows), "a row failed"
+    return [float(np.exp(r.scores.logprobs).sum()) for r in rows if isinstance(r, Patched)]
 
 
 def least_tokens(subjects: Sequence[Subject]) -> int:

@@ -10,6 +10,8 @@ from typing import NoReturn
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, disk_full
 from harness.settings import SHORT_FLAGS, Resolved, describe, field_names, nearest, resolve
 
+_BENCHED = ("psem", "samples", "attention", "mechanism", "patching")
+
 # Modules that import torch are imported where they are used: `harness runs` should answer at once.
 
 
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
     export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
+    report = command("report", _report, "one self-contained HTML page of a run, and its figures as PNG and SVG")
+    report.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    report.add_argument("--to", type=Path, metavar="DIR", help="folder to write to (default: the run's own, report/)")
     command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
     app = command("app", _app, "the review app, in the browser")
     app.add_argument("--port", type=int, default=8501, help="port (default 8501)")
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sanity.add_argument("--num-prompts", type=int, default=4, metavar="N", help="prompts to compare (default 4)")
     bench = command("bench", _bench, "fast path against naive path, same model, same items, one process")
-    bench.add_argument("--stage", choices=("psem", "samples"), action="append", help="what to time (default: all)")
+    bench.add_argument("--stage", choices=_BENCHED, action="append", help="what to time (default: all)")
     bench.add_argument("--shape", default="llama-40m", help="a model shape with random weights (default llama-40m)")
     bench.add_argument(
         "--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)"
@@ -160,6 +165,15 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import log, report
+    from harness.run import find_run
+
+    log.print_out(f"report written to {report.write(find_run(root, args.run), args.to)}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness import doctor, log
@@ -196,4 +210,4 @@ def _bench(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness import bench
 
-    return bench.command(resolved, args.shape, tuple(args.stage or ("psem", "samples")), args.contexts, args.json)
+    return bench.command(resolved, args.shape, tuple(args.stage or _BENCHED), args.contexts, args.json)

@@ -3,6 +3,7 @@
 The plan of a stage is made once and stored: a killed run goes on with the same batches and so ends with the same bits.
 """
 
+import hashlib
 import math
 import shutil
 from collections import deque
@@ -12,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from loguru import logger
 
-from harness.errors import EnvironmentFault, Stopped
+from harness.errors import EnvironmentFault, Stopped, disk_full
 from harness.executor import Executor, Item, ItemResult, Outcome
 from harness.plan import Budget, batch_of, halves, place
-from harness.run import RunPaths
+from harness.run import RunPaths, replacing
 from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Failure, Row, Store
 
@@ -120,10 +121,13 @@ class Engine:
         self._check_disk(stage, len(items))
         if retry_failed:
             plan += self._plan_retries(stage, items, plan)
+        # Items may have changed since the plan was made, where what they rest on was measured again.
+        finished = {key for b in plan if b.status == "done" for key in b.keys} & items.keys()
+        failed = set(self._store.failed(stage.name))
         with self._stop.shield():
-            self._store.start_stage(stage.name, stage.version, len(items))
-        finished = sum(len(b.keys) for b in plan if b.status == "done" and b.attempt == 1)
-        self._observer.stage_started(stage.name, len(items), finished)
+            self._store.drop_items(stage.name, sorted(failed - items.keys()))
+            self._store.start_stage(stage.name, stage.version, len(items), len(finished - failed))
+        self._observer.stage_started(stage.name, len(items), len(finished))
         capacity = self._executor.accelerator.capacity_bytes()
         budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name))
         while True:
@@ -176,7 +180,7 @@ class Engine:
             while todo:
                 batch = todo.popleft()
                 if budget.allows(batch):
-                    yield batch, [items[key] for key in batch.keys]
+                    yield batch, [items[key] for key in batch.keys if key in items]
                 else:
                     split(batch, "ceiling_split", f"{batch.padded_tokens} padded tokens are over the learned ceiling")
 
@@ -202,12 +206,13 @@ class Engine:
                     split(batch, "error_split", outcome.error)
                 else:
                     with self._stop.shield():
-                        self._commit(stage, batch, outcome)
+                        self._commit(stage, batch, outcome, [key for key in batch.keys if key not in items])
                 if self._stop.requested:
                     raise Stopped("stopped by a signal")
 
-    def _commit(self, stage: Stage, batch: Batch, outcome: Outcome) -> None:
-        result = _collect(batch, outcome)
+    def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, dropped: list[str]) -> None:
+        result = _collect(batch, outcome, dropped)
+        self._write_artifacts(outcome, result)
         for failure in result.failures:
             logger.error("{} failed on {}: {}", stage.name, failure.key, failure.message)
         if outcome.traceback:
@@ -218,6 +223,23 @@ class Engine:
         self._observer.batch_done(
             stage.name, len(batch.keys), result.tokens, result.seconds, len(batch.keys), result.peak_bytes
         )
+
+    def _write_artifacts(self, outcome: Outcome, result: BatchResult) -> None:
+        """Each file written beside, synced and renamed before any row speaks of it: a kill leaves a file, never a claim."""
+        failed = {f.key for f in result.failures}
+        for artifact in (a for r in outcome.results if r.key not in failed for a in r.artifacts):
+            path = self._paths.artifacts / artifact.path
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write_bytes(artifact.content)
+            except OSError as e:
+                raise disk_full(e) or EnvironmentFault(f"{path}: cannot be written: {e.strerror}") from e
+            result.rows.setdefault("artifacts", []).append({
+                "path": artifact.path, "kind": artifact.kind, "sha256": hashlib.sha256(artifact.content).hexdigest(),
+                "bytes": len(artifact.content), "shape": list(artifact.shape), "dtype": artifact.dtype,
+                "prompt_id": artifact.prompt_id, "condition": artifact.condition,
+            })  # fmt: skip
 
     def _finish(self, stage: Stage, plan: Sequence[Batch], budget: Budget) -> StageReport:
         row = next(r for r in self._store.stage_rows() if r["stage"] == stage.name)
@@ -247,17 +269,18 @@ class Engine:
             )
 
 
-def _collect(batch: Batch, outcome: Outcome) -> BatchResult:
+def _collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
     """The rows of the items that worked; a failure for each that did not, NaN and infinity included."""
-    result = BatchResult(seconds=outcome.seconds, peak_bytes=outcome.peak_bytes)
+    result = BatchResult(seconds=outcome.seconds, peak_bytes=outcome.peak_bytes, dropped=dropped)
+    keys = [key for key in batch.keys if key not in dropped]
     whole = outcome.error or (
         "does not fit in memory even alone; shorten it or free memory" if outcome.out_of_memory else None
     )
     if whole is not None:
-        result.failures = [Failure(key, whole) for key in batch.keys]
+        result.failures = [Failure(key, whole) for key in keys]
         return result
     answered = {r.key: r for r in outcome.results}
-    for key in batch.keys:
+    for key in keys:
         item = answered.get(key)
         if item is None:
             result.failures.append(Failure(key, "the stage gave no result for it"))
@@ -267,6 +290,7 @@ def _collect(batch: Batch, outcome: Outcome) -> BatchResult:
             result.failures.append(Failure(key, error or "failed without a message"))
             continue
         result.tokens += item.tokens
+        result.replaced.extend((item.replaces or {}).items())
         for target, given in ((result.rows, item.rows), (result.updates, item.updates or {})):
             for table, rows in given.items():
                 target.setdefault(table, []).extend(rows)

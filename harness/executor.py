@@ -28,6 +28,22 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """A file too big for the store, whole in `content`; the engine writes it under the run's artifacts, at `path`.
+
+    `shape` and `dtype` are those of the file's first tensor. The same item gives the same path again.
+    """
+
+    path: str
+    kind: str
+    content: bytes
+    shape: tuple[int, ...]
+    dtype: str
+    prompt_id: str
+    condition: str
+
+
+@dataclass(frozen=True)
 class ItemResult:
     """What one item gave: rows to insert and rows to change, per table; or an error and nothing else."""
 
@@ -37,6 +53,9 @@ class ItemResult:
     error: str | None = None
     tokens: int = 0
     """Tokens forwarded for it."""
+    artifacts: tuple[Artifact, ...] = ()
+    replaces: dict[str, dict[str, Any]] | None = None
+    """Per table, the values that mark older rows which these take the place of."""
 
     @classmethod
     def failed(cls, key: str, error: object) -> "ItemResult":
@@ -137,7 +156,7 @@ class Inline:
         start = time.perf_counter()
         exhausted, results = False, []
         try:
-            results = list(run(context, items))
+            results = list(run(context, items)) if items else []
         except self.accelerator.out_of_memory:
             # Nothing more in here: while the exception lives, its frames keep the batch's tensors alive.
             exhausted = True

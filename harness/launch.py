@@ -172,14 +172,22 @@ def _execute(
             store.publish(paths.live)
         raise
     failed = sum(r["num_failed"] for r in store.stage_rows())
-    ended("finished", num_failed=failed, tables=store.counts())
+    certificate = store.table("sanity")
+    apart = [v["measurement"] for v in certificate if not v["ok"]]
+    ended("finished", num_failed=failed, tables=store.counts(), sanity=certificate)
+    if apart:
+        logger.error(
+            "the fast path and the plain reference disagree on {}: do not trust this run; see `harness show {}`",
+            ", ".join(apart),
+            paths.run_id,
+        )
     if failed:
         logger.error(
             "{} items failed; see `harness show {}`; `harness run --retry-failed` tries just those",
             failed,
             paths.run_id,
         )
-    return 1 if failed else 0
+    return 1 if failed or apart else 0
 
 
 def conditions_of(settings: Settings) -> dict[str, Template]:
@@ -274,7 +282,7 @@ def _report_finished(paths: RunPaths) -> int:
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
         log.print_out(f"{failed} items failed; --retry-failed tries just those.")
-    return 1 if failed else 0
+    return 1 if failed or not all(v["ok"] for v in manifest.get("sanity") or []) else 0
 
 
 def _manifest(

@@ -103,11 +103,16 @@ def place(batch: Batch, plan: Sequence[Batch]) -> tuple[int, ...]:
 
 
 def halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
-    """The two planned batches that take the place of one that did not fit, or failed whole."""
+    """The two planned batches that take the place of one that did not fit, or failed whole.
+
+    A key that is not among `items` any more counts for one token.
+    """
     middle = len(batch.keys) // 2
     return [
         replace(
-            batch_of(batch.stage, next_id + n, [items[k] for k in keys]), parent=batch.batch_id, attempt=batch.attempt
+            batch_of(batch.stage, next_id + n, [items.get(k) or Item(k, 1) for k in keys]),
+            parent=batch.batch_id,
+            attempt=batch.attempt,
         )
         for n, keys in enumerate((batch.keys[:middle], batch.keys[middle:]))
     ]

@@ -98,6 +98,16 @@ class RunPaths:
         return self.folder / "run.lock"
 
     @property
+    def artifacts(self) -> Path:
+        """Files too big for the store, each a row of its table `artifacts`."""
+        return self.folder / "artifacts"
+
+    @property
+    def report(self) -> Path:
+        """What `harness report` writes: a page and its figures."""
+        return self.folder / "report"
+
+    @property
     def tree_diff(self) -> Path:
         """Uncommitted changes of the code that made the run."""
         return self.folder / "working_tree.diff"

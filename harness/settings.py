@@ -127,11 +127,32 @@ class SelectSettings(Section):
     """Most categories in which one target may be selected."""
 
 
-class PatchingSettings(Section):
-    """The subset of prompts that activation patching takes; the stage itself is not built yet."""
+class StoredSettings(Section):
+    """The prompts whose whole attention rows and residual streams are kept as files."""
 
+    prompts: Names = ()
+    """Their ids. Empty: chosen by outcome, see `max_per_category`."""
+    max_per_category: Annotated[int, Field(ge=0)] = 20
+    """Most prompts of a category whose greedy answer fails under some condition; as many that succeed are kept beside
+    them. 0 keeps none."""
+
+
+class PatchingSettings(Section):
+    """The subset of prompts that activation patching takes, and between which conditions."""
+
+    condition: str = "negative"
+    """The condition that is patched with what `baseline` shows."""
     min_p0: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Lowest P0 of the subset; unset computes it from the run's own P0."""
+    """Lowest P0 of the subset; unset computes it from the run's own P0 (its third quartile, kept within .7 and .95)."""
+    max_prompts: Annotated[int, Field(ge=1)] | None = None
+    """Most prompts of either outcome; unset takes all successes and as many failures."""
+
+
+class SanitySettings(Section):
+    """The certificate that every run makes of itself: the fast path against a plain reference."""
+
+    num_prompts: Annotated[int, Field(ge=1)] = 2
+    """Prompts measured both ways, in every condition."""
 
 
 class ExperimentSettings(Section):
@@ -157,7 +178,9 @@ class ExperimentSettings(Section):
     stop_at_newline: bool = True
     """Off lets the model run on past its answer, as the paper did."""
     select: SelectSettings = SelectSettings()
+    stored: StoredSettings = StoredSettings()
     patching: PatchingSettings = PatchingSettings()
+    sanity: SanitySettings = SanitySettings()
 
 
 class BatchingSettings(Section):

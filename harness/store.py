@@ -22,6 +22,7 @@ from harness.run import replacing
 Row = dict[str, Any]
 
 _SPAN = "INTEGER[2]"
+_ATTENTION_MEASURES = ("iar", "nf", "tmf", "pi", "iar_token", "nf_token", "tmf_token", "pi_token")
 
 # Each migration is applied once, in one transaction with the record that it was. Never edit one: append another.
 _MIGRATIONS: tuple[str, ...] = (
@@ -95,17 +96,101 @@ _MIGRATIONS: tuple[str, ...] = (
                NULL::VARCHAR AS taxonomy
         FROM detections WHERE mode = 'greedy' AND condition <> 'baseline';
     """,
+    f"""
+    ALTER TABLE attention ADD COLUMN iar_token FLOAT[];
+    ALTER TABLE attention ADD COLUMN nf_token FLOAT[];
+    ALTER TABLE attention ADD COLUMN tmf_token FLOAT[];
+    ALTER TABLE attention ADD COLUMN pi_token FLOAT[];
+    ALTER TABLE patching ADD COLUMN num_patched INTEGER;
+    ALTER TABLE patching ADD COLUMN num_span INTEGER;
+    CREATE TABLE statistics (
+        analysis VARCHAR, condition VARCHAR, measured VARCHAR, step_kind VARCHAR, measure VARCHAR, grouping VARCHAR,
+        patch VARCHAR, layer INTEGER, head INTEGER, value DOUBLE, se DOUBLE, low DOUBLE, high DOUBLE, p DOUBLE, q DOUBLE,
+        n INTEGER, method VARCHAR,
+        PRIMARY KEY (analysis, condition, measured, step_kind, measure, grouping, patch, layer, head));
+    CREATE TABLE sanity (
+        measurement VARCHAR PRIMARY KEY, num_items INTEGER, max_abs DOUBLE, max_rel DOUBLE, flips INTEGER,
+        near_ties INTEGER, tolerance DOUBLE, worst VARCHAR, repeated VARCHAR, ok BOOLEAN);
+
+    DROP VIEW outcomes;
+    CREATE VIEW outcomes AS
+        WITH priming AS (
+            SELECT prompt_id, condition, avg(list_avg(pi)) AS pi FROM attention WHERE step_kind = 'first'
+            GROUP BY prompt_id, condition)
+        SELECT d.prompt_id, d.condition, d.word_present,
+               CASE WHEN d.word_present THEN 'failure' ELSE 'success' END AS outcome,
+               CASE WHEN NOT d.word_present THEN NULL
+                    WHEN s.delta < 0 OR a.pi > 0 THEN 'priming'
+                    WHEN s.delta IS NULL OR a.pi IS NULL THEN NULL
+                    ELSE 'override' END AS taxonomy,
+               s.delta, a.pi,
+               'priming where delta < 0 or pi > 0 (mean over layers and heads at the first step), else override'
+                   AS taxonomy_rule
+        FROM detections d LEFT JOIN suppression s USING (prompt_id, condition)
+             LEFT JOIN priming a USING (prompt_id, condition)
+        WHERE d.mode = 'greedy' AND d.condition <> 'baseline';
+    CREATE VIEW greedy_answers AS
+        SELECT c.prompt_id, c.condition, c.token_ids, d.word_present, d.first_step
+        FROM completions c JOIN detections d USING (prompt_id, condition, mode, sample_id) WHERE c.mode = 'greedy';
+    CREATE VIEW compared AS
+        SELECT prompt_id, condition, outcome, unnest([condition, 'baseline']) AS measured FROM outcomes;
+    CREATE VIEW attention_heads AS
+        {
+        " UNION ALL ".join(
+            f"SELECT prompt_id, condition, step_kind, layer, '{m}' AS measure, generate_subscripts({m}, 1) - 1 AS head, "
+            f"unnest({m}) AS value FROM attention WHERE {m} IS NOT NULL"
+            for m in _ATTENTION_MEASURES
+        )
+    };
+    CREATE VIEW attention_moments AS
+        SELECT c.condition, c.measured, c.outcome, a.step_kind, a.layer, a.head, a.measure,
+               count(*) AS n, avg(a.value) AS mean, var_samp(a.value) AS var
+        FROM compared c JOIN attention_heads a ON a.prompt_id = c.prompt_id AND a.condition = c.measured
+        GROUP BY ALL
+        UNION ALL
+        {
+        " UNION ALL ".join(
+            f"SELECT c.condition, c.measured, c.outcome, a.step_kind, a.layer, -1 AS head, '{m}' AS measure, "
+            f"count(*) AS n, avg(list_avg({m})) AS mean, var_samp(list_avg({m})) AS var "
+            f"FROM compared c JOIN attention a ON a.prompt_id = c.prompt_id AND a.condition = c.measured "
+            f"WHERE {m} IS NOT NULL GROUP BY ALL"
+            for m in _ATTENTION_MEASURES
+        )
+    };
+    CREATE VIEW lens_moments AS
+        {
+        " UNION ALL ".join(
+            f"SELECT c.condition, c.measured, c.outcome, l.step_kind, l.layer, '{m}' AS measure, count(*) AS n, "
+            f"avg({m}) AS mean, var_samp({m}) AS var "
+            f"FROM compared c JOIN lens l ON l.prompt_id = c.prompt_id AND l.condition = c.measured GROUP BY ALL"
+            for m in ("p_target", "p_emitted", "entropy", "kl_final")
+        )
+    };
+    CREATE VIEW decomposition_moments AS
+        {
+        " UNION ALL ".join(
+            f"SELECT c.condition, c.measured, c.outcome, l.step_kind, l.layer, '{m}' AS measure, count(*) AS n, "
+            f"avg({m}) AS mean, var_samp({m}) AS var "
+            f"FROM compared c JOIN decomposition l ON l.prompt_id = c.prompt_id AND l.condition = c.measured GROUP BY ALL"
+            for m in ("attn_contrib", "ffn_contrib", "p_out")
+        )
+    };
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 
 TABLES = (
     "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
-    "activations", "artifacts", "stages", "batches", "events",
+    "activations", "artifacts", "statistics", "sanity", "stages", "batches", "events",
 )  # fmt: skip
-VIEWS = ("suppression", "violation", "outcomes")
+VIEWS = (
+    "suppression", "violation", "outcomes", "greedy_answers", "compared", "attention_heads", "attention_moments", "lens_moments",
+    "decomposition_moments",
+)  # fmt: skip
 MACHINERY = ("stages", "batches", "events")
 """Tables that tell how a run went; the others tell what it measured."""
 
+_DROPPED = "what it rested on was measured again, and it is not among the items any more"
 BatchStatus = Literal["planned", "done", "split"]
 
 
@@ -137,7 +222,11 @@ class BatchResult:
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     updates: dict[str, list[Row]] = field(default_factory=dict)
+    replaced: list[tuple[str, Row]] = field(default_factory=list)
+    """(table, values): rows with these values go before the new ones come."""
     failures: list[Failure] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """Items that are no more: what they rested on was measured again after the batch was planned."""
     seconds: float = 0.0
     tokens: int = 0
     peak_bytes: int = 0
@@ -155,6 +244,9 @@ class Store:
             try:
                 self._con = duckdb.connect(str(path))
                 self._con.execute("SET preserve_insertion_order = true")
+                self._con.execute(
+                    "SET threads = 1"
+                )  # threads add floats up in any order, and a view's mean would change
                 _migrate(self._con, path)
             except duckdb.Error as e:
                 if is_new:  # a fragment would stand in the way of the next attempt
@@ -176,14 +268,21 @@ class Store:
 
     # -- the machinery's own tables
 
-    def start_stage(self, stage: str, version: int, num_items: int) -> None:
-        """Record that a stage begins or goes on, with the number of items it has."""
+    def start_stage(self, stage: str, version: int, num_items: int, num_done: int = 0) -> None:
+        """Record that a stage begins or goes on, with the number of items it has and of those done already."""
         with self._transaction():
             self._con.execute(
-                "INSERT INTO stages VALUES (?, ?, 'running', ?, 0, 0, 0, 0) "
-                "ON CONFLICT DO UPDATE SET status = 'running', version = excluded.version, num_items = excluded.num_items",
-                [stage, version, num_items],
+                "INSERT INTO stages VALUES (?, ?, 'running', ?, ?, ?, 0, 0) "
+                "ON CONFLICT DO UPDATE SET status = 'running', version = excluded.version, "
+                "num_items = excluded.num_items, num_done = excluded.num_done, num_failed = excluded.num_failed",
+                [stage, version, num_items, num_done, len(self._failed(stage))],
             )
+
+    def drop_items(self, stage: str, keys: Sequence[str]) -> None:
+        """Record that failed items are no more: what they rested on was measured again."""
+        with self._transaction():
+            for key in keys:
+                self._event("info", "dropped_item", _DROPPED, stage, None, key)
 
     def finish_stage(self, stage: str, status: str) -> None:
         with self._transaction():
@@ -218,12 +317,17 @@ class Store:
         """The rows of a batch, its failures, and the mark that it is done: all of it or nothing."""
         failed = {f.key for f in result.failures}
         with self._transaction():
+            for table, values in result.replaced:
+                matching = " AND ".join(f"{column} = ?" for column in values)
+                self._con.execute(f"DELETE FROM {table} WHERE {matching}", list(values.values()))
             for table, rows in result.rows.items():
                 self._insert(table, rows)
             for table, rows in result.updates.items():
                 self._update(table, rows)
             for failure in result.failures:
                 self._event("error", "failed_item", failure.message, batch.stage, batch.batch_id, failure.key)
+            for key in result.dropped:
+                self._event("info", "dropped_item", _DROPPED, batch.stage, batch.batch_id, key)
             if batch.attempt > 1:
                 for key in batch.keys:
                     if key not in failed:
@@ -238,7 +342,7 @@ class Store:
                 "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ? "
                 "WHERE stage = ?",
                 [
-                    len(batch.keys) - len(failed),
+                    len(batch.keys) - len(failed) - len(result.dropped),
                     len(self._failed(batch.stage)),
                     result.seconds,
                     result.tokens,
@@ -265,8 +369,8 @@ class Store:
         return _rows(self._con, sql, params)
 
     def table(self, name: str) -> list[Row]:
-        """A whole table in the order of its key."""
-        return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(self._key(name))}")
+        """A whole table in the order of its key, or a whole view in the order of its columns."""
+        return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(self._key(name)) or 'ALL'}")
 
     def counts(self) -> dict[str, int]:
         """Rows of every table."""
@@ -363,9 +467,9 @@ class Store:
         )
 
     def _failed(self, stage: str) -> list[str]:
-        """An item's last word counts: failed, or recovered since."""
+        """An item's last word counts: failed, or recovered or dropped since."""
         rows = self._con.execute(
-            "SELECT item_key FROM events WHERE stage = ? AND kind IN ('failed_item', 'recovered_item') "
+            "SELECT item_key FROM events WHERE stage = ? AND kind IN ('failed_item', 'recovered_item', 'dropped_item') "
             "GROUP BY item_key HAVING arg_max(kind, event_id) = 'failed_item' ORDER BY item_key",
             [stage],
         ).fetchall()

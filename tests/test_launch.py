@@ -139,7 +139,9 @@ DECIDES = {
     "experiment.num_samples": "3", "experiment.sample_conditions": "negative", "experiment.temperature": "0.5",
     "experiment.top_p": "1", "experiment.max_new_tokens_greedy": "3", "experiment.max_new_tokens_samples": "3",
     "experiment.stop_at_newline": "false", "experiment.select.min_p0": "0.1", "experiment.select.per_bin": "5",
-    "experiment.select.max_categories": "1", "runtime.seed": "1",
+    "experiment.select.max_categories": "1", "runtime.seed": "1", "experiment.stored.prompts": "a",
+    "experiment.stored.max_per_category": "3", "experiment.patching.condition": "ban",
+    "experiment.patching.min_p0": "0.5", "experiment.patching.max_prompts": "4", "experiment.sanity.num_prompts": "1",
 }  # fmt: skip
 DECIDES_NOTHING = {
     "batching.max_tokens": "64", "batching.reserve_gb": "1", "runtime.device": "cpu", "runtime.threads": "1",
@@ -147,7 +149,6 @@ DECIDES_NOTHING = {
     "paths.data": "HERE/elsewhere", "data.prompts": "HERE/shuffled.jsonl", "data.limit": "3",
     "experiment.stages": "detect,samples,select", "experiment.sample_conditions": "baseline,negative",
     "experiment.templates": '{"unused": "{question}"}', "model.dtype": "float32",
-    "experiment.patching.min_p0": "0.5",  # until its stage is built
 }  # fmt: skip
 
 

@@ -2,16 +2,37 @@
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy.optimize import minimize
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
-from harness.stats import BIN_NAMES, EDGES, Estimate, LogisticFit, bin_of, fit_violations, mean_interval
+from harness.stats import (
+    BIN_NAMES,
+    EDGES,
+    Estimate,
+    Intervals,
+    LogisticFit,
+    Moments,
+    benjamini_hochberg,
+    bin_of,
+    calibration,
+    fit_violations,
+    mean_differences,
+    mean_interval,
+    mean_intervals,
+    moments,
+    paired_differences,
+    t_intervals,
+    welch,
+)
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store
 from harness.summary import next_steps, render, summarise
 
@@ -83,6 +104,165 @@ def test_one_prompt_has_a_mean_and_no_interval() -> None:
     assert np.isnan([found.low, found.high]).all()
     with pytest.raises(AssertionError, match="at least one prompt"):
         mean_interval([])
+
+
+def test_a_bootstrap_is_the_mean_of_prompts_drawn_with_replacement() -> None:
+    """The slow reference draws, and takes means; ours counts how often each prompt was drawn."""
+    values = np.random.default_rng(2).random((17, 3))
+    found = mean_intervals(values, seed=5, num_bootstraps=400)
+    draws = values[np.random.default_rng(5).integers(0, 17, size=(400, 17))].mean(axis=1)
+    assert found.value == pytest.approx(values.mean(axis=0))
+    assert np.array([found.low, found.high]) == pytest.approx(np.quantile(draws, [0.025, 0.975], axis=0))
+    assert found.se == pytest.approx(draws.std(axis=0, ddof=1))
+    assert np.isnan(found.p).all()
+    for column in range(3):  # a column alone is the same
+        alone = mean_interval(values[:, column].tolist(), seed=5, num_bootstraps=400)
+        assert (alone.low, alone.high, alone.se) == pytest.approx(
+            (found.low[column], found.high[column], found.se[column]), rel=1e-12
+        )
+
+
+# ---- differences ----------------------------------------------------------------------------------------------
+
+
+def column(*values: float) -> np.ndarray:
+    return np.array(values, dtype=float)[:, None]
+
+
+def test_welch_by_hand_and_as_scipy_has_it() -> None:
+    one, other = column(1, 2, 3, 4), column(2, 4, 6)
+    found = welch(moments(one), moments(other))
+    # Variances 5/3 and 4: se = √(5/12 + 4/3) = √1.75; df = 1.75² / ((5/12)²/3 + (4/3)²/2) = 3.2347.
+    assert found.value[0] == -1.5
+    assert found.se[0] == pytest.approx(1.75**0.5)
+    reference = ttest_ind(one[:, 0], other[:, 0], equal_var=False)
+    assert reference.df == pytest.approx(3.2347, abs=1e-4)
+    assert found.p[0] == pytest.approx(reference.pvalue)
+    assert (found.low[0], found.high[0]) == pytest.approx(tuple(reference.confidence_interval()))
+    assert mean_differences(one, other).p[0] == found.p[0]
+    back = welch(moments(other), moments(one))
+    assert (back.value[0], back.p[0], back.low[0]) == pytest.approx((1.5, found.p[0], -found.high[0]))
+
+
+def test_students_interval_and_the_paired_t_are_scipys() -> None:
+    rng = np.random.default_rng(4)
+    one, other = rng.random((9, 2)), rng.random((9, 2))
+    found, paired = t_intervals(moments(one)), paired_differences(one, other, num_bootstraps=50)
+    for i in range(2):
+        low, high = ttest_1samp(one[:, i], 0).confidence_interval()
+        assert (found.low[i], found.high[i]) == pytest.approx((low, high))
+        assert paired.p[i] == pytest.approx(ttest_rel(one[:, i], other[:, i]).pvalue)
+    assert np.isnan(found.p).all()
+    assert paired.value == pytest.approx((one - other).mean(axis=0))
+    assert paired.low == pytest.approx(mean_intervals(one - other, num_bootstraps=50).low)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "value"),
+    [
+        pytest.param(column(3), column(1, 2), 1.5, id="one prompt"),
+        pytest.param(column(1, 2), column(3), -1.5, id="one prompt on the other side"),
+        pytest.param(column(2, 2, 2), column(1, 1), 1.0, id="neither side varies"),
+        pytest.param(column(*[0.1 + 0.2] * 3), column(*[0.3, 0.1 + 0.2, 0.3]), 0.0, id="nothing but rounding varies"),
+    ],
+)
+def test_what_moments_do_not_determine_is_nan_without_a_warning(
+    one: np.ndarray, other: np.ndarray, value: float
+) -> None:
+    found = welch(moments(one), moments(other))
+    assert found.value[0] == pytest.approx(value, abs=1e-12)
+    assert np.isnan([found.se[0], found.low[0], found.high[0], found.p[0]]).all()
+    assert np.isnan(mean_differences(one, other, num_bootstraps=20).p).all()
+
+
+def test_one_side_that_varies_determines_a_difference() -> None:
+    """The control of the law above; beside a column that is not determined, too."""
+    found = welch(
+        Moments(np.array([3.0, 1.0]), np.array([2.0, 2.0]), np.array([0.0, np.nan])),
+        Moments(np.array([3.0, 5.0]), np.array([1.0, 1.0]), np.array([0.3, 0.3])),
+    )
+    assert found.p[0] == pytest.approx(ttest_1samp([1 - 0.3**0.5, 1, 1 + 0.3**0.5], 2).pvalue)
+    assert np.isnan(found.p[1])
+    assert np.isfinite([one[0] for one in found]).all()
+
+
+def test_one_pair_or_equal_pairs_have_a_mean_difference_and_no_p() -> None:
+    one = paired_differences(column(0.5), column(0.25), num_bootstraps=20)
+    assert one.value[0] == 0.25
+    assert np.isnan([one.se[0], one.low[0], one.high[0], one.p[0]]).all()
+    level = paired_differences(column(0.5, 0.75), column(0.25, 0.5), num_bootstraps=20)
+    assert (level.value[0], level.low[0], level.high[0]) == (0.25, 0.25, 0.25)
+    assert np.isnan(level.p[0])
+
+
+def gap(found: Intervals, truth: float) -> bool:
+    return bool(found.low[0] <= truth <= found.high[0])
+
+
+def test_intervals_of_differences_cover_over_prompts_and_are_too_narrow_over_samples() -> None:
+    """30 failures against 50 successes that vary more; 8 samples of a prompt say little more than one does."""
+    rng = np.random.default_rng(6)
+    covered: dict[str, list[bool]] = {}
+    for trial in range(600):
+        failures = rng.beta(6, 4, size=30)[:, None] + rng.normal(0, 0.05, (30, 8))
+        successes = rng.beta(0.3, 0.7, size=50)[:, None] + rng.normal(0, 0.05, (50, 8))
+        for unit, (one, other) in {
+            "prompts": (failures.mean(axis=1, keepdims=True), successes.mean(axis=1, keepdims=True)),
+            "samples": (failures.reshape(-1, 1), successes.reshape(-1, 1)),
+        }.items():
+            covered.setdefault(f"welch {unit}", []).append(gap(welch(moments(one), moments(other)), 0.3))
+            covered.setdefault(f"bootstrap {unit}", []).append(gap(mean_differences(one, other, trial, 300), 0.3))
+    rates = {name: np.mean(hits) for name, hits in covered.items()}
+    for name in ("welch", "bootstrap"):
+        assert 0.92 <= rates[f"{name} prompts"] <= 0.975, (
+            rates
+        )  # 600 trials: .95 ± .018; percentiles fall a little short
+        assert rates[f"{name} samples"] < 0.65, rates  # the control
+
+
+def test_pairing_narrows_the_interval_and_it_still_covers() -> None:
+    """Prompts differ much, phrasings little: compared prompt by prompt the difference is plain."""
+    rng = np.random.default_rng(8)
+    covered, narrower = [], []
+    for trial in range(150):
+        base = rng.random((40, 1))
+        one, other = base + rng.normal(0.05, 0.1, (40, 1)), base + rng.normal(0, 0.1, (40, 1))
+        paired, apart = paired_differences(one, other, trial, 200), mean_differences(one, other, trial, 200)
+        covered.append(gap(paired, 0.05))
+        narrower.append(paired.high[0] - paired.low[0] < 0.7 * (apart.high[0] - apart.low[0]))
+    assert 0.89 <= np.mean(covered) <= 0.99
+    assert np.mean(narrower) > 0.95
+
+
+# ---- false discoveries ----------------------------------------------------------------------------------------
+
+
+def test_q_by_hand() -> None:
+    # By rank p·4/rank is .02 .02 .04 .04, and no q is above that of a larger p.
+    assert benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert benjamini_hochberg(np.array([0.3])).tolist() == [0.3]
+    assert benjamini_hochberg(np.array([])).tolist() == []
+    with pytest.raises(AssertionError, match="leave out"):
+        benjamini_hochberg(np.array([0.1, np.nan]))
+
+
+def test_q_keeps_false_discoveries_rare_where_p_does_not() -> None:
+    """100 tests of noise, and the same with 20 planted differences: the share of false ones among those found."""
+    rng = np.random.default_rng(9)
+    any_q, any_p, false_share, power = [], [], [], []
+    for _ in range(200):
+        one, other = rng.normal(size=(25, 100)), rng.normal(size=(35, 100))
+        p = welch(moments(one), moments(other)).p
+        any_q.append((benjamini_hochberg(p) < 0.05).any())
+        any_p.append((p < 0.05).any())
+        one[:, :20] += 1.5
+        found = benjamini_hochberg(welch(moments(one), moments(other)).p) < 0.05
+        false_share.append(found[20:].sum() / max(1, found.sum()))
+        power.append(found[:20].mean())
+    assert np.mean(any_q) < 0.1  # .05 ± .03 for 200 repetitions
+    assert np.mean(any_p) > 0.9  # the control
+    assert np.mean(false_share) < 0.06
+    assert np.mean(power) > 0.9
 
 
 # ---- the fit --------------------------------------------------------------------------------------------------
@@ -167,6 +347,51 @@ def test_the_same_seed_gives_the_same_fit_and_another_seed_another_interval() ->
     assert one == same
     assert (one.intercept, one.slope) == (other.intercept, other.slope)
     assert one.slope_interval != other.slope_interval
+
+
+def test_mcfaddens_r2_by_hand_and_of_single_samples() -> None:
+    p0 = np.repeat([0.0, 1.0], 10)
+    fit = fit_violations(p0, np.repeat([1, 3], 10), np.full(20, 4), num_bootstraps=20)
+    assert fit is not None
+    # Rates ¼ and ¾ against ½ everywhere: 1 − (¼·ln ¼ + ¾·ln ¾) / ln ½.
+    assert fit.mcfadden_r2 == pytest.approx(1 - (0.25 * np.log(0.25) + 0.75 * np.log(0.75)) / np.log(0.5))
+    p0, violations, trials = planted(np.random.default_rng(2), 80, 6)
+    fit = fit_violations(p0, violations, trials, num_bootstraps=20)
+    assert fit is not None
+    one_by_one = (np.arange(6)[None] < violations[:, None]).astype(float).ravel()
+    reference = sm.Logit(one_by_one, sm.add_constant(p0.repeat(6))).fit(disp=0)
+    assert fit.mcfadden_r2 == pytest.approx(reference.prsquared, abs=1e-7)
+    assert fit.slope == pytest.approx(reference.params[1], abs=1e-4)
+    # Control: where P0 says nothing, it explains nothing.
+    control = fit_violations(np.random.default_rng(0).permutation(p0), violations, trials, num_bootstraps=20)
+    assert control is not None
+    assert 0 <= control.mcfadden_r2 < 0.02 < fit.mcfadden_r2
+
+
+def test_the_fits_standard_errors_agree_with_its_intervals() -> None:
+    fit = fit_violations(*planted(np.random.default_rng(1), 300, 16), num_bootstraps=400)
+    assert fit is not None
+    for se, (low, high) in ((fit.slope_se, fit.slope_interval), (fit.intercept_se, fit.intercept_interval)):
+        assert (high - low) / (2 * 1.96) == pytest.approx(se, rel=0.15)  # nearly normal; 400 draws know it to ±7 %
+
+
+@pytest.mark.parametrize(("num_prompts", "sizes"), [(3, [3]), (12, [6, 6]), (23, [6, 6, 6, 5]), (200, [20] * 10)])
+def test_calibration_groups_hold_equally_many_prompts_by_rising_pressure(num_prompts: int, sizes: list[int]) -> None:
+    rng = np.random.default_rng(num_prompts)
+    p0 = rng.permutation(np.linspace(0, 1, num_prompts))
+    expected = 16 * sigma(INTERCEPT + SLOPE * p0)
+    fit = fit_violations(*planted(rng, 100, 16), num_bootstraps=20)
+    assert fit is not None
+    groups = calibration(fit, p0, expected, np.full(num_prompts, 16.0), num_bootstraps=50)
+    assert [g.observed.num_prompts for g in groups] == sizes
+    starts = np.cumsum([0, *sizes])
+    chunks = [np.sort(p0)[a:b] for a, b in pairwise(starts)]
+    assert [g.p0 for g in groups] == pytest.approx([c.mean() for c in chunks])
+    assert [g.predicted for g in groups] == pytest.approx([fit.predict(c).mean() for c in chunks])
+    assert [g.observed.mean for g in groups] == pytest.approx([sigma(INTERCEPT + SLOPE * c).mean() for c in chunks])
+    order = rng.permutation(num_prompts)
+    again = calibration(fit, p0[order], expected[order], np.full(num_prompts, 16.0), num_bootstraps=50)
+    assert again == groups  # the prompts' order says nothing
 
 
 TENTHS = np.linspace(0, 1, 11)

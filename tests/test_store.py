@@ -359,9 +359,67 @@ def test_violation_and_outcomes_against_numbers_worked_by_hand(store: Store) -> 
     assert [tuple(r.values()) for r in violation] == [
         ("a", "baseline", 2, 2, 1.0), ("a", "negative", 4, 3, 0.75), ("b", "negative", 2, 0, 0.0),
     ]  # fmt: skip
-    outcomes = store.query("SELECT * FROM outcomes ORDER BY prompt_id")
+    outcomes = store.query(
+        "SELECT prompt_id, condition, word_present, outcome, taxonomy FROM outcomes ORDER BY prompt_id"
+    )
     assert [tuple(r.values()) for r in outcomes] == [
         ("a", "negative", True, "failure", None), ("b", "negative", False, "success", None),
+    ]  # fmt: skip
+
+
+def attended(prompt_id: str, layer: int, iar: list[float] | None, pi: list[float] | None, condition: str = "negative",
+             step_kind: str = "first") -> Row:  # fmt: skip
+    return {"prompt_id": prompt_id, "condition": condition, "step_kind": step_kind, "layer": layer, "step": 0,
+            "iar": iar, "pi": pi}  # fmt: skip
+
+
+def test_failures_are_priming_where_pressure_rose_or_the_mention_drew_more_attention_than_the_ban(store: Store) -> None:
+    pressures = {
+        "rose": (0.2, 0.5),
+        "drawn": (0.5, 0.2),
+        "kept": (0.5, 0.2),
+        "unseen": (0.5, 0.2),
+        "obeyed": (0.2, 0.5),
+    }
+    put(
+        store,
+        psem=[{"prompt_id": i, "condition": c, "p_sem": p} for i, pair in pressures.items()
+              for c, p in zip(("baseline", "negative"), pair, strict=True)],
+        detections=[detection(i, "greedy", 0, i != "obeyed") for i in pressures],
+        attention=[
+            # PI is the mean over layers and heads: -0.1 and 0.3 make 0.1, whatever the decision step says.
+            attended("drawn", 0, None, [-0.1, -0.1]), attended("drawn", 1, None, [0.3, 0.3]),
+            attended("kept", 0, None, [-0.1, 0.05]), attended("kept", 0, None, [0.9, 0.9], step_kind="decision"),
+            attended("rose", 0, None, [-0.1, -0.1]), attended("obeyed", 0, None, [0.5, 0.5]),
+        ],
+    )  # fmt: skip
+    taxonomy = {r["prompt_id"]: r["taxonomy"] for r in store.query("SELECT * FROM outcomes")}
+    assert taxonomy == {"rose": "priming", "drawn": "priming", "kept": "override", "unseen": None, "obeyed": None}
+
+
+def test_moments_are_means_over_prompts_of_one_outcome_under_both_conditions(store: Store) -> None:
+    put(
+        store,
+        detections=[detection(i, "greedy", 0, i in "ab") for i in ("a", "b", "c")],
+        attention=[
+            attended("a", 0, [0.25, 0.5], None), attended("b", 0, [0.75, 1.0], None), attended("c", 0, [1.0, 0.5], None),
+            attended("a", 0, [0.5, 0.0], None, "baseline"),
+        ],
+        lens=[{"prompt_id": i, "condition": "negative", "step_kind": "first", "layer": 1, "step": 0, "p_target": p}
+              for i, p in (("a", 0.25), ("b", 0.75), ("c", 0.5))],
+    )  # fmt: skip
+    rows = store.query("SELECT * FROM attention_moments WHERE measure = 'iar'")
+    found = {(r["measured"], r["outcome"], r["head"]): (r["n"], r["mean"], r["var"]) for r in rows}
+    assert found == {
+        ("negative", "failure", 0): (2, 0.5, 0.125), ("negative", "failure", 1): (2, 0.75, 0.125),
+        ("negative", "failure", -1): (2, 0.625, 0.125), ("negative", "success", 0): (1, 1.0, None),
+        ("negative", "success", 1): (1, 0.5, None), ("negative", "success", -1): (1, 0.75, None),
+        ("baseline", "failure", 0): (1, 0.5, None), ("baseline", "failure", 1): (1, 0.0, None),
+        ("baseline", "failure", -1): (1, 0.25, None),
+    }  # fmt: skip
+    lens = store.query("SELECT * FROM lens_moments WHERE measure = 'p_target' ORDER BY outcome")
+    assert [(r["outcome"], r["n"], r["mean"], r["var"]) for r in lens] == [
+        ("failure", 2, 0.5, 0.125), ("success", 1, 0.5, None),
     ]  # fmt: skip
 
 

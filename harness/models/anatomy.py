@@ -21,6 +21,9 @@ from harness.errors import ModelError
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative to the larger side's greatest magnitude; wide enough for rounding, far below any structural mistake."""
 
+_SHIFT = 3
+"""Places by which a text is moved to see whether that matters."""
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -38,6 +41,11 @@ class Anatomy:
     final_norm: nn.Module
     head: nn.Module
     to_logits: Callable[[Tensor], Tensor]
+    neurons: tuple[nn.Module, ...] | None
+    """Per block the projection whose *input* are the MLP's neurons (after the gate); None where a block has no single
+    one (mixtures of experts)."""
+    is_relative: bool
+    """Whether only distances between positions matter (rotary embeddings), so that a text may stand anywhere."""
 
 
 def first_tensor(output: object) -> Tensor | None:
@@ -114,7 +122,12 @@ def dissect(model: PreTrainedModel, token_ids: Tensor, name: str) -> Anatomy:
         if not close(to_logits(head(final_norm(resid))).to(wide), plain.to(wide)):
             raise ModelError(f"{name}: breaks 'last-layer lens = logits'; its head is not norm, projection and cap")
         attention_out, mlp_out, multiplier = _find_contributions(model, blocks, block_input[0], inputs, name)
-    return Anatomy(decoder, blocks, attention_out, mlp_out, multiplier, final_norm, head, to_logits)
+        neurons = _find_neurons(model, blocks, mlp_out, inputs)
+        shifted = model(**{**inputs, "position_ids": position_ids + _SHIFT}).logits
+    is_relative = close(plain.to(wide), shifted.to(wide))
+    return Anatomy(
+        decoder, blocks, attention_out, mlp_out, multiplier, final_norm, head, to_logits, neurons, is_relative
+    )
 
 
 def _find_blocks(model: PreTrainedModel, num_layers: int, name: str) -> tuple[nn.Module, tuple[nn.Module, ...]]:
@@ -191,6 +204,47 @@ def _find_contributions(
     raise ModelError(
         f"{name}: breaks 'resid_in + attention + mlp = resid_out'; found no two parts of a block that add up"
     )
+
+
+def _find_neurons(
+    model: PreTrainedModel, blocks: tuple[nn.Module, ...], mlp_out: tuple[nn.Module, ...], inputs: dict
+) -> tuple[nn.Module, ...] | None:
+    """The last projection called in each block, where its output is the MLP's contribution, or is normed into it."""
+    last: dict[int, tuple[nn.Module, Tensor]] = {}
+    ends: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+    handles = []
+
+    def keep_last(i: int) -> Callable:
+        def hook(module: nn.Module, _args: object, output: object) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None:
+                last[i] = (module, tensor)
+
+        return hook
+
+    def keep_ends(i: int) -> Callable:
+        def hook(_module: nn.Module, args: tuple, output: object) -> None:
+            ends[i] = (first_tensor(args), first_tensor(output))
+
+        return hook
+
+    try:
+        for i, block in enumerate(blocks):
+            handles.append(mlp_out[i].register_forward_hook(keep_ends(i)))
+            for module in block.modules():
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.ndim == 2 and not list(module.children()):
+                    handles.append(module.register_forward_hook(keep_last(i)))
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i in range(len(blocks)):
+        if i not in last or not any(
+            end is not None and end.shape == last[i][1].shape and torch.equal(end, last[i][1]) for end in ends[i]
+        ):
+            return None
+    return tuple(last[i][0] for i in range(len(blocks)))
 
 
 def _multiplier(contribution: Tensor, change: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""The attention function every model here runs with: SDPA, told by a `Layout` what each token may look at.
+"""The attention function every model here runs with: SDPA, told by a `Layout` what each token may look at; it hands
+out the attention weights of chosen query rows (`watch_rows`), which are computed beside SDPA and for those rows alone.
 
 Transformers builds masks per family (causal, sliding, per layer type, as a tensor or a dictionary). A scoring tree or
 a grown cache needs masks of its own, so the function asks the active `Layout` instead and the family's plumbing is
@@ -8,9 +9,10 @@ be handed no mask at all, and lose padding and sliding windows without a word.
 Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) are computed explicitly: SDPA has no place for them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +29,7 @@ class Layout:
 
     `allowed` [R, T, S] is the mask before any sliding window; None means plain causal attention over keys in order
     (then T equals S). Windows are cut by position, not by index, so padding and tree nodes do not shift them.
+    `blocked` [R, T, S] per layer is what may not be looked at in that layer alone (attention knockout, Geva et al. 2023).
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Layout:
         q_positions: Int[Tensor, "R T"],
         k_positions: Int[Tensor, "R S"],
         allowed: Bool[Tensor, "R T S"] | None = None,
+        blocked: Mapping[int, Bool[Tensor, "R T S"]] | None = None,
     ):
         assert allowed is not None or q_positions.shape == k_positions.shape, (
             "plain causal needs as many keys as queries"
@@ -41,6 +45,7 @@ class Layout:
         self.q_positions = q_positions
         self.k_positions = k_positions
         self._allowed = allowed
+        self._blocked = dict(blocked or {})
         self._masks: dict[int | None, Bool[Tensor, "R 1 T S"]] = {}
         self._reach = int(q_positions.max()) + 1 if q_positions.numel() else 0
 
@@ -48,11 +53,11 @@ class Layout:
         """Whether a sliding window of this many tokens hides anything from a token here."""
         return window is not None and window < self._reach
 
-    def is_causal(self, window: int | None) -> bool:
+    def is_causal(self, window: int | None, layer: int | None = None) -> bool:
         """Whether plain causal attention, without any mask, does the same."""
-        return self._allowed is None and not self.window_cuts(window)
+        return self._allowed is None and not self.window_cuts(window) and layer not in self._blocked
 
-    def mask(self, window: int | None = None) -> Bool[Tensor, "R 1 T S"]:
+    def mask(self, window: int | None = None, layer: int | None = None) -> Bool[Tensor, "R 1 T S"]:
         """The mask for a layer with this window; built once per window."""
         key = window if self.window_cuts(window) else None
         if key not in self._masks:
@@ -65,11 +70,33 @@ class Layout:
                 distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
                 allowed = allowed & (distance < key)
             self._masks[key] = allowed[:, None]
+        if layer in self._blocked:
+            return self._masks[key] & ~self._blocked[layer][:, None]
         return self._masks[key]
+
+    def rows(
+        self, at: Int[Tensor, "R Q"], window: int | None = None, layer: int | None = None
+    ) -> Bool[Tensor, "R Q S"]:
+        """The mask of the query tokens `at` alone, without building the whole of it where it is plain causal."""
+        if not self.is_causal(None, layer):
+            mask = self.mask(window, layer)[:, 0]
+            return mask.gather(1, at[:, :, None].expand(-1, -1, mask.shape[2]))
+        allowed = torch.arange(self.k_positions.shape[1], device=at.device) <= at[:, :, None]
+        if window is not None and self.window_cuts(window):
+            distance = self.q_positions.gather(1, at)[:, :, None] - self.k_positions[:, None, :]
+            allowed = allowed & (distance < window)
+        return allowed
+
+
+@dataclass(frozen=True)
+class _RowTap:
+    at: Int[Tensor, "R Q"]
+    receive: Callable[[int, Tensor], None]
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 _windows_seen: ContextVar[dict[int, int | None] | None] = ContextVar("windows_seen", default=None)
+_row_tap: ContextVar[_RowTap | None] = ContextVar("row_tap", default=None)
 
 
 @contextmanager
@@ -93,6 +120,19 @@ def watch_windows() -> Iterator[dict[int, int | None]]:
         _windows_seen.reset(token)
 
 
+@contextmanager
+def watch_rows(at: Int[Tensor, "R Q"], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hands `receive(layer, weights [R, H, Q, S])` the attention weights of the query tokens `at`, in every layer.
+
+    Weights are float32 (float64 of a float64 model); with sinks a row sums to less than 1. Needs an active layout.
+    """
+    token = _row_tap.set(_RowTap(at, receive))
+    try:
+        yield
+    finally:
+        _row_tap.reset(token)
+
+
 def attention(
     module: torch.nn.Module,
     query: Float[Tensor, "R H T K"],
@@ -114,10 +154,17 @@ def attention(
         expected = layout.k_positions.shape[1]
         assert key.shape[2] == expected, f"the cache holds {key.shape[2]} keys where the layout has {expected}"
     plain = softcap is None and s_aux is None
+    layer: int | None = getattr(module, "layer_idx", None)
     if layout is None:
         mask = attention_mask
     else:
-        mask = None if plain and layout.is_causal(sliding_window) else layout.mask(sliding_window)
+        mask = None if plain and layout.is_causal(sliding_window, layer) else layout.mask(sliding_window, layer)
+    tap = _row_tap.get()
+    if tap is not None:
+        assert layout is not None, "rows are read under a layout"
+        assert layer is not None, "an attention module without a layer_idx"
+        allowed = layout.rows(tap.at, sliding_window, layer)
+        tap.receive(layer, _weights_of_rows(query, key, tap.at, allowed, scaling, softcap, s_aux))
     kwargs.pop("dropout", None)  # measurements are made in eval mode only
     if plain:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
@@ -132,18 +179,37 @@ def _explicit(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         length, keys = query.shape[2], key.shape[2]
         mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
-    else:
-        weights = scores.softmax(-1, dtype=torch.float32)
+    weights = _softmax(scores, mask, softcap, sinks, torch.float32)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
+
+
+def _weights_of_rows(
+    query: Float[Tensor, "R H T K"], key: Float[Tensor, "R G S K"], at: Int[Tensor, "R Q"],
+    allowed: Bool[Tensor, "R Q S"], scaling: float | None, softcap: float | None, sinks: Tensor | None,
+) -> Float[Tensor, "R H Q S"]:  # fmt: skip
+    """Attention weights of some query tokens. Heads that share keys are multiplied together, so keys are not repeated."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows, heads, _, width = query.shape
+    groups, num = key.shape[1], at.shape[1]
+    chosen = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, width)).to(wide)
+    scores = chosen.reshape(rows, groups, heads // groups * num, width) @ key.to(wide).transpose(2, 3)
+    scores = scores.reshape(rows, heads, num, key.shape[2]) * (width**-0.5 if scaling is None else scaling)
+    return _softmax(scores, allowed[:, None], softcap, sinks, wide)
+
+
+def _softmax(
+    scores: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None, dtype: torch.dtype
+) -> Float[Tensor, "R H T S"]:
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is None:
+        return scores.softmax(-1, dtype=dtype)
+    column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1, dtype=dtype)[..., :-1]
 
 
 def _mask(*args, **kwargs) -> Tensor | None:

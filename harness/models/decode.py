@@ -24,6 +24,7 @@ from harness.models.attend import Layout
 from harness.models.load import LM
 from harness.models.noise import gumbel
 from harness.models.prefix import shared_cache, shared_length
+from harness.text.words import Vocabulary
 
 Combine = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(logits [R, V] of each model, index [R] of each row's request) -> the logits [R, V] to decode from."""
@@ -62,6 +63,17 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     finish_reason: str = "length"
+
+    def append(self, token: int, logprob: float, margin: float, vocabulary: Vocabulary, stop_at_newline: bool) -> bool:
+        """Take a token; whether the completion goes on."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self.margins.append(margin)
+        if token in vocabulary.stop_ids:
+            self.finish_reason = "stop"
+        elif stop_at_newline and vocabulary.has_newline[token]:
+            self.finish_reason = "newline"
+        return self.finish_reason == "length"
 
 
 class _Tree:
@@ -278,11 +290,4 @@ def _record(
         return False
     done = results[i]
     assert isinstance(done, Completion)
-    done.token_ids.append(token)
-    done.logprobs.append(logprob)
-    done.margins.append(margin)
-    if token in lm.vocabulary.stop_ids:
-        done.finish_reason = "stop"
-    elif sampling.stop_at_newline and lm.vocabulary.has_newline[token]:
-        done.finish_reason = "newline"
-    return done.finish_reason == "length"
+    return done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline)

@@ -62,6 +62,12 @@ class ModelIdentity:
     path: Path | None = field(compare=False)
     about: dict = field(compare=False, hash=False)
 
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the decoder, as the configuration has it."""
+        config = self.about["config"]
+        return int(config.get("text_config", config)["num_hidden_layers"])
+
     def fingerprint(self) -> dict[str, str]:
         return {
             k: getattr(self, k) for k in ("revision", "weights_sha256", "tokenizer_sha256", "config_sha256", "dtype")

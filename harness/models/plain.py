@@ -4,16 +4,23 @@ Written to be checked by eye and slow on purpose. The tests, `harness sanity` an
 against it.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from harness.models import attend
+from harness.models.anatomy import first_tensor, record_outputs
 from harness.models.decode import Completion, Request, Sampling, sample
+from harness.models.inside import Probe
 from harness.models.load import LM
+from harness.models.patch import Pair
 
 
 @contextmanager
@@ -55,13 +62,155 @@ def complete(lm: LM, request: Request, sampling: Sampling) -> Completion:
         logits = next_logits(lm, [*request.context, *done.token_ids])[-1:]
         token = int(logits.argmax() if sampling.temperature == 0 else sample(logits, key, step, sampling))
         best = logits[0].topk(2).values
-        done.token_ids.append(token)
-        done.logprobs.append(float(logits.log_softmax(-1)[0, token]))
-        done.margins.append(float(best[0] - best[1]))
-        if token in lm.vocabulary.stop_ids:
-            done.finish_reason = "stop"
-        elif sampling.stop_at_newline and lm.vocabulary.has_newline[token]:
-            done.finish_reason = "newline"
-        if done.finish_reason != "length":
+        logprob, margin = float(logits.log_softmax(-1)[0, token]), float(best[0] - best[1])
+        if not done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline):
             break
     return done
+
+
+def attention_rows(lm: LM, token_ids: Sequence[int], at: int) -> Float[np.ndarray, "L H S"]:
+    """Every head's attention row of one token, out of the full maps that Hugging Face returns."""
+    with torch.inference_mode(), eager(lm):
+        maps = lm.model(input_ids=_row(lm, token_ids), use_cache=False, output_attentions=True).attentions
+    return np.stack([m[0, :, at, : at + 1].double().cpu().numpy() for m in maps])
+
+
+@torch.inference_mode()
+def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]:
+    """Lens, decomposition, residual norms and neurons of one token, a layer at a time, from one eager forward with
+    every output recorded."""
+    a = lm.anatomy
+    parts: dict[str, nn.Module] = {f"block {n}": block for n, block in enumerate(a.blocks)}
+    parts |= {f"attention {n}": module for n, module in enumerate(a.attention_out)}
+    entered: list[Tensor] = []
+    neurons: dict[int, Tensor] = {}
+    handles = [a.blocks[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)]  # fmt: skip
+
+    def keep(n: int) -> Callable[[nn.Module, tuple], None]:
+        return lambda _module, args: neurons.update({n: args[0]})
+
+    handles += [module.register_forward_pre_hook(keep(n)) for n, module in enumerate(a.neurons or ())]
+    try:
+        with eager(lm), record_outputs(parts) as outputs:
+            final = lm.model(input_ids=_row(lm, probe.tokens), use_cache=False).logits[0, at]
+    finally:
+        for handle in handles:
+            handle.remove()
+    final = final.to(torch.promote_types(final.dtype, torch.float32)).log_softmax(-1).double()
+    targets = torch.tensor(probe.targets, device=lm.device, dtype=torch.long)
+
+    def lens(resid: Tensor) -> Tensor:
+        return lm.logits(a.final_norm(resid[None, None]))[0, 0].log_softmax(-1).double()
+
+    found: dict[str, list[Any]] = {}
+    before = entered[0]
+    for n in range(len(a.blocks)):
+        after = outputs[f"block {n}"]
+        middle = before[0, at] + a.multiplier * outputs[f"attention {n}"][0, at]
+        log_p = lens(after[0, at])
+        for name, value in {
+            "p_in": lens(before[0, at])[targets].exp().sum(), "p_attn": lens(middle)[targets].exp().sum(),
+            "p_out": log_p[targets].exp().sum(), "p_emitted": log_p[emitted].exp(),
+            "entropy": -(log_p.exp() * log_p).sum(), "kl_final": (final.exp() * (final - log_p)).sum(),
+        }.items():  # fmt: skip
+            found.setdefault(name, []).append(float(value))
+        found.setdefault("resid_norm", []).append(after[0].double().norm(dim=-1).cpu().numpy())
+        if a.neurons is not None:
+            values = neurons[n][0, at].double().cpu().numpy()
+            found.setdefault("neurons", []).append(values)
+        before = after
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@torch.inference_mode()
+def patched(
+    lm: LM, pair: Pair, patch: str, layer: int, sequences: Sequence[Sequence[int]], sampling: Sampling
+) -> tuple[float, Completion]:
+    """P(sequences) and the greedy completion with one patch at one layer ('' for none), by Hugging Face's own caches:
+    each forward gets a copy of the cache it goes on from."""
+    with eager(lm):
+        cache = DynamicCache()
+        lm.model(input_ids=_row(lm, pair.target[:-1]), past_key_values=cache, use_cache=True)
+        if patch.startswith("kv_"):
+            _copy_keys(lm, pair, patch, layer, cache)
+        with _patched_forward(lm, pair, patch, layer):
+            logits = lm.model(
+                input_ids=_row(lm, pair.target[-1:]), past_key_values=cache, use_cache=True,
+                attention_mask=torch.ones(1, len(pair.target), dtype=torch.long, device=lm.device),
+            ).logits[0, -1]  # fmt: skip
+        total = 0.0
+        for sequence in sequences:
+            own, after, log_p = copy.deepcopy(cache), logits, 0.0
+            for n, token in enumerate(sequence):
+                log_p += float(after.to(torch.promote_types(after.dtype, torch.float32)).log_softmax(-1)[token])
+                if n + 1 < len(sequence):
+                    after = lm.model(input_ids=_row(lm, [token]), past_key_values=own, use_cache=True).logits[0, -1]
+            total += float(np.exp(log_p))
+        done = Completion()
+        for step in range(sampling.max_new_tokens):
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            best, token = wide.topk(2).values, int(wide.argmax())
+            logprob, margin = float(wide.log_softmax(-1)[token]), float(best[0] - best[1])
+            goes_on = done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline)
+            if not goes_on or step + 1 == sampling.max_new_tokens:
+                break
+            logits = lm.model(input_ids=_row(lm, [token]), past_key_values=cache, use_cache=True).logits[0, -1]
+    return total, done
+
+
+def _copy_keys(lm: LM, pair: Pair, patch: str, layer: int, cache: DynamicCache) -> None:
+    """Token by token, from the source text moved so that the token stands where it is going to be read."""
+    move = pair.question if patch == "kv_question" else pair.instruction
+    assert move is not None, f"{patch} needs its span"
+    shift = move.shift if lm.anatomy.is_relative else 0
+    source = DynamicCache()
+    positions = torch.arange(len(pair.source), device=lm.device)[None] + shift
+    lm.model(input_ids=_row(lm, pair.source), position_ids=positions, past_key_values=source, use_cache=True)
+    for n in range(move.length):
+        for kind in ("keys", "values"):
+            value = getattr(source.layers[layer], kind)[0, :, move.start + n]
+            getattr(cache.layers[layer], kind)[0, :, move.to + n] = value
+
+
+@contextmanager
+def _patched_forward(lm: LM, pair: Pair, patch: str, layer: int) -> Iterator[None]:
+    """The one forward of the target's last token in which activations are replaced, or attention is blocked."""
+    a = lm.anatomy
+    handles = []
+    if patch in ("resid", "attn", "mlp"):
+        module = {"resid": a.blocks, "attn": a.attention_out, "mlp": a.mlp_out}[patch][layer]
+        with record_outputs({"it": module}) as outputs:
+            lm.model(input_ids=_row(lm, pair.source), use_cache=False)
+        value = outputs["it"][0, -1]
+
+        def replace(_module: nn.Module, _args: object, output: object) -> object:
+            tensor = first_tensor(output)
+            assert tensor is not None, "a block's part must give a tensor"
+            changed = tensor.clone()
+            changed[0, -1] = value
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handles.append(module.register_forward_hook(replace))
+    elif patch == "knockout_instruction":
+        assert pair.prohibition is not None, "a knockout needs its span"
+        start, end = pair.prohibition
+        module = next(
+            m for m in a.blocks[layer].modules() if getattr(m, "layer_idx", None) == layer and m is not a.blocks[layer]
+        )
+
+        def block(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            mask = kwargs["attention_mask"].clone()
+            mask[..., start:end] = torch.finfo(mask.dtype).min
+            return args, {**kwargs, "attention_mask": mask}
+
+        handles.append(module.register_forward_pre_hook(block, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row(lm: LM, token_ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(token_ids)], device=lm.device)

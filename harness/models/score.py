@@ -90,14 +90,20 @@ def _score(
     cache = shared_cache(lm, contexts[0][:shared], tokens.shape[0]) if shared else None
     hidden = lm.hidden(tokens, layout, cache)
     # Rows the head is applied to: per item its last context token, then its nodes.
-    starts = np.cumsum([0] + [1 + len(t) for t in tries])
     where = [
         (row, offset + len(c) - shared - 1 + i)
         for (row, offset), c, t in zip(places, contexts, tries, strict=True)
         for i in range(1 + len(t))
     ]
     row, column = torch.tensor(where, device=lm.device).T
-    rows = hidden[row, column]
+    return read_trees(lm, hidden[row, column], tries, top_k)
+
+
+def read_trees(
+    lm: LM, rows: Float[Tensor, "N D"], tries: Sequence[Trie], top_k: int = 10
+) -> list[TreeScores | ItemFailed]:
+    """Scores of tries whose rows were forwarded already: per trie its context's last token, then its nodes."""
+    starts = np.cumsum([0] + [1 + len(t) for t in tries])
     picks, pick_of = _picks(tries, starts)
     first = torch.tensor(starts[:-1], device=lm.device)
     picked, word_end, entropy, top_ids, top_probs, finite = _read(lm, rows, picks.to(lm.device), first, top_k)

@@ -6,11 +6,15 @@ from typing import Protocol, runtime_checkable
 from harness.engine import Stage
 from harness.errors import SettingsError
 from harness.settings import nearest
+from harness.stages.analysis import Analysis
 from harness.stages.detect import Detect
 from harness.stages.generate import Greedy, Samples
 from harness.stages.inputs import Inputs
+from harness.stages.mechanism import Mechanism
+from harness.stages.patching import Patching
 from harness.stages.prompts import Prompts
 from harness.stages.psem import Psem
+from harness.stages.sanity import Sanity
 from harness.stages.select import Select
 from harness.stages.single_token import SingleToken
 
@@ -32,7 +36,19 @@ class Entry(Protocol):
 
 
 EXPERIMENTS: dict[str, tuple[Entry, ...]] = {
-    "gravity": (Prompts, SingleToken, Psem, Select, Greedy, Samples, Detect),  # type: ignore[dict-item]
+    "gravity": (
+        Prompts,
+        Sanity,
+        SingleToken,
+        Psem,
+        Select,
+        Greedy,
+        Samples,
+        Detect,
+        Mechanism,
+        Patching,
+        Analysis,
+    ),  # type: ignore[dict-item]
 }
 
 

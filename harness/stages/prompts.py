@@ -53,20 +53,22 @@ class Prompts:
             "single_token": len(codec.encode(" " + prompt.target, add_special_tokens=False)) == 1,
             "tier": None, "alternatives": list(prompt.alternatives),
         }  # fmt: skip
-        contexts = [self._context(codec, prompt, name, template) for name, template in self.conditions.items()]
+        contexts = [context_row(codec, prompt, name, template, self.chat) for name, template in self.conditions.items()]
         return ItemResult(prompt.prompt_id, {"prompts": [row], "contexts": contexts})
 
-    def _context(self, codec: Codec, prompt: Prompt, condition: str, template: Template) -> dict[str, Any]:
-        text, spans = template.render(prompt), template.spans(prompt)
-        if self.chat:
-            wrapped = codec.chat(text)
-            shift = wrapped.find(text)
-            # A template may trim its message; spans would then be wrong, so they are left out rather than guessed.
-            spans = Spans(*(s and (s[0] + shift, s[1] + shift) for s in spans)) if shift >= 0 else Spans(*[None] * 4)
-            text = wrapped
-        token_ids, offsets = codec.chat_context(text) if self.chat else codec.context(text)
-        in_tokens = {name: token_span(span, offsets) for name, span in spans._asdict().items()}
-        return {
-            "prompt_id": prompt.prompt_id, "condition": condition, "text": text, "token_ids": token_ids,
-            "spans": {name: list(span) if span else None for name, span in in_tokens.items()},
-        }  # fmt: skip
+
+def context_row(codec: Codec, prompt: Prompt, condition: str, template: Template, chat: bool) -> dict[str, Any]:
+    """A row of `contexts`: one prompt in one condition, as the model sees it."""
+    text, spans = template.render(prompt), template.spans(prompt)
+    if chat:
+        wrapped = codec.chat(text)
+        shift = wrapped.find(text)
+        # A template may trim its message; spans would then be wrong, so they are left out rather than guessed.
+        spans = Spans(*(s and (s[0] + shift, s[1] + shift) for s in spans)) if shift >= 0 else Spans(*[None] * 4)
+        text = wrapped
+    token_ids, offsets = codec.chat_context(text) if chat else codec.context(text)
+    in_tokens = {name: token_span(span, offsets) for name, span in spans._asdict().items()}
+    return {
+        "prompt_id": prompt.prompt_id, "condition": condition, "text": text, "token_ids": token_ids,
+        "spans": {name: list(span) if span else None for name, span in in_tokens.items()},
+    }  # fmt: skip

@@ -122,6 +122,11 @@ class WordForms:
     paper: tuple[Tokens, ...]
     trie: Trie
 
+    @property
+    def first_tokens(self) -> Tokens:
+        """The tokens that some prefix-free spelling starts with."""
+        return tuple(dict.fromkeys(s[0] for s in self.events))
+
 
 def word_forms(word: str, tokenizer: Tokenizer) -> WordForms:
     """Every spelling of `word` under one tokenizer, arranged so that one tree forward scores them all."""

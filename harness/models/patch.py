@@ -1,0 +1,272 @@
+"""Activation patching: what a target context would say if a part of its network had seen a source context.
+
+One prefix, many rows: the target's context up to its last token is prefilled once; then every (patch, layer) is a row
+that shares it, patched at its own layer, and only the last token, the word's own tokens and the continuation are
+computed. The word's probability is recomputed under the patch, tokens after the first included.
+
+The patches (gravity.md §6), all at the answer's first step:
+`resid`, `attn`, `mlp`: the block's output, or what one part of it adds, at the context's last token, from the source
+(Vig et al. 2020; Meng et al. 2022). `kv_question`, `kv_instruction`: the keys and values that are read from a span, the
+keys turned to their new positions. `knockout_instruction`: the last token may not look at a span in that layer (Geva
+et al. 2023).
+
+Keys at a new place: with rotary positions a key depends on its distance to the query alone, so the source text is
+forwarded once more, moved as a whole, until the span stands where the target has it. With absolute positions there is
+nothing to turn, and keys are taken as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from harness.errors import NOT_FINITE, ItemFailed, NotFinite
+from harness.models.attend import Layout
+from harness.models.decode import Completion
+from harness.models.load import LM
+from harness.models.score import TreeScores, read_trees
+from harness.models.taps import Captured, Edit, capture, patch
+from harness.text.words import Trie
+
+UNTOUCHED = ("", -1)
+"""The name of a row that is left as it is."""
+PATCHES = ("resid", "attn", "mlp", "kv_question", "kv_instruction", "knockout_instruction")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Source tokens [start, start + length) put in place of the target's from `to` on."""
+
+    start: int
+    to: int
+    length: int
+
+    @property
+    def shift(self) -> int:
+        return self.to - self.start
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two contexts and what is patched between them: spans that are not needed by a sweep may be None."""
+
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    question: Move | None = None
+    instruction: Move | None = None
+    prohibition: Span | None = None
+    """The target's tokens that `knockout_instruction` hides."""
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The word's scores and the greedy continuation in one row; `patch` '' and `layer` -1 is the target as it is."""
+
+    patch: str
+    layer: int
+    scores: TreeScores
+    continuation: Completion
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all rows of a pair go on from, computed once and never written to."""
+
+    found: Captured
+    """The source's activations at its last token."""
+    moved: Mapping[int, DynamicCache]
+    """The source's keys and values, by the number of places the text was moved."""
+    prefix: DynamicCache
+    """The target's context up to its last token."""
+
+
+Names = Sequence[tuple[str, int]]
+"""(patch, layer) of each row."""
+
+
+@torch.inference_mode()
+def sweep(
+    lm: LM, pair: Pair, patches: Sequence[str], trie: Trie, max_new_tokens: int, stop_at_newline: bool = True,
+    layers: Sequence[int] | None = None, top_k: int = 10,
+) -> list[Patched | ItemFailed]:  # fmt: skip
+    """The untouched target, then every patch at every layer (all of them, unless `layers` names some).
+
+    A row whose logits are not finite comes back as ItemFailed. Raises ItemFailed for a pair that cannot be patched.
+    """
+    _check(lm, pair, patches, trie, max_new_tokens)
+    where = range(len(lm.anatomy.blocks)) if layers is None else layers
+    names = [UNTOUCHED, *((patch, layer) for patch in patches for layer in where)]
+    return run_rows(lm, pair, begin(lm, pair, patches), names, trie, max_new_tokens, stop_at_newline, top_k)
+
+
+@torch.inference_mode()
+def begin(lm: LM, pair: Pair, patches: Sequence[str]) -> Start:
+    """Forward the source, as often as it must be moved, and the target's prefix."""
+    wanted = [
+        m for n, m in (("kv_question", pair.question), ("kv_instruction", pair.instruction)) if n in patches and m
+    ]
+    at = torch.tensor([[len(pair.source) - 1]], device=lm.device)
+    moved: dict[int, DynamicCache] = {}
+    with capture(lm.anatomy, at) as found:
+        moved[0] = _prefill(lm, pair.source)
+    for shift in {_shift(lm, move) for move in wanted} - {0}:
+        moved[shift] = _prefill(lm, pair.source, shift)
+    return Start(found, moved, _prefill(lm, pair.target[:-1]))
+
+
+@torch.inference_mode()
+def run_rows(
+    lm: LM, pair: Pair, start: Start, names: Names, trie: Trie, max_new_tokens: int, stop_at_newline: bool = True,
+    top_k: int = 10,
+) -> list[Patched | ItemFailed]:  # fmt: skip
+    """One row for each of `names`, all in one forward of the target's last token and the word's nodes."""
+    cache = fork(start.prefix, len(names))
+    for patch_name, move in (("kv_question", pair.question), ("kv_instruction", pair.instruction)):
+        rows = _rows_of(names, patch_name)
+        if rows:
+            assert move is not None, "checked at the door"
+            _move_keys(cache, start.moved[_shift(lm, move)], rows, move)
+    edits = [e for name in ("resid", "attn", "mlp") for e in _edits(lm, start.found, name, _rows_of(names, name))]
+    with patch(edits):
+        hidden = _forward_tree(lm, pair, trie, cache, names)
+    scores = read_trees(lm, hidden.flatten(0, 1), [trie] * len(names), top_k)
+    logits = lm.logits(hidden[:, 0])
+    continuations = _continue(lm, logits, cache, len(pair.target), len(trie), max_new_tokens, stop_at_newline)
+    return [
+        score
+        if isinstance(score, ItemFailed)
+        else (Patched(name, layer, score, done) if np.isfinite(done.logprobs).all() else NotFinite(NOT_FINITE))
+        for (name, layer), score, done in zip(names, scores, continuations, strict=True)
+    ]
+
+
+def _rows_of(names: Names, patch_name: str) -> list[tuple[int, int]]:
+    """(row, layer) of one patch."""
+    return [(row, layer) for row, (name, layer) in enumerate(names) if name == patch_name]
+
+
+def _check(lm: LM, pair: Pair, patches: Sequence[str], trie: Trie, max_new_tokens: int) -> None:
+    if min(len(pair.source), len(pair.target)) < 2:
+        raise ItemFailed("expected contexts of at least two tokens; nothing stands before the last one")
+    reach = len(pair.target) + max(max_new_tokens, max(trie.depths, default=-1) + 1)
+    if max(reach, len(pair.source)) > lm.max_positions:
+        raise ItemFailed(f"needs {reach} positions, the model has {lm.max_positions}; shorten the prompt")
+    needed = {
+        "kv_question": pair.question, "kv_instruction": pair.instruction, "knockout_instruction": pair.prohibition,
+    }  # fmt: skip
+    for name in patches:
+        assert name in PATCHES, f"no patch {name}"
+        if name in needed and needed[name] is None:
+            raise ItemFailed(f"{name}: the two contexts have no such span in common")
+
+
+def _shift(lm: LM, move: Move) -> int:
+    return move.shift if lm.anatomy.is_relative else 0
+
+
+def _prefill(lm: LM, tokens: Sequence[int], shift: int = 0) -> DynamicCache:
+    """Keys and values of one text that stands `shift` places further on."""
+    cache = lm.new_cache()
+    positions = torch.arange(len(tokens), device=lm.device)[None] + shift
+    lm.hidden(torch.tensor([list(tokens)], device=lm.device), Layout(positions, positions), cache)
+    return cache
+
+
+def fork(cache: DynamicCache, rows: int) -> DynamicCache:
+    """The cache of one text as `rows` rows with keys and values of their own: what one changes, nothing else sees."""
+    forked = DynamicCache()
+    for n, layer in enumerate(cache.layers):
+        keys, values = (getattr(layer, kind).repeat_interleave(rows, 0) for kind in ("keys", "values"))
+        forked.update(keys, values, n)
+    return forked
+
+
+def _move_keys(cache: DynamicCache, source: DynamicCache, rows: Sequence[tuple[int, int]], move: Move) -> None:
+    """Write the source's span over the target's, for each row in its own layer only."""
+    here, there = slice(move.start, move.start + move.length), slice(move.to, move.to + move.length)
+    for row, layer in rows:
+        for kind in ("keys", "values"):
+            getattr(cache.layers[layer], kind)[row, :, there] = getattr(source.layers[layer], kind)[0, :, here]
+
+
+def _edits(lm: LM, found: Captured, name: str, rows: Sequence[tuple[int, int]]) -> list[Edit]:
+    """One edit a layer: the source's activation in the rows that are patched there."""
+    anatomy = lm.anatomy
+    edits = []
+    for row, layer in rows:
+        module = {"resid": anatomy.blocks, "attn": anatomy.attention_out, "mlp": anatomy.mlp_out}[name][layer]
+        # A part's own output is wanted here, before the family's multiplier.
+        value = (
+            found.resid[layer + 1] if name == "resid" else getattr(found, {"attn": "attention"}.get(name, name))[layer]
+        )
+        scale = 1.0 if name == "resid" else anatomy.multiplier
+        edits.append(Edit(module, torch.tensor([row], device=lm.device), 0, value[:, 0] / scale))
+    return edits
+
+
+def _forward_tree(lm: LM, pair: Pair, trie: Trie, cache: DynamicCache, names: Names) -> Tensor:
+    """Final-norm output [R, 1 + nodes, D] of the target's last token and the word's nodes, behind the shared prefix."""
+    prefix, num, width = len(pair.target) - 1, len(names), 1 + len(trie)
+    tokens = torch.tensor([[pair.target[-1], *trie.tokens]], device=lm.device).expand(num, -1)
+    positions = torch.tensor([*range(prefix + 1), *(prefix + 1 + d for d in trie.depths)], device=lm.device)
+    own = np.zeros((width, width), dtype=bool)
+    own[:, 0] = True
+    own[1:, 1:] = trie.ancestry()
+    allowed = torch.ones(num, width, prefix + width, dtype=torch.bool, device=lm.device)
+    allowed[:, :, prefix:] = torch.from_numpy(own).to(lm.device)
+    at = positions.expand(num, -1)
+    return lm.hidden(tokens, Layout(at[:, prefix:], at, allowed, _knockouts(pair, names, allowed)), cache)
+
+
+def _knockouts(pair: Pair, names: Names, allowed: Bool[Tensor, "R T S"]) -> Mapping[int, Bool[Tensor, "R T S"]]:
+    blocked: dict[int, Bool[Tensor, "R T S"]] = {}
+    for row, layer in _rows_of(names, "knockout_instruction"):
+        assert pair.prohibition is not None, "checked at the door"
+        here = blocked.setdefault(layer, torch.zeros_like(allowed))
+        here[row, 0, pair.prohibition[0] : pair.prohibition[1]] = True
+    return blocked
+
+
+def _continue(
+    lm: LM, logits: Tensor, cache: DynamicCache, seen: int, num_nodes: int, max_new_tokens: int, stop_at_newline: bool
+) -> list[Completion]:
+    """Greedy completions from the logits after `seen` tokens; the word's nodes, in the cache too, are not looked at.
+
+    Rows that are finished leave the cache.
+    """
+    done = [Completion() for _ in range(len(logits))]
+    live = list(range(len(done)))
+    for step in range(max_new_tokens):
+        best = logits.topk(2, dim=-1)
+        log_p = (best.values[:, 0] - logits.logsumexp(-1)).tolist()
+        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+        tokens = best.indices[:, 0].tolist()
+        going = [
+            n
+            for n, row in enumerate(live)
+            if done[row].append(tokens[n], log_p[n], margins[n], lm.vocabulary, stop_at_newline)
+        ]
+        if step + 1 == max_new_tokens or not going:
+            break
+        if len(going) < len(live):
+            cache.batch_select_indices(torch.tensor(going, device=lm.device))
+            live = [live[n] for n in going]
+        newest = torch.tensor([[done[row].token_ids[-1]] for row in live], device=lm.device)
+        logits = lm.logits(lm.hidden(newest, _next_layout(len(live), seen, num_nodes, step, lm.device), cache)[:, 0])
+    return done
+
+
+def _next_layout(rows: int, seen: int, num_nodes: int, step: int, device: torch.device) -> Layout:
+    """Keys: the context, the word's nodes (hidden), the continuation so far and the new token."""
+    k_positions: Int[Tensor, " S"] = torch.tensor(
+        [*range(seen), *[0] * num_nodes, *range(seen, seen + step + 1)], device=device
+    )
+    allowed = torch.ones(rows, 1, len(k_positions), dtype=torch.bool, device=device)
+    allowed[:, :, seen : seen + num_nodes] = False
+    at = k_positions.expand(rows, -1)
+    return Layout(at[:, -1:], at, allowed)
