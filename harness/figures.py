@@ -162,9 +162,9 @@ def attention_by_pressure(data: FigureData) -> Figure:
                 _binned(ax, _column(chosen, "p0"), _column(chosen, measure), colour, marker, name, line=True)
         _label(ax, condition, "P0", measures[measure])
         ax.set_xlim(0, 1)
-        if points:
+        if points and measure == "iar":  # the same in the whole row
             _legend(ax)
-        else:
+        if not points:
             ax.set(xticks=[], yticks=[])
             _say(ax, "not measured\n(this condition has no such span)")
     return figure
@@ -394,7 +394,8 @@ def _layers(ax: Axes) -> None:
 
 def _dots(ax: Axes, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], label: str) -> None:
     # As pixels: thousands of vector dots would make the page megabytes larger and slow to scroll.
-    ax.scatter(x, y, s=7, color="#8A8A8A", alpha=0.35, linewidths=0, label=label, rasterized=True)
+    size, alpha = (7, 0.35) if len(x) > 500 else (16, 0.6)
+    ax.scatter(x, y, s=size, color="#8A8A8A", alpha=alpha, linewidths=0, label=label, rasterized=True)
 
 
 def _jittered(rate: Float[np.ndarray, " N"], samples: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:

@@ -68,6 +68,7 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
             raise SettingsError(
                 f"experiment.sample_conditions: no condition {name!r} in this run{nearest(name, list(conditions))}"
             )
+    _check_patched(resolved, conditions)
     where = device.resolve_device(settings.runtime.device)
     prompt_set = read_prompts(prompts_path(settings))
     chosen = take(prompt_set.prompts, settings.data.num_prompts)
@@ -96,6 +97,17 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
     }
     slug = Path(spec.name.removesuffix("/")).name if settings.model.name != DEMO_MODEL else DEMO_MODEL
     return Plan(experiment, built, parts, fingerprint(parts), slug, given, prompt_set, where)
+
+
+def _check_patched(resolved: Resolved, conditions: Mapping[str, Template]) -> None:
+    """A condition to patch that was asked for must be there; where the default one is not, nothing is patched."""
+    name, setting = resolved.settings.experiment.patching.condition, "experiment.patching.condition"
+    others = [c for c in conditions if c != "baseline"]
+    if setting in resolved.sources and name not in others:
+        raise SettingsError(
+            f"{setting}: expected a condition of this run other than baseline ({', '.join(others) or 'there is none'}), "
+            f"found {name!r}{nearest(name, others)}"
+        )
 
 
 def run(

@@ -1,5 +1,6 @@
 """`harness runs`, `harness show` and `harness export`: what is on disk, for people and for other programs."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from harness import log, summary
 from harness.errors import EnvironmentFault, RunError, StoreError
 from harness.run import RunPaths, find_run, list_runs, locked, read_manifest, state
-from harness.store import Reader, Store
+from harness.store import SCHEMA_VERSION, Reader, Store
 
 
 def print_runs(root: Path) -> None:
@@ -67,7 +68,9 @@ def export(root: Path, wanted: str, to: Path, form: Literal["parquet", "csv", "j
     except OSError as e:
         raise EnvironmentFault(f"--to: cannot write to {to}: {e.strerror}") from e
     reader = open_snapshot(paths)
-    rows = {name: reader.export(name, to / f"{name}.{form}", form) for name in reader.tables()}
+    # `attention` again with a row a head: a hundred times as many rows, and nothing that is not in `attention`.
+    wanted = [name for name in reader.tables() if name != "attention_heads"]
+    rows = {name: reader.export(name, to / f"{name}.{form}", form) for name in wanted}
     (to / "manifest.json").write_text(paths.manifest.read_text("utf-8"), "utf-8")
     log.print_out(f"{paths.run_id}: {len(rows)} tables and views, {sum(rows.values()):,} rows, in {to}")
     reader.close()
@@ -77,6 +80,12 @@ def open_snapshot(paths: RunPaths) -> Reader:
     """The run's snapshot. Where nobody computes the run, one is published first: a killed run's last rows count too."""
     if not paths.results.exists() and not paths.live.exists():
         raise RunError(f"run {paths.run_id} has no results yet")
+    if paths.live.exists() and read_manifest(paths).get("status") == "finished":
+        with suppress(StoreError):  # a snapshot that cannot be read is made again
+            reader = Reader(paths.live)  # it published after its last row
+            if reader.schema_version == SCHEMA_VERSION:
+                return reader
+            reader.close()
     try:
         with locked(paths), Store(paths.results) as store:
             store.publish(paths.live)

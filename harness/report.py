@@ -254,7 +254,7 @@ def _violation(summary: Summary, data: FigureData) -> Section:
                   "Interval: 95 %, bootstrap over prompts. P0 is P(X) under baseline."),
             Table("Share of samples that say X, by category", ("category", *names), by_category),
             Table("Fit: P(says X) = σ(intercept + slope·P0)", ("condition", "intercept", "slope", "McFadden R²", "prompts"), fits,
-                  absent="no fit: a condition beside the baseline must be sampled, and both outcomes occur"),
+                  absent="no fit: it needs stage analysis, samples of a condition beside the baseline, and both outcomes"),
             Table("Calibration of the fit, in groups of equally many prompts",
                   ("condition", "mean P0", "observed rate [95 %]", "rate of the fit", "prompts"), calibration, absent="no fit"),
             Table("Phrasings compared: difference from the reference, paired by prompt",

@@ -35,6 +35,12 @@ class Summary:
     conditions: tuple[ConditionSummary, ...]
     num_failed: int
     bin_counts: tuple[int, ...]
+    certificate: Mapping[str, bool]
+    """Measurement -> whether the fast path agrees with the plain reference; empty where that was not checked."""
+    taxonomy: Mapping[str, Mapping[str, int]]
+    """Condition -> kind of failure -> greedy answers."""
+    strongest_patches: tuple[Mapping[str, Any], ...]
+    """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
 
 
 def summarise(reader: Reader) -> Summary:
@@ -64,7 +70,22 @@ def summarise(reader: Reader) -> Summary:
         )  # fmt: skip
     counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
     failed = reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"]
-    return Summary(tuple(conditions), int(failed), tuple(int(c) for c in counts))
+    taxonomy: dict[str, dict[str, int]] = {}
+    for row in reader.query(
+        "SELECT condition, coalesce(taxonomy, 'unknown') AS kind, count(*) AS n FROM outcomes WHERE outcome = 'failure' "
+        "GROUP BY ALL ORDER BY ALL"
+    ):
+        taxonomy.setdefault(row["condition"], {})[row["kind"]] = row["n"]
+    is_older = "statistics" not in reader.tables()  # a run of an older harness has no such tables
+    strongest = reader.query(
+        "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
+        "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
+    ) if not is_older else []  # fmt: skip
+    certificate = reader.query("SELECT measurement, ok FROM sanity") if not is_older else []
+    return Summary(
+        tuple(conditions), int(failed), tuple(int(c) for c in counts), {r["measurement"]: r["ok"] for r in certificate},
+        taxonomy, tuple(strongest),
+    )  # fmt: skip
 
 
 def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
@@ -103,6 +124,22 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
             )
         shown.append(bins)
     shown.extend(_fit_line(c.condition, c.fit) for c in sampled if c.fit is not None)
+    shown.extend(
+        f"{escape(name)}: greedy answers that say X: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        for name, kinds in result.taxonomy.items()
+    )
+    if result.strongest_patches:
+        told = ", ".join(
+            f"{r['patch']} {r['value']:+.3f} (layer {r['layer']})" for r in result.strongest_patches if r["value"]
+        )
+        shown.append(f"Patching {result.strongest_patches[0]['n']} prompts, largest mean ΔP of each patch: {told}")
+    if result.certificate:
+        apart = [name for name, ok in result.certificate.items() if not ok]
+        shown.append(
+            f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
+            if apart
+            else f"Certificate: all {len(result.certificate)} measurements agree with the plain reference."
+        )
     if result.num_failed:
         shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
     told = ", ".join(
@@ -120,7 +157,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
 def next_steps(run_id: str, runs: Path) -> str:
     """Where to look next, for somebody who has just seen a run end."""
     return (
-        f"Results are in {runs / run_id}. Next: `harness show {run_id}`, "
+        f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
         f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
     )
 

@@ -1,5 +1,6 @@
 """The command line as people meet it: what each command prints, where, and the exit code it ends with."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.errors import ItemFailed
-from harness.settings import field_names
+from harness.settings import field_names, resolve
 from harness.stages import psem
 from harness.stages.select import Candidate, choose
 from harness.stats import bin_of
@@ -251,7 +252,8 @@ def test_a_run_says_what_it_did_on_stdout_and_how_on_stderr(finished: Finished) 
     assert "negative" in told.out
     assert "INFO" not in told.out
     assert "psem done: 6 items" in told.err
-    assert f"harness show {finished.run.name}" in told.out
+    assert f"harness report {finished.run.name}" in told.out
+    assert "Certificate: all 19 measurements agree" in told.out
 
 
 def test_rejected_rows_are_counted_and_listed_with_row_numbers_and_stored(finished: Finished) -> None:
@@ -286,7 +288,11 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert found["prompts"]["row_hashes"].keys() == {"milk", "worm", "paris"}
     assert len(found["prompts"]["sha256"]) == 64
     assert "splitmix64" in found["random_numbers"]
-    assert list(found["stages"]) == ["prompts", "psem", "greedy", "samples", "detect"]
+    assert list(found["stages"]) == [
+        "prompts", "sanity", "psem", "greedy", "samples", "detect", "mechanism", "patching", "analysis",
+    ]  # fmt: skip
+    assert len(found["sanity"]) == 19
+    assert all(v["ok"] and v["max_abs"] <= v["tolerance"] for v in found["sanity"])
     assert {"num_items", "num_failed", "seconds", "tokens", "peak_bytes", "num_batches", "splits"} <= set(
         found["stages"]["psem"]
     )
@@ -495,7 +501,8 @@ def test_every_table_the_run_has_is_exported(exported: Path, finished: Finished)
         n
         for (n,) in query(finished.run, "SELECT table_name FROM information_schema.tables WHERE table_catalog = 'run'")
     }
-    assert {p.stem for p in (exported / "csv").glob("*.csv")} == names
+    # But for the view that unfolds `attention` into a row a head.
+    assert {p.stem for p in (exported / "csv").glob("*.csv")} == names - {"attention_heads"}
     assert set(CONTRACT) <= names
 
 
@@ -555,10 +562,10 @@ def test_going_on_with_other_settings_is_refused_naming_each_key_with_both_value
     assert finished.run.name in message
     for change in (
         "stages.samples.num_samples: was 2, now 3", "stages.samples.top_p: was 0.9, now 0.5", "seed: was 0, now 4",
-        "prompts.number: was 3, now 2",
+        "prompts.number: was 3, now 2", "stages.sanity.sampling.samples.top_p: was 0.9, now 0.5",
     ):  # fmt: skip
         assert change in message
-    assert len(re.findall(r": was ", message)) == 5, "those four and the hash of the prompts, and nothing that is equal"
+    assert len(re.findall(r": was ", message)) == 6, "those five and the hash of the prompts, and nothing that is equal"
 
 
 def test_resume_new_measures_it_all_again(finished: Finished, tmp_path: Path) -> None:
@@ -815,3 +822,101 @@ def test_a_reader_that_goes_away_is_no_error(finished: Finished) -> None:
     )
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "0"
+
+
+# What is inside, and the report
+
+
+def test_every_table_of_the_mechanism_is_filled_and_no_probability_leaves_its_range(finished: Finished) -> None:
+    for table in ("attention", "lens", "decomposition", "activations", "patching", "artifacts", "statistics", "sanity"):
+        assert query(finished.run, f"SELECT count(*) FROM {table}")[0][0] > 0, table
+    layers = query(finished.run, "SELECT count(DISTINCT layer) FROM lens")[0][0]
+    assert query(finished.run, "SELECT count(*) FROM lens")[0][0] == 3 * 2 * 2 * layers
+    for column in ("lens.p_target", "lens.p_emitted", "decomposition.p_attn", "patching.p_sem_patched"):
+        table, name = column.split(".")
+        low, high = query(finished.run, f"SELECT min({name}), max({name}) FROM {table}")[0]
+        assert 0 <= low <= high <= 1 + 1e-6, column
+
+
+def test_the_last_layers_lens_is_the_mass_of_the_first_tokens_and_baseline_has_no_ban_to_attend_to(
+    finished: Finished,
+) -> None:
+    """Every target of these rows is one token or more, so the lens' mass bounds P_sem from above."""
+    rows = query(finished.run, """
+        SELECT l.p_target, p.p_sem FROM lens l JOIN psem p USING (prompt_id, condition)
+        WHERE l.step_kind = 'first' AND l.layer = (SELECT max(layer) FROM lens)""")  # fmt: skip
+    assert len(rows) == 6
+    assert all(p_target >= p_sem - 1e-5 for p_target, p_sem in rows)
+    found = query(
+        finished.run,
+        "SELECT condition, bool_and(nf IS NULL), bool_and(tmf IS NULL) FROM attention GROUP BY 1 ORDER BY 1",
+    )
+    assert found == [("baseline", True, True), ("negative", False, False)]
+
+
+def test_files_of_the_run_are_what_their_rows_say(finished: Finished) -> None:
+    rows = query(finished.run, "SELECT path, sha256, bytes, kind FROM artifacts")
+    assert {kind for *_, kind in rows} == {"attention", "resid"}
+    for path, sha256, size, _ in rows:
+        content = (finished.run / "artifacts" / path).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (sha256, size)
+
+
+def test_a_report_is_one_page_with_all_figures_beside_it(finished: Finished, tmp_path: Path) -> None:
+    told = harness("report", finished.run.name, "--paths.runs", finished.root, "--to", tmp_path / "out")
+    assert told.code == 0, told.err
+    assert str(tmp_path / "out") in told.out
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Planted" in page
+    names = {p.stem for p in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert len(names) == 8
+    assert names == {p.stem for p in (tmp_path / "out" / "figures").glob("*.png")}
+
+
+def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
+    refused(harness("report", "latest", "--paths.runs", tmp_path))
+
+
+# Settings files that are shipped
+
+
+def test_the_papers_settings_are_the_papers(tmp_path: Path) -> None:
+    settings = resolve({}, DATA / "settings" / "paper.toml", {}).settings
+    assert settings.model.name == "Qwen/Qwen2.5-7B-Instruct"
+    e = settings.experiment
+    assert (e.num_samples, e.temperature, e.top_p, e.max_new_tokens_greedy, e.max_new_tokens_samples) == (
+        16,
+        1,
+        0.9,
+        8,
+        10,
+    )
+    assert (e.stop_at_newline, e.chat, e.patching.min_p0, e.patching.condition) == (False, False, None, "negative")
+
+
+def test_the_shipped_phrasings_run_and_are_compared_with_the_ban(tmp_path: Path) -> None:
+    told = harness("run", "--config", DATA / "settings" / "phrasings.toml", "--limit", 8, "--experiment.num_samples", 2,
+                   "--paths.runs", tmp_path)  # fmt: skip
+    assert told.code == 0, told.err
+    run = only_run(tmp_path)
+    compared = "SELECT DISTINCT condition, measured FROM statistics WHERE analysis = 'phrasing' ORDER BY ALL"
+    assert query(run, compared) == [("category_ban", "negative"), ("reframing", "negative")]
+    # Neither names the word, and the reframing forbids nothing.
+    have = ", ".join(f"bool_or(spans.{span} IS NOT NULL)" for span in ("mention", "negation"))
+    spans = f"SELECT condition, {have} FROM contexts GROUP BY 1 ORDER BY 1"
+    assert query(run, spans) == [
+        ("baseline", False, False), ("category_ban", False, True), ("negative", True, True), ("reframing", False, False),
+    ]  # fmt: skip
+
+
+def test_a_condition_to_patch_that_is_not_run_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    message = refused(harness("run", "--experiment.patching.condition", "negativ", "--paths.runs", tmp_path))
+    assert "did you mean 'negative'?" in message
+    refused(harness("run", "--experiment.patching.condition", "baseline", "--paths.runs", tmp_path))
+
+
+def test_without_the_condition_to_patch_nothing_is_patched_and_nothing_fails(tmp_path: Path) -> None:
+    told = harness("run", "--experiment.conditions", "baseline", "--limit", 4, "--experiment.num_samples", 2,
+                   "--paths.runs", tmp_path)  # fmt: skip
+    assert told.code == 0, told.err
+    assert query(only_run(tmp_path), "SELECT count(*) FROM patching") == [(0,)]

@@ -24,12 +24,22 @@ MEASURED = {  # what may not differ at all, and what may by rounding
     "completions": ("prompt_id, condition, mode, sample_id, token_ids, text, answer, finish_reason", "logprobs"),
     "detections": ("prompt_id, condition, mode, sample_id, word_present, word_present_full, format_ok, num_occurrences, "
                    "first_step, char_spans, token_spans", ""),
+    "attention": ("prompt_id, condition, step_kind, layer, step", "iar, nf, tmf, pi, iar_token, mean_row"),
+    "lens": ("prompt_id, condition, step_kind, layer, step", "p_target, p_emitted, entropy, kl_final"),
+    "decomposition": ("prompt_id, condition, step_kind, layer, step", "p_in, p_attn, p_out, attn_contrib, ffn_contrib"),
+    "activations": ("prompt_id, condition, layer", "resid_norm"),
+    "patching": ("prompt_id, layer, patch, continuation, flipped, num_patched, num_span",
+                 "p_sem_original, p_sem_patched, delta_p"),
+    "statistics": ("analysis, condition, measured, step_kind, measure, grouping, patch, layer, head, n", "value"),
 }  # fmt: skip
-KEYS = {"contexts": 2, "psem": 2, "completions": 4, "detections": 4}
+KEYS = {"contexts": 2, "psem": 2, "completions": 4, "detections": 4, "attention": 4, "lens": 4, "decomposition": 4,
+        "activations": 3, "patching": 3, "statistics": 9}  # fmt: skip
 
 
 def flat(row: tuple) -> list[float]:
-    return [x for value in row for x in (value if isinstance(value, list | tuple) else [value])]
+    """All numbers of a row; NULL, which is a span that is not there, as one that no measurement gives."""
+    values = [x for value in row for x in (value if isinstance(value, list | tuple) else [value])]
+    return [-99.0 if x is None else x for x in values]
 
 
 def exact_rows(run: Path, table: str) -> list[tuple]:
@@ -129,13 +139,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fingerprint(folder: Path, changes: dict[str, str]) -> str:
     flags = {"data.prompts": str(folder / "prompts.jsonl"), "paths.data": str(folder / "data"),
-             "experiment.stages": "select,samples,greedy,detect"} | changes  # fmt: skip
+             "experiment.stages": "select,samples,greedy,detect,mechanism,patching,analysis,sanity",
+             "experiment.templates": json.dumps({"ban": BAN}),
+             "experiment.conditions": "baseline,negative,ban"} | changes  # fmt: skip
     return prepare(resolve({k: v.replace("HERE", str(folder)) for k, v in flags.items()}, None, {})).fingerprint
 
 
 DECIDES = {
     "model.name": "random:tiny-llama", "model.dtype": "float64", "data.prompts": "HERE/other.jsonl", "data.limit": "2",
-    "experiment.conditions": json.dumps({"ban": BAN}), "experiment.chat": "true", "experiment.stages": "select,greedy",
+    "experiment.conditions": "baseline,negative", "experiment.chat": "true", "experiment.stages": "select,greedy",
     "experiment.num_samples": "3", "experiment.sample_conditions": "negative", "experiment.temperature": "0.5",
     "experiment.top_p": "1", "experiment.max_new_tokens_greedy": "3", "experiment.max_new_tokens_samples": "3",
     "experiment.stop_at_newline": "false", "experiment.select.min_p0": "0.1", "experiment.select.per_bin": "5",
@@ -147,8 +159,9 @@ DECIDES_NOTHING = {
     "batching.max_tokens": "64", "batching.reserve_gb": "1", "runtime.device": "cpu", "runtime.threads": "1",
     "runtime.executor": "inline", "runtime.reserve_disk_gb": "0", "paths.runs": "elsewhere", "paths.hf_home": "cache",
     "paths.data": "HERE/elsewhere", "data.prompts": "HERE/shuffled.jsonl", "data.limit": "3",
-    "experiment.stages": "detect,samples,select", "experiment.sample_conditions": "baseline,negative",
-    "experiment.templates": '{"unused": "{question}"}', "model.dtype": "float32",
+    "experiment.stages": "sanity,analysis,patching,mechanism,detect,samples,select",
+    "experiment.sample_conditions": "baseline,negative,ban",
+    "experiment.templates": json.dumps({"unused": "{question}", "ban": BAN}), "model.dtype": "float32",
 }  # fmt: skip
 
 
