@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from loguru import logger
-from tokenizers import Tokenizer
 
 from harness import figures
 from harness.errors import EnvironmentFault
@@ -156,7 +154,7 @@ def _content(reader: Reader, manifest: Mapping[str, Any], data: FigureData) -> d
             _taxonomy(reader, data),
             *_paper(manifest, data),
         ],
-        "examples": _examples(reader, manifest),
+        "examples": _examples(reader),
         "sanity": _sanity(reader),
         "paper": PAPER,
         "manifest": _manifest_tables(reader, manifest),
@@ -486,7 +484,7 @@ def _sanity(reader: Reader) -> Table:
 # -- worked examples
 
 
-def _examples(reader: Reader, manifest: Mapping[str, Any]) -> list[Example]:
+def _examples(reader: Reader) -> list[Example]:
     """At most `NUM_EXAMPLES` failures, from every category and kind in turn, those with the highest P1 first."""
     failures = reader.query(
         """
@@ -505,11 +503,10 @@ def _examples(reader: Reader, manifest: Mapping[str, Any]) -> list[Example]:
             groups.setdefault((row["category"], row["taxonomy"] or "unknown"), []).append(row)
     in_turn = (row for turn in zip_longest(*groups.values()) for row in turn if row is not None)
     chosen = [row for row, _ in zip(in_turn, range(NUM_EXAMPLES), strict=False)]
-    tokenizer = _tokenizer(manifest) if chosen else None
-    return [_example(reader, row, tokenizer) for row in chosen]
+    return [_example(reader, row) for row in chosen]
 
 
-def _example(reader: Reader, row: Row, tokenizer: Tokenizer | None) -> Example:
+def _example(reader: Reader, row: Row) -> Example:
     key = [row["prompt_id"], row["condition"]]
     here = "prompt_id = ? AND condition = ?"
     context = next(
@@ -523,8 +520,8 @@ def _example(reader: Reader, row: Row, tokenizer: Tokenizer | None) -> Example:
     late = rows[round(0.75 * (len(rows) - 1))] if rows else None
     shares = list(late["mean_row"]) if late and len(late["mean_row"]) == len(context["token_ids"]) else None
     spans = {name: (s[0], s[1]) for name in _SPANS if (s := (context["spans"] or {}).get(name))}
-    offsets = token_offsets(tokenizer, context["text"], context["token_ids"])
-    if offsets is not None:
+    offsets = [(start, end) for start, end in context.get("offsets") or []]
+    if offsets:
         segments = token_segments(context["text"], offsets, shares, spans)
     else:
         segments = _plain_segments(context["text"], row["question"], row["target"])
@@ -544,34 +541,6 @@ def _example(reader: Reader, row: Row, tokenizer: Tokenizer | None) -> Example:
         lens=[(str(r["layer"]), *(_number(r[k]) for k in ("p_target", "p_emitted", "entropy"))) for r in lens],
         curves=(_polyline([r["p_target"] for r in lens]), _polyline([r["p_emitted"] for r in lens])),
     )
-
-
-def _tokenizer(manifest: Mapping[str, Any]) -> Tokenizer | None:
-    """The run's tokenizer, where its file is still there: the store keeps token ids, not where each token stands."""
-    path = (manifest.get("model") or {}).get("path")
-    file = Path(path) / "tokenizer.json" if path else None
-    if file is None or not file.is_file():
-        return None
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises a bare Exception
-        logger.warning("{}: not readable as a tokenizer ({}); examples are shown without their tokens", file, e)
-        return None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def token_offsets(tokenizer: Tokenizer | None, text: str, token_ids: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Each token's [start, end) in `text`; None where this tokenizer does not cut the text into just these tokens."""
-    if tokenizer is None:
-        return None
-    for specials in (True, False):
-        coded = tokenizer.encode(text, add_special_tokens=specials)
-        # A closing special token is no part of a prompt, and was cut off when the context was made.
-        if coded.ids[: len(token_ids)] == list(token_ids) and len(coded.ids) <= len(token_ids) + 1:
-            return coded.offsets[: len(token_ids)]
-    return None
 
 
 def token_segments(

@@ -176,11 +176,15 @@ _MIGRATIONS: tuple[str, ...] = (
         )
     };
     """,
+    """
+    ALTER TABLE contexts ADD COLUMN offsets INTEGER[2][];
+    CREATE TABLE vocabulary (token_id INTEGER PRIMARY KEY, text VARCHAR, is_special BOOLEAN);
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 
 TABLES = (
-    "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
+    "vocabulary", "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
     "activations", "artifacts", "statistics", "sanity", "stages", "batches", "events",
 )  # fmt: skip
 VIEWS = (

@@ -117,6 +117,8 @@ def fill(store: Store, shape: Shape, prompts: Sequence[Prompt] | None = None) ->
     rng = np.random.default_rng(shape.seed)
     tokenizer = Tokenizer.from_file(str(ROOT / TOKENIZER / "tokenizer.json"))
     truth = _truth(rng, shape)
+    store._insert("vocabulary", [{"token_id": n, "text": tokenizer.decode([n]), "is_special": tokenizer.decode([n]) == ""}
+                                 for n in range(tokenizer.get_vocab_size())])  # fmt: skip
     store._insert("prompts", [_prompt_row(p, tokenizer) for p in prompts])
     contexts = {name: _contexts(store, name, prompts, tokenizer) for name in shape.conditions}
     greedy_steps = {}
@@ -175,8 +177,8 @@ def _contexts(store: Store, condition: str, prompts: Sequence[Prompt], tokenizer
     names = [p.prompt_id for p in prompts]
     store._insert(
         "contexts",
-        [{"prompt_id": n, "condition": condition, "text": t, "token_ids": i, "spans": s}
-         for n, t, i, s in zip(names, texts, ids, spans, strict=True)],
+        [{"prompt_id": n, "condition": condition, "text": t, "token_ids": i, "spans": s, "offsets": list(map(list, c.offsets))}
+         for n, t, i, s, c in zip(names, texts, ids, spans, coded, strict=True)],
     )  # fmt: skip
     return _Contexts(ids, spans)
 

@@ -289,7 +289,7 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert len(found["prompts"]["sha256"]) == 64
     assert "splitmix64" in found["random_numbers"]
     assert list(found["stages"]) == [
-        "prompts", "sanity", "psem", "greedy", "samples", "detect", "mechanism", "patching", "analysis",
+        "vocabulary", "prompts", "sanity", "psem", "greedy", "samples", "detect", "mechanism", "patching", "analysis",
     ]  # fmt: skip
     assert len(found["sanity"]) == 19
     assert all(v["ok"] and v["max_abs"] <= v["tolerance"] for v in found["sanity"])
@@ -638,7 +638,7 @@ def test_a_subset_of_stages_pulls_in_what_it_needs_and_nothing_else(tmp_path: Pa
     told = harness(*args)
     assert told.code == 0, told.err
     found = only_run(tmp_path / "runs")
-    assert list(manifest(found)["stages"]) == run
+    assert list(manifest(found)["stages"]) == ["vocabulary", *run]
     assert {s for (s,) in query(found, "SELECT stage FROM stages WHERE status = 'done'")} == set(run)
     assert (query(found, "SELECT count(*) FROM psem")[0][0] > 0) == ("psem" in run)
     assert (query(found, "SELECT count(*) FROM completions")[0][0] > 0) == ("greedy" in run)
@@ -852,6 +852,16 @@ def test_the_last_layers_lens_is_the_mass_of_the_first_tokens_and_baseline_has_n
         "SELECT condition, bool_and(nf IS NULL), bool_and(tmf IS NULL) FROM attention GROUP BY 1 ORDER BY 1",
     )
     assert found == [("baseline", True, True), ("negative", False, False)]
+
+
+def test_every_text_can_be_read_from_its_token_ids_without_the_tokenizer(finished: Finished) -> None:
+    texts = dict(query(finished.run, "SELECT token_id, CASE WHEN is_special THEN '' ELSE text END FROM vocabulary"))
+    completions = query(finished.run, "SELECT token_ids, text FROM completions")
+    assert completions
+    assert all("".join(texts[t] for t in token_ids) == text for token_ids, text in completions)
+    for token_ids, text, offsets in query(finished.run, "SELECT token_ids, text, offsets FROM contexts"):
+        assert [text[a:b] for a, b in offsets] == [texts[t] for t in token_ids]
+    assert query(finished.run, "SELECT count(*) FROM vocabulary WHERE is_special AND text <> ''")[0][0] > 0
 
 
 def test_files_of_the_run_are_what_their_rows_say(finished: Finished) -> None:

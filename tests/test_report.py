@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +12,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer
 
 from harness import figures, report
 from harness.errors import EnvironmentFault, RunError
 from harness.figures import FIGURES
 from harness.listing import open_snapshot
-from harness.report import Segment, token_offsets, token_segments
+from harness.report import Segment, token_segments
 from harness.run import RunPaths, read_manifest
 from harness.store import Reader, Store
 from tests import synthetic
@@ -237,10 +237,9 @@ def test_the_papers_numbers_stand_beside_those_of_its_model_only(page: Page, pat
 
 
 def test_examples_are_twenty_failures_spread_over_categories_and_kinds_strongest_first(paths: RunPaths) -> None:
-    manifest = read_manifest(paths)
     with Reader(paths.live) as reader:
-        examples = report._examples(reader, manifest)
-        again = report._examples(reader, manifest)
+        examples = report._examples(reader)
+        again = report._examples(reader)
         failures = reader.query("SELECT p.category, o.taxonomy, s.p1 FROM outcomes o JOIN prompts p USING (prompt_id) "
                                 "JOIN suppression s USING (prompt_id, condition) WHERE outcome = 'failure'")  # fmt: skip
     assert examples == again
@@ -255,7 +254,7 @@ def test_examples_are_twenty_failures_spread_over_categories_and_kinds_strongest
 
 def test_an_example_shows_the_whole_prompt_its_attention_and_the_word_in_the_answer(paths: RunPaths) -> None:
     with Reader(paths.live) as reader:
-        for example in report._examples(reader, read_manifest(paths)):
+        for example in report._examples(reader):
             key = [example.prompt["prompt_id"], example.prompt["condition"]]
             context = reader.query("SELECT * FROM contexts WHERE prompt_id = ? AND condition = ?", key)[0]
             (row,) = reader.query("SELECT mean_row FROM attention WHERE prompt_id = ? AND condition = ? AND step_kind = 'first' "
@@ -269,11 +268,16 @@ def test_an_example_shows_the_whole_prompt_its_attention_and_the_word_in_the_ans
             assert [int(r[0]) for r in example.lens] == [0, 1, 2, 3]
 
 
-def test_without_its_tokenizer_an_example_marks_question_and_mention_by_their_words(paths: RunPaths) -> None:
-    manifest = read_manifest(paths)
-    manifest["model"]["path"] = "/no/such/folder"
-    with Reader(paths.live) as reader:
-        examples = report._examples(reader, manifest)
+def test_without_token_offsets_an_example_marks_question_and_mention_by_their_words(
+    paths: RunPaths, tmp_path: Path
+) -> None:
+    """As in a run whose store is older than the column."""
+    live = tmp_path / "live.duckdb"
+    shutil.copy(paths.live, live)
+    with Store(live) as store:
+        store._con.execute("UPDATE contexts SET offsets = NULL")
+    with Reader(live) as reader:
+        examples = report._examples(reader)
         text = {r["prompt_id"]: r["text"] for r in reader.query("SELECT * FROM contexts WHERE condition = 'negative'")}
     for example in (e for e in examples if e.prompt["condition"] == "negative"):
         assert "".join(s.text for s in example.context) == text[example.prompt["prompt_id"]]
@@ -299,18 +303,6 @@ def test_tokens_cut_the_text_and_keep_their_attention() -> None:
     assert [s.share for s in found] == [pytest.approx(0.1), pytest.approx(0.3), None, pytest.approx(0.2), None]
     assert [s.shade for s in found] == [pytest.approx(0.5), 1.0, 0.0, 1.0, 0.0]
     assert token_segments("ab", [(0, 2)], None, {}) == [Segment("ab")]
-
-
-def test_offsets_are_given_only_where_the_tokenizer_cuts_the_text_into_just_these_tokens() -> None:
-    tokenizer = Tokenizer.from_file(str(ROOT / synthetic.TOKENIZER / "tokenizer.json"))
-    text = "Do not use 🙂 naïve “words”."
-    ids = tokenizer.encode(text).ids
-    offsets = token_offsets(tokenizer, text, ids)
-    assert offsets is not None
-    assert "".join(s.text for s in token_segments(text, offsets, [1.0] * len(ids), {})) == text
-    assert token_offsets(tokenizer, text, [*ids[:-1], ids[-1] + 1]) is None
-    assert token_offsets(tokenizer, text + " and more words", ids) is None
-    assert token_offsets(None, text, ids) is None
 
 
 @pytest.mark.parametrize(

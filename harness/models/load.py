@@ -99,6 +99,10 @@ class Codec:
         # The backend itself: called once a token, transformers' wrapper takes ten times as long as the decoding.
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
+    def name_of(self, token_id: int) -> str:
+        """A token as the tokenizer's own vocabulary has it; for specials, which decode to nothing."""
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
     def context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a prompt with the specials this tokenizer puts in front, and each token's [start, end) in it."""
         coded = self.tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)

@@ -17,6 +17,7 @@ from harness.stages.psem import Psem
 from harness.stages.sanity import Sanity
 from harness.stages.select import Select
 from harness.stages.single_token import SingleToken
+from harness.stages.vocabulary import TokenTexts
 
 
 @runtime_checkable
@@ -37,6 +38,7 @@ class Entry(Protocol):
 
 EXPERIMENTS: dict[str, tuple[Entry, ...]] = {
     "gravity": (
+        TokenTexts,
         Prompts,
         Sanity,
         SingleToken,

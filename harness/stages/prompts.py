@@ -25,7 +25,7 @@ class Prompts:
     chat: bool
     name: ClassVar[str] = "prompts"
     version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ("vocabulary",)
     optional: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     row_bytes: ClassVar[int] = 2_000
@@ -70,5 +70,6 @@ def context_row(codec: Codec, prompt: Prompt, condition: str, template: Template
     in_tokens = {name: token_span(span, offsets) for name, span in spans._asdict().items()}
     return {
         "prompt_id": prompt.prompt_id, "condition": condition, "text": text, "token_ids": token_ids,
+        "offsets": [list(o) for o in offsets],
         "spans": {name: list(span) if span else None for name, span in in_tokens.items()},
     }  # fmt: skip

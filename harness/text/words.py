@@ -170,6 +170,16 @@ class Vocabulary:
         return cls(ends, newline, stop)
 
 
+def token_texts(tokenizer: Tokenizer) -> list[str]:
+    """The text that each id adds behind a letter, id by id: leading spaces included, '' for specials, and U+FFFD where a
+    token is a part of a character."""
+    anchor = _anchor(tokenizer)
+    texts = [""] * len(tokenizer)
+    for token, added in _pieces(tokenizer, anchor, tokenizer.decode(anchor), len(tokenizer)):
+        texts[token] = added
+    return texts
+
+
 def _continues_word(char: str) -> bool:
     """Letters, digits and combining marks continue a word; U+FFFD stands for half a character, which may be a letter."""
     return char.isalnum() or char == "\ufffd" or unicodedata.category(char).startswith("M")
