@@ -34,6 +34,8 @@ from harness.text.prompts import Prompt
 from harness.text.words import Tokens, WordForms, build_trie, word_forms
 
 _REPEATS = 3
+_LONG = 384
+"""Tokens of a long text, where the size of whole attention maps shows."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def command(resolved: Resolved, shape: str, stages: Sequence[str], num_contexts:
             f"{f.seconds:.2f}",
             f"{f.tokens:,}",
             f"{f.tokens / f.seconds:,.0f}",
-            f"{f.speedup:.1f}×",
+            f"{f.speedup:.2f}×" if f.speedup < 1.5 else f"{f.speedup:.1f}×",
             f"{f.max_rel:.1e}",
         )
     log.print_out(table)
@@ -202,19 +204,31 @@ def _unshared(lm: LM, requests: Sequence[Request], sampling: Sampling) -> list[A
 
 
 def bench_attention(lm: LM, subjects: Sequence[Subject], max_tokens: int = 2048) -> list[Figure]:
-    """SDPA with every layer's and head's row of the last token, against plain SDPA, and against eager attention's maps."""
+    """SDPA with every layer's and head's row of the last token, against plain SDPA, and against eager attention's maps;
+    for the contexts as they are, and for texts of `_LONG` tokens joined of them."""
     contexts = [s.context for s in subjects]
-    fast_s, fast_tokens, fast = _timed(lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _tapped(lm, b)))
-    sdpa_s, sdpa_tokens, _ = _timed(lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _forward_only(lm, b)))
+    joined = tuple(token for context in contexts for token in context)
+    long = [joined[n : n + _LONG] for n in range(0, len(joined) - _LONG + 1, _LONG)][:4]
+    return [
+        figure
+        for name, texts in (("", contexts), (f", {_LONG} tokens", long))
+        if texts
+        for figure in _attention_figures(lm, texts, name, max_tokens)
+    ]
+
+
+def _attention_figures(lm: LM, texts: Sequence[Tokens], name: str, max_tokens: int) -> list[Figure]:
+    fast_s, fast_tokens, fast = _timed(lm, lambda: _in_batches(texts, len, max_tokens, lambda b: _tapped(lm, b)))
+    sdpa_s, sdpa_tokens, _ = _timed(lm, lambda: _in_batches(texts, len, max_tokens, lambda b: _forward_only(lm, b)))
     with plain.eager(lm):
         eager_s, eager_tokens, maps = _timed(
-            lm, lambda: _in_batches(contexts, len, max_tokens, lambda b: _eager_maps(lm, b))
+            lm, lambda: _in_batches(texts, len, max_tokens, lambda b: _eager_maps(lm, b))
         )
     apart = max(float(np.abs(a - b).max()) for a, b in zip(fast, maps, strict=True))
     return [
-        Figure("attention", "SDPA and the last token's rows", fast_s, fast_tokens, 1.0, 0.0),
-        Figure("attention", "plain SDPA, no rows", sdpa_s, sdpa_tokens, sdpa_s / fast_s, 0.0),
-        Figure("attention", "eager, whole maps returned", eager_s, eager_tokens, eager_s / fast_s, apart),
+        Figure("attention", f"SDPA and the last token's rows{name}", fast_s, fast_tokens, 1.0, 0.0),
+        Figure("attention", f"plain SDPA, no rows{name}", sdpa_s, sdpa_tokens, sdpa_s / fast_s, 0.0),
+        Figure("attention", f"eager, whole maps returned{name}", eager_s, eager_tokens, eager_s / fast_s, apart),
     ]
 
 

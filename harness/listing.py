@@ -69,8 +69,8 @@ def export(root: Path, wanted: str, to: Path, form: Literal["parquet", "csv", "j
         raise EnvironmentFault(f"--to: cannot write to {to}: {e.strerror}") from e
     reader = open_snapshot(paths)
     # `attention` again with a row a head: a hundred times as many rows, and nothing that is not in `attention`.
-    wanted = [name for name in reader.tables() if name != "attention_heads"]
-    rows = {name: reader.export(name, to / f"{name}.{form}", form) for name in wanted}
+    names = [name for name in reader.tables() if name != "attention_heads"]
+    rows = {name: reader.export(name, to / f"{name}.{form}", form) for name in names}
     (to / "manifest.json").write_text(paths.manifest.read_text("utf-8"), "utf-8")
     log.print_out(f"{paths.run_id}: {len(rows)} tables and views, {sum(rows.values()):,} rows, in {to}")
     reader.close()

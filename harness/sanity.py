@@ -10,7 +10,7 @@ from harness import launch, log
 from harness.models.load import load, load_codec
 from harness.settings import Resolved
 from harness.stages.prompts import context_row
-from harness.stages.sanity import CHECKS, HALF, Sampler, Subject, repeat_in_float64, subjects_of
+from harness.stages.sanity import CHECKS, HALF, Sampler, Subject, repeat_wider, subjects_of
 
 COLUMNS = ("measurement", "items", "max abs", "max rel", "flips", "near ties", "tolerance", "verdict", "worst item")
 
@@ -25,7 +25,7 @@ def command(resolved: Resolved, num_prompts: int) -> int:
     verdicts = []
     for group in CHECKS.values():
         found = group(lm, subjects, sampler)
-        verdicts += repeat_in_float64(spec, found, group, subjects, sampler) if identity.dtype in HALF else found
+        verdicts += repeat_wider(spec, found, group, subjects, sampler) if identity.dtype in HALF else found
     title = f"Batched against sequential: {plan.slug} {identity.dtype} on {plan.device}, {len(subjects)} contexts"
     log.print_out(render([vars(v) for v in verdicts], title))
     return 0 if all(v.ok for v in verdicts) else 1

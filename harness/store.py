@@ -534,6 +534,13 @@ class Reader:
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {_one_line(e)}") from e
 
+    def frame(self, sql: str, params: Sequence[object] | None = None) -> Any:
+        """As `query`, as a pandas data frame, which keeps its columns where there is no row."""
+        try:
+            return self._con.execute(sql, params or []).fetchdf()
+        except duckdb.Error as e:
+            raise StoreError(f"{self.path}: {_one_line(e)}") from e
+
     def table(self, name: str) -> pa.Table:
         """A table or view, in the order of its key where it has one."""
         assert name in self.tables(), f"no table {name}"

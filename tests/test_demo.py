@@ -1,27 +1,20 @@
-"""The bundled model and prompts against the truth that was planted in them, and sanity against a broken fast path."""
+"""The bundled model and prompts against the truth that was planted in them."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from harness import launch, sanity
-from harness.models import decode as decode_module
-from harness.models import score as score_module
-from harness.models.decode import Sampling
 from harness.models.load import LM, ModelSpec, load
-from harness.models.score import score_trees
-from harness.settings import resolve
+from harness.models.score import TreeScores, score_trees
 from harness.stages.psem import measures
 from harness.stats import fit_violations
 from harness.text.conditions import BUILT_IN
 from harness.text.prompts import PromptSet, read_prompts
-from harness.text.words import Trie, word_forms
+from harness.text.words import word_forms
 from tests.test_cli import DATA, harness, only_run, query
 
 DEMO = DATA / "models" / "demo"
@@ -90,7 +83,7 @@ def pressures(lm: LM, prompts: PromptSet, condition: str) -> dict[str, float]:
         batch = coded[i : i + 64]
         scores = score_trees(lm, [c for _, c, _ in batch], [f.trie for _, _, f in batch])
         for (prompt, _, forms), score in zip(batch, scores, strict=True):
-            assert isinstance(score, score_module.TreeScores), score
+            assert isinstance(score, TreeScores), score
             found[prompt.prompt_id] = measures(forms, score)["p_word"]
     return found
 
@@ -163,71 +156,3 @@ def test_sampled_rates_agree_with_p_word(sampled: Path, condition: str) -> None:
     total = (k.sum() - (n * p).sum()) / np.sqrt((n * p * (1 - p)).sum())
     assert abs(total) < 3.3, "nor are all a little off to one side"
     assert misfit(np.random.default_rng(0).permutation(p), k, n) < 1e-6, "the control"
-
-
-# Sanity
-
-
-def test_sanity_is_green_on_the_demo_model() -> None:
-    told = harness("sanity", "--num-prompts", 2)
-    assert told.code == 0, told.out
-    for name in ("p_sem", "p_word", "paper_p_sem", "logprobs", "entropy", "greedy", "samples"):
-        assert name in told.out
-    assert "DISAGREES" not in told.out
-
-
-Break = Callable[[pytest.MonkeyPatch], Any]
-
-
-def shift_positions(patch: pytest.MonkeyPatch) -> None:
-    """Every token after the first stands one place too far for each one before it (RoPE does not see a common shift)."""
-    real = score_module.Layout
-    patch.setattr(score_module, "Layout", lambda q, k, allowed=None: real(2 * q, k, allowed))
-
-
-def open_tree(patch: pytest.MonkeyPatch) -> None:
-    """Every node sees all nodes of its item, not just its ancestors."""
-    patch.setattr(Trie, "ancestry", lambda self: np.ones((len(self), len(self)), dtype=bool))
-
-
-def ignore_step(patch: pytest.MonkeyPatch) -> None:
-    """The noise of step 0 at every step."""
-    real = decode_module.sample
-    patch.setattr(decode_module, "sample", lambda logits, keys, step, *rest: real(logits, keys, 0, *rest))
-
-
-def open_padding(patch: pytest.MonkeyPatch) -> None:
-    """New nodes see the padding behind the shorter prompts of their batch."""
-    real = decode_module.Layout
-    patch.setattr(
-        decode_module, "Layout", lambda q, k, allowed=None: real(q, k, None if allowed is None else allowed | True)
-    )
-
-
-BREAKS: dict[Break, set[str]] = {
-    shift_positions: {"p_sem", "logprobs"}, open_tree: {"p_sem", "logprobs"}, ignore_step: {"samples"},
-    open_padding: {"greedy", "samples"},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def subjects(lm: LM) -> list[sanity.Subject]:
-    """Three prompts in both conditions."""
-    return list(sanity.subjects_of(lm, launch.prepare(resolve({"data.limit": "3"}, None, {})), 3))
-
-
-# Hot, because the demo model's second token is all but certain at T=1 and no noise would change it.
-HOW = [("greedy", Sampling(8)), ("samples", Sampling(10, 3.0, 1.0))]
-
-
-def disagreeing(lm: LM, subjects: list[sanity.Subject]) -> set[str]:
-    return {v.measurement for v in sanity.check(lm, subjects, HOW) if not v.ok}
-
-
-@pytest.mark.parametrize("broken", BREAKS, ids=lambda f: f.__name__)
-def test_sanity_turns_red_when_the_fast_path_is_broken(
-    lm: LM, subjects: list[sanity.Subject], monkeypatch: pytest.MonkeyPatch, broken: Break
-) -> None:
-    assert disagreeing(lm, subjects[:2]) == set(), "the control: green before"
-    broken(monkeypatch)
-    assert disagreeing(lm, subjects) >= BREAKS[broken]

@@ -47,7 +47,8 @@ class Layout:
         self._allowed = allowed
         self._blocked = dict(blocked or {})
         self._masks: dict[int | None, Bool[Tensor, "R 1 T S"]] = {}
-        self._reach = int(q_positions.max()) + 1 if q_positions.numel() else 0
+        # From the first key on, wherever it stands: a text may be moved to before position 0.
+        self._reach = int(q_positions.max() - k_positions.min()) + 1 if q_positions.numel() else 0
 
     def window_cuts(self, window: int | None) -> bool:
         """Whether a sliding window of this many tokens hides anything from a token here."""

@@ -77,6 +77,9 @@ def look_inside(lm: LM, probes: Sequence[Probe]) -> list[View | ItemFailed]:
     if kept:
         for i, view in zip(kept, _look(lm, [probes[i] for i in kept]), strict=True):
             results[i] = view
+        # A masked NaN is still a NaN (0 × NaN), so a probe may have caught it from the padding behind it.
+        for i in [i for i in kept if isinstance(results[i], NotFinite)] if len(kept) > 1 else []:
+            results[i] = _look(lm, [probes[i]])[0]
     return results
 
 

@@ -126,9 +126,9 @@ def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]
 @torch.inference_mode()
 def patched(
     lm: LM, pair: Pair, patch: str, layer: int, sequences: Sequence[Sequence[int]], sampling: Sampling
-) -> tuple[float, Completion]:
-    """P(sequences) and the greedy completion with one patch at one layer ('' for none), by Hugging Face's own caches:
-    each forward gets a copy of the cache it goes on from."""
+) -> tuple[Float[np.ndarray, " N"], Completion]:
+    """ln P of each sequence and the greedy completion with one patch at one layer ('' for none), by Hugging Face's own
+    caches: each forward gets a copy of the cache it goes on from."""
     with eager(lm):
         cache = DynamicCache()
         lm.model(input_ids=_row(lm, pair.target[:-1]), past_key_values=cache, use_cache=True)
@@ -139,14 +139,14 @@ def patched(
                 input_ids=_row(lm, pair.target[-1:]), past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(1, len(pair.target), dtype=torch.long, device=lm.device),
             ).logits[0, -1]  # fmt: skip
-        total = 0.0
+        logprobs = []
         for sequence in sequences:
             own, after, log_p = copy.deepcopy(cache), logits, 0.0
             for n, token in enumerate(sequence):
                 log_p += float(after.to(torch.promote_types(after.dtype, torch.float32)).log_softmax(-1)[token])
                 if n + 1 < len(sequence):
                     after = lm.model(input_ids=_row(lm, [token]), past_key_values=own, use_cache=True).logits[0, -1]
-            total += float(np.exp(log_p))
+            logprobs.append(log_p)
         done = Completion()
         for step in range(sampling.max_new_tokens):
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -156,7 +156,7 @@ def patched(
             if not goes_on or step + 1 == sampling.max_new_tokens:
                 break
             logits = lm.model(input_ids=_row(lm, [token]), past_key_values=cache, use_cache=True).logits[0, -1]
-    return total, done
+    return np.array(logprobs), done
 
 
 def _copy_keys(lm: LM, pair: Pair, patch: str, layer: int, cache: DynamicCache) -> None:

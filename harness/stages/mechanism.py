@@ -162,6 +162,6 @@ def _artifacts(item: str, key: Mapping[str, str], view: View) -> Iterator[Artifa
         if whole:
             first = whole[STEP_KINDS[0]]
             yield Artifact(
-                f"{kind}/{name}.safetensors", kind, save(whole, metadata=dict(key)), first.shape, str(first.dtype),
+                f"{kind}/{name}.safetensors", kind, save(whole, metadata={"item": item}), first.shape, str(first.dtype),
                 key["prompt_id"], key["condition"],
             )  # fmt: skip

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 
 from harness.engine import Tables
 from harness.errors import HarnessError, ItemFailed
 from harness.executor import Item, ItemResult
 from harness.models import plain
 from harness.models.decode import Completion, Request, Sampling, decode
-from harness.models.inside import Probe, View, look_inside
+from harness.models.inside import Probe, Span, View, look_inside
 from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, identify, load, load_codec, shared
+from harness.models.measure import SPANS
 from harness.models.noise import row_key
 from harness.models.patch import PATCHES, Pair, Patched, sweep
 from harness.models.score import TreeScores, score_trees
@@ -164,8 +166,14 @@ def check_scores(lm: LM, subjects: Sequence[Subject], sampler: Sampler) -> list[
             for subject, score in zip(batch, scores, strict=True):
                 row = measures(subject.forms, _good(score))
                 for column, gap in gaps.items():
-                    gap.update(subject.key, reference[subject.key][column], row[column])
+                    gap.update(subject.key, _column(reference[subject.key], column), _column(row, column))
     return [gap.verdict() for gap in gaps.values()]
+
+
+def _column(row: Mapping[str, Any], column: str) -> np.ndarray:
+    """A column of `psem`; log-probabilities in nats a token, since rounding adds up along a sequence."""
+    values = np.asarray(row[column])
+    return values / [len(q) for q in row["sequences"][: len(values)]] if column == "logprobs" else values
 
 
 def check_tokens(lm: LM, subjects: Sequence[Subject], sampler: Sampler) -> list[Verdict]:
@@ -195,21 +203,25 @@ def check_inside(lm: LM, subjects: Sequence[Subject], sampler: Sampler) -> list[
         for batch in _cut(subjects, size):
             views = look_inside(lm, [probes[s.key] for s in batch])
             for subject, view in zip(batch, views, strict=True):
-                _compare_view(gaps, subject.key, reference[subject.key], _good(view))
+                _compare_view(gaps, subject.key, reference[subject.key], _good(view), probes[subject.key].spans)
     return [gap.verdict() for gap in gaps.values() if gap.num_items]
 
 
 def check_patches(lm: LM, subjects: Sequence[Subject], sampler: Sampler) -> list[Verdict]:
     """Each patch, at the first, middle and last layer, all in one sweep and one patch at a time, against Hugging Face's
-    own caches, one layer at a time. Of each prompt the conditions that have a baseline to be patched from."""
-    _, of_probs = TOLERANCE[lm.identity.dtype]
-    gaps = {patch: _Gap(f"patch {patch}", of_probs) for patch in PATCHES}
+    own caches, one layer at a time. Of each prompt the conditions that have a baseline to be patched from.
+
+    In nats a token, of every spelling and of the continuation: as a sum, one likely spelling would hide all others.
+    """
+    of_logs, _ = TOLERANCE[lm.identity.dtype]
+    gaps = {patch: _Gap(f"patch {patch}", of_logs) for patch in PATCHES}
     num = len(lm.anatomy.blocks)
     layers = sorted({round(i * (num - 1) / (_LAYERS_PATCHED - 1)) for i in range(_LAYERS_PATCHED)})
     for subject in subjects:
         if subject.baseline is None:
             continue
         pair = align(subject.baseline, subject.row)
+        lengths = np.array([len(sequence) for sequence in subject.forms.events])
         able = [patch for patch in PATCHES if cannot(pair, patch) is None]
         want = {
             (patch, layer): plain.patched(lm, pair, patch, layer, subject.forms.events, sampler.greedy)
@@ -218,10 +230,10 @@ def check_patches(lm: LM, subjects: Sequence[Subject], sampler: Sampler) -> list
         }
         for patches in (able, *([p] for p in able)):
             for row in _sweep(lm, pair, patches, subject, sampler.greedy, layers):
-                p_sem, done = want[row.patch, row.layer]
+                logprobs, done = want[row.patch, row.layer]
                 gap, key = gaps[row.patch], f"{subject.key}|layer {row.layer}"
-                gap.update(key, p_sem, np.exp(row.scores.logprobs).sum())
-                _update_tokens(gap, key, done, row.continuation, TOLERANCE[lm.identity.dtype][0])
+                gap.update(key, logprobs / lengths, row.scores.logprobs / lengths)
+                _update_tokens(gap, key, done, row.continuation, of_logs)
     return [gap.verdict() for gap in gaps.values() if gap.num_items]
 
 
@@ -230,23 +242,28 @@ CHECKS: dict[str, Check] = {
 }  # fmt: skip
 
 
-def repeat_in_float64(model: ModelSpec, verdicts: Sequence[Verdict], group: Check, *given: Any) -> list[Verdict]:
+def repeat_wider(model: ModelSpec, verdicts: Sequence[Verdict], group: Check, *given: Any) -> list[Verdict]:
     """Verdicts with every disagreement in half precision measured again by `group` in float64: noise, or a bug.
 
-    Needs the model in memory once more, eight bytes a parameter; where that does not fit the verdict stands.
+    Needs the model in memory once more, eight bytes a parameter. Where that does not fit, float32 is taken, on the same
+    device or on the CPU; where nothing fits the verdict stands.
     """
     if all(v.ok for v in verdicts):
         return list(verdicts)
-    wide = replace(model, dtype="float64")
-    try:
-        again = {v.measurement: v for v in group(load(wide, identify(wide)), *given)}
-    except HarnessError as e:
-        return [v if v.ok else replace(v, repeated=f"not possible: {e}") for v in verdicts]
-    return [v if v.ok else _settled(v, again[v.measurement]) for v in verdicts]
+    why = ""
+    for dtype, device in dict.fromkeys((("float64", model.device), ("float32", model.device), ("float32", "cpu"))):
+        wide = replace(model, dtype=dtype, device=device)
+        try:
+            again = {v.measurement: v for v in group(load(wide, identify(wide)), *given)}
+        except (HarnessError, MemoryError, torch.OutOfMemoryError) as e:
+            why = why or str(e)
+            continue
+        return [v if v.ok else _settled(v, again[v.measurement], dtype) for v in verdicts]
+    return [v if v.ok else replace(v, repeated=f"not possible: {why}") for v in verdicts]
 
 
-def _settled(verdict: Verdict, wide: Verdict) -> Verdict:
-    told = f"float64: {wide.max_abs:.1e}, " + ("noise" if wide.ok else "still apart")
+def _settled(verdict: Verdict, wide: Verdict, dtype: str) -> Verdict:
+    told = f"{dtype}: {wide.max_abs:.1e}, " + ("noise" if wide.ok else "still apart")
     return replace(verdict, ok=wide.ok, repeated=told)
 
 
@@ -292,13 +309,13 @@ class Sanity:
         group = CHECKS[item.key]
         verdicts = group(lm, item.payload, self.sampler)
         if self.identity.dtype in HALF:
-            verdicts = repeat_in_float64(self.model, verdicts, group, item.payload, self.sampler)
+            verdicts = repeat_wider(self.model, verdicts, group, item.payload, self.sampler)
         return ItemResult(item.key, {"sanity": [_row(v) for v in verdicts]})
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
-    """A row of `sanity`; an infinite difference is stored as the largest number, since no column holds infinity."""
-    largest = 1e300
+    """A row of `sanity`; an infinite difference is stored as 1e38, since the engine refuses what no 32-bit float holds."""
+    largest = 1e38
     return asdict(verdict) | {
         "max_abs": min(verdict.max_abs, largest), "max_rel": min(verdict.max_rel, largest),
     }  # fmt: skip
@@ -342,7 +359,7 @@ def _update_tokens(gap: _Gap, key: str, a: Completion, b: Completion, tolerance:
     differs = a.token_ids != b.token_ids
     common = min(len(a.token_ids), len(b.token_ids)) if step is None else step
     apart = max((abs(p - q) for p, q in zip(a.logprobs[:common], b.logprobs[:common], strict=True)), default=0.0)
-    if apart > gap.max_abs and gap.measurement in ("greedy", "samples"):
+    if apart > gap.max_abs:
         gap.max_abs, gap.worst = apart, key
     if differs:
         gap.flips += 1
@@ -363,11 +380,15 @@ def _probe(lm: LM, subject: Subject, greedy: Sampling) -> Probe:
 
 
 def _compare_view(
-    gaps: Mapping[str, _Gap], key: str, reference: Sequence[tuple[Any, dict[str, Any]]], view: View
-) -> None:
+    gaps: Mapping[str, _Gap], key: str, reference: Sequence[tuple[Any, dict[str, Any]]], view: View,
+    spans: Mapping[str, Span | None],
+) -> None:  # fmt: skip
     for step, (rows, want) in zip(view.steps, reference, strict=True):
         assert step.rows is not None, "asked for"
         gaps["attention"].update(key, rows, step.rows)
+        gaps["attention"].update(key, rows.mean(1), step.mean_row)
+        masses = [rows[..., slice(*(spans[name] or (0, 0)))].sum(-1) for name in SPANS]
+        gaps["attention"].update(key, np.stack(masses, -1), step.masses)
         for column in ("p_emitted", "p_target"):
             gaps["lens"].update(key, want["p_out" if column == "p_target" else column], step.lens[column])
         for column in ("entropy", "kl_final"):

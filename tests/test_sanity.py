@@ -1,0 +1,740 @@
+"""The certificate: green where the fast path is right, red for every bug that has been made in one like it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionMaskInterface
+
+from harness import launch
+from harness import sanity as command
+from harness.errors import EnvironmentFault, ItemFailed, NotFinite
+from harness.executor import Item
+from harness.models import attend, inside, patch, plain, prefix, taps
+from harness.models import decode as decode_module
+from harness.models import score as score_module
+from harness.models.attend import Layout
+from harness.models.decode import Completion, Sampling
+from harness.models.inside import View, look_inside
+from harness.models.load import LM, ModelSpec, identify, load, load_codec, shared
+from harness.models.patch import PATCHES
+from harness.models.score import TreeScores
+from harness.settings import resolve
+from harness.stages import sanity as stage
+from harness.stages.mechanism import probe_of
+from harness.stages.prompts import context_row
+from harness.stages.sanity import Sampler, Sanity, Subject, Verdict, check, subjects_of
+from harness.text.conditions import Template
+from harness.text.prompts import Prompt
+from harness.text.words import Trie
+from tests.test_cli import DATA, Told, harness, manifest, only_run, prompt_file, query
+from tests.tiny import build_model, byte_tokenizer, tiny_lm
+
+DEMO = DATA / "models" / "demo"
+SCORES = {"p_sem", "p_word", "paper_p_sem", "logprobs", "entropy"}
+TOKENS = {"greedy", "samples"}
+INSIDE = {"attention", "lens", "lens_nats", "decomposition", "resid_norm", "neurons"}
+PATCHED = {f"patch {name}" for name in PATCHES}
+EVERYTHING = SCORES | TOKENS | INSIDE | PATCHED
+HOT = Sampler(Sampling(6), Sampling(8, 3.0, 1.0))
+"""The demo model's second token is all but certain at T=1, where no noise would change it."""
+COOL = Sampler(Sampling(4), Sampling(4, 1.0, 0.9))
+
+
+def red(verdicts: Sequence[Verdict]) -> set[str]:
+    return {v.measurement for v in verdicts if not v.ok}
+
+
+def named(verdicts: Sequence[Verdict], name: str) -> Verdict:
+    (found,) = (v for v in verdicts if v.measurement == name)
+    return found
+
+
+# Green
+
+
+@pytest.fixture(scope="module")
+def demo() -> LM:
+    return load(ModelSpec(str(DEMO)))
+
+
+@pytest.fixture(scope="module")
+def demo_subjects() -> list[Subject]:
+    """Two prompts of different lengths, in both conditions."""
+    return command.make_subjects(launch.prepare(resolve({"data.limit": "2"}, None, {})), 2)
+
+
+@pytest.fixture(scope="module")
+def green(demo: LM, demo_subjects: list[Subject]) -> list[Verdict]:
+    """The certificate of the code as it is: the control of every break below."""
+    return check(demo, demo_subjects, HOT)
+
+
+def test_the_certificate_of_the_demo_model_is_green_and_names_every_measurement(green: list[Verdict]) -> None:
+    assert [v.measurement for v in green if not v.ok] == []
+    assert {v.measurement for v in green} == EVERYTHING
+    assert len(green) == len(EVERYTHING)
+    assert all(v.num_items >= 12 and v.flips == 0 and v.worst and np.isfinite(v.max_abs) for v in green)
+    assert max(v.max_abs for v in green) > 0, "two different computations are compared"
+
+
+def test_the_command_prints_the_whole_certificate_and_exits_0() -> None:
+    told = harness("sanity", "--num-prompts", 2)
+    assert told.code == 0, told.out
+    assert "4 contexts" in told.out
+    assert lines_of(told, "ok") == EVERYTHING
+    assert "DISAGREES" not in told.out
+
+
+def lines_of(told: Told, verdict: str) -> set[str]:
+    """The measurements whose line has this verdict."""
+    rows = ([cell.strip() for cell in line.split("│")] for line in told.out.splitlines())
+    return {row[1] for row in rows if len(row) > 8 and row[8].startswith(verdict)}
+
+
+TEMPLATES = {
+    "baseline": Template("Say a letter.\nQ: {question}\nA:"),
+    "negative": Template('Say a letter.\nDo not use "{target}".\nQ: {question}\nA:'),
+}
+
+
+def tiny_subjects(lm: LM, targets: Mapping[str, str]) -> list[Subject]:
+    """Bytes are many, so the texts are short; they are longer than the tiny sliding windows (16) all the same."""
+    prompts = [Prompt(name, "letters", name, target, None, None, (), "") for name, target in targets.items()]
+    rows = [context_row(lm.codec, p, name, t, False) for p in prompts for name, t in TEMPLATES.items()]
+    assert min(len(row["token_ids"]) for row in rows) > 20
+    return subjects_of(rows, targets, lm.codec, 0)
+
+
+@pytest.mark.parametrize(
+    "family", ["tiny-mistral", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-olmo2", "tiny-gpt2", "tiny-neox"]
+)
+def test_the_certificate_is_green_on_families_of_other_builds(family: str) -> None:
+    """Sliding windows, normed queries, soft caps, norms around and behind, absolute positions, parallel parts."""
+    lm = tiny_lm(family)
+    verdicts = check(lm, tiny_subjects(lm, {"first?": "hi", "so": "q"}), COOL)
+    assert red(verdicts) == set()
+    assert {v.measurement for v in verdicts} == EVERYTHING
+
+
+# Red
+
+Break = Callable[[pytest.MonkeyPatch], Any]
+
+
+def shift_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token after the first stands one place too far for each one before it (RoPE does not see a common shift)."""
+    real = score_module.Layout
+    monkeypatch.setattr(score_module, "Layout", lambda q, k, allowed=None: real(2 * q, k, allowed))
+
+
+def open_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node sees all nodes of its item, not just its ancestors."""
+    monkeypatch.setattr(Trie, "ancestry", lambda self: np.ones((len(self), len(self)), dtype=bool))
+
+
+def ignore_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of step 0 at every step."""
+    real = decode_module.sample
+    monkeypatch.setattr(decode_module, "sample", lambda logits, keys, step, *rest: real(logits, keys, 0, *rest))
+
+
+def open_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New nodes see the padding behind the shorter prompts of their batch."""
+    real = decode_module.Layout
+    monkeypatch.setattr(
+        decode_module, "Layout", lambda q, k, allowed=None: real(q, k, None if allowed is None else allowed | True)
+    )
+
+
+def pad_texts_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes padded on the left, positions and causality as if on the right."""
+
+    def left_padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Layout]:
+        width = max(map(len, texts))
+        tokens = torch.tensor([[*[0] * (width - len(t)), *t] for t in texts], device=device)
+        positions = torch.arange(width, device=device).expand(len(texts), width)
+        return tokens, Layout(positions, positions)
+
+    monkeypatch.setattr(inside, "right_padded", left_padded)
+
+
+def put_each_tree_in_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No break: few short contexts fit in one row without any padding, so that its side would not matter."""
+    monkeypatch.setattr(score_module, "pack", lambda lengths: [(row, 0) for row in range(len(lengths))])
+
+
+def pad_trees_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of scoring trees, one a context, pushed to the right end; the layout left where it was."""
+    put_each_tree_in_its_own_row(monkeypatch)
+    real = score_module.tree_batch
+
+    def left_padded(contexts: Sequence[Sequence[int]], tries: Sequence[Trie], *rest: Any) -> Any:
+        tokens, layout, places = real(contexts, tries, *rest)
+        shared = rest[1]
+        filled = [0] * len(tokens)
+        for (row, start), context, trie in zip(places, contexts, tries, strict=True):
+            filled[row] = max(filled[row], start + len(context) - shared + len(trie))
+        rolled = [row.roll(tokens.shape[1] - n) for row, n in zip(tokens, filled, strict=True)]
+        return torch.stack(rolled), layout, places
+
+    monkeypatch.setattr(score_module, "tree_batch", left_padded)
+
+
+def pad_prompts_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts to be continued padded on the left, everything else as if on the right."""
+    real_init, real_hidden = decode_module._Tree.__init__, LM.hidden
+    prompts: list[Sequence[Sequence[int]]] = []
+
+    def init(self: Any, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]]) -> None:
+        prompts.append(contexts)
+        real_init(self, lms, contexts)
+        prompts.pop()
+
+    def hidden(self: LM, token_ids: Tensor, layout: Layout, cache: Any = None) -> Tensor:
+        if prompts and len(token_ids) == len(prompts[-1]):
+            width = max(map(len, prompts[-1]))
+            rolled = [row.roll(width - len(c)) for row, c in zip(token_ids, prompts[-1], strict=True)]
+            token_ids = torch.stack(rolled)
+        return real_hidden(self, token_ids, layout, cache)
+
+    monkeypatch.setattr(decode_module._Tree, "__init__", init)
+    monkeypatch.setattr(LM, "hidden", hidden)
+
+
+def lose_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No position ids: the decoder counts from the length of its cache, whatever stands in it."""
+
+    def hidden(self: LM, token_ids: Tensor, layout: Layout, cache: Any = None) -> Tensor:
+        with attend.use(layout):
+            output = self.model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
+
+    monkeypatch.setattr(LM, "hidden", hidden)
+
+
+def lose_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is handed no mask, as where it is registered without one: SDPA is causal on its own or not at all."""
+    monkeypatch.setattr(Layout, "is_causal", lambda self, window, layer=None: True)
+
+
+def see_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens look at the future, at their siblings and at padding."""
+
+    def mask(self: Layout, window: int | None = None, layer: int | None = None) -> Tensor:
+        (rows, queries), keys = self.q_positions.shape, self.k_positions.shape[1]
+        return torch.ones(rows, 1, queries, keys, dtype=torch.bool)
+
+    monkeypatch.setattr(Layout, "is_causal", lambda self, window, layer=None: False)
+    monkeypatch.setattr(Layout, "mask", mask)
+
+
+def share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork whose rows are one and the same: what is patched in one is patched in all."""
+
+    def fork(cache: Any, rows: int) -> Any:
+        forked = real(cache, rows)
+        for layer, source in zip(forked.layers, cache.layers, strict=True):
+            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (source.keys, source.values))
+        return forked
+
+    real = patch.fork
+    monkeypatch.setattr(patch, "fork", fork)
+
+
+def norm_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final norm on what is normed already, as for Hugging Face's last hidden state."""
+
+    def lens_log_p(lm: LM, resid: Tensor) -> Tensor:
+        norm = lm.anatomy.final_norm
+        return lm.logits(norm(norm(resid))).log_softmax(-1)
+
+    monkeypatch.setattr(inside, "lens_log_p", lens_log_p)
+
+
+def read_rows_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention rows of the token before the one asked for."""
+    real = taps.watch_rows
+    monkeypatch.setattr(taps, "watch_rows", lambda at, receive: real((at - 1).clamp_min(0), receive))
+
+
+def shift_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What falls on each part of a prompt, a token too far to the right."""
+    real = inside.measure.span_masses
+    monkeypatch.setattr(inside.measure, "span_masses", lambda weights, spans: real(weights, spans.roll(1, -1)))
+
+
+def patch_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What belongs to layer l is put in at layer l + 1 (the last one's at the first)."""
+    real = patch._edits
+
+    def edits(lm: LM, found: Any, name: str, rows: Sequence[tuple[int, int]]) -> list[Any]:
+        a = lm.anatomy
+        modules = {"resid": a.blocks, "attn": a.attention_out, "mlp": a.mlp_out}[name]
+        made = zip(real(lm, found, name, rows), rows, strict=True)
+        return [replace(edit, module=modules[(layer + 1) % len(modules)]) for edit, (_, layer) in made]
+
+    monkeypatch.setattr(patch, "_edits", edits)
+
+
+def leave_keys_unturned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys moved to another place with the rotation of the place they come from."""
+    monkeypatch.setattr(patch, "_shift", lambda lm, move: 0)
+
+
+def knock_out_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prohibition hidden in every layer instead of the row's own."""
+    real = patch._knockouts
+
+    def knockouts(pair: Any, names: Any, allowed: Tensor) -> dict[int, Tensor]:
+        blocked = real(pair, names, allowed)
+        every = torch.stack(list(blocked.values())).any(0) if blocked else None
+        return {} if every is None else dict.fromkeys(range(6), every)
+
+    monkeypatch.setattr(patch, "_knockouts", knockouts)
+
+
+def see_the_words_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The continuation after a patch looks at the spellings that were scored beside it."""
+    real = patch._next_layout
+
+    def layout(rows: int, seen: int, num_nodes: int, step: int, device: torch.device) -> Layout:
+        right = real(rows, seen, num_nodes, step, device)
+        return Layout(right.q_positions, right.k_positions, right._allowed | True)  # type: ignore[operator]
+
+    monkeypatch.setattr(patch, "_next_layout", layout)
+
+
+EDITS = {"patch resid", "patch attn", "patch mlp"}
+KEYS = {"patch kv_question", "patch kv_instruction"}
+KNOCKOUT = {"patch knockout_instruction"}
+ON_TREES = {"p_word", "paper_p_sem", "logprobs"}
+"""What the nodes of a spelling decide; p_sem too, but a word of one likely token hardly shows it."""
+BREAKS: dict[Break, tuple[set[str], set[str]]] = {
+    shift_positions: (SCORES - {"entropy"}, SCORES),
+    open_tree: (ON_TREES | PATCHED, SCORES - {"entropy"} | PATCHED),
+    ignore_step: ({"samples"}, {"samples"}),
+    open_padding: (TOKENS, TOKENS),
+    pad_texts_on_the_left: (INSIDE, INSIDE),
+    pad_trees_on_the_left: (SCORES, SCORES),
+    pad_prompts_on_the_left: (TOKENS, TOKENS),
+    lose_positions: (ON_TREES | TOKENS | PATCHED, SCORES | TOKENS | PATCHED),
+    lose_masks: (SCORES | TOKENS | PATCHED, SCORES | TOKENS | PATCHED),
+    see_everything: (EVERYTHING, EVERYTHING),
+    share_memory: (PATCHED, PATCHED),
+    norm_twice: ({"lens", "lens_nats", "decomposition"}, {"lens", "lens_nats", "decomposition"}),
+    read_rows_too_early: ({"attention"}, {"attention"}),
+    patch_the_next_layer: (EDITS, EDITS),
+    leave_keys_unturned: (KEYS, KEYS),
+    knock_out_everywhere: (KNOCKOUT, KNOCKOUT),
+    see_the_words_nodes: (PATCHED, PATCHED),
+    shift_spans: ({"attention"}, {"attention"}),
+}
+"""What each break must turn red, and what it may: all else must stay green."""
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda f: f.__name__)
+def test_a_broken_fast_path_turns_what_it_feeds_red_and_nothing_else(
+    demo: LM, demo_subjects: list[Subject], green: list[Verdict], monkeypatch: pytest.MonkeyPatch, broken: Break
+) -> None:
+    assert red(green) == set(), "the control: green before"
+    broken(monkeypatch)
+    one_of_each = [demo_subjects[0], demo_subjects[3]]
+    must, may = BREAKS[broken]
+    assert must <= red(check(demo, one_of_each, HOT)) <= may
+
+
+def test_trees_in_rows_of_their_own_are_no_break(
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the padding of trees: padded on the right they are green."""
+    put_each_tree_in_its_own_row(monkeypatch)
+    assert red(stage.check_scores(demo, [demo_subjects[0], demo_subjects[3]], HOT)) == set()
+
+
+def test_a_lost_sliding_window_turns_everything_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a family that has one: without it attention is causal, as it should be nearly everywhere else."""
+    lm = tiny_lm("tiny-mistral")
+    subjects = tiny_subjects(lm, {"first?": "q"})
+    assert red(check(lm, subjects, COOL)) == set(), "the control"
+    monkeypatch.setattr(Layout, "window_cuts", lambda self, window: False)
+    found = red(check(lm, subjects, COOL))
+    assert {"logprobs", "greedy", *INSIDE} <= found
+    full = tiny_lm("tiny-llama")
+    assert red(check(full, tiny_subjects(full, {"first?": "q"}), COOL)) == set(), "nor does a family without one mind"
+
+
+def test_a_final_norm_applied_twice_shows_at_the_last_layer(
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lens must be the model's own output."""
+    subject = demo_subjects[3]
+    context = subject.token_ids
+    own = plain.next_logits(demo, context)[-1].softmax(-1)
+    best = int(own.argmax())
+
+    def last_lens() -> float:
+        view = look_inside(demo, [probe_of(context, [best], 0, (best,), subject.row["spans"])])[0]
+        assert isinstance(view, View)
+        return float(view.steps[0].lens["p_emitted"][-1])
+
+    assert last_lens() == pytest.approx(own[best].item(), abs=1e-5)
+    norm_twice(monkeypatch)
+    assert abs(last_lens() - own[best].item()) > 1e-2
+    lens = named(stage.check_inside(demo, [subject], HOT), "lens")
+    assert not lens.ok
+    assert lens.max_abs > 1e-2
+
+
+def remembering(make: Callable[..., Any], key: Callable[..., object]) -> Callable[..., Any]:
+    """`make`, which gives the very same object again for the same key."""
+    kept: dict[object, Any] = {}
+
+    def again(*given: Any) -> Any:
+        name = key(*given)
+        if name not in kept:
+            kept[name] = make(*given)
+        return kept[name]
+
+    return again
+
+
+def keep_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for all patches of a prompt, as in the paper's code: each forward appends to it."""
+    monkeypatch.setattr(patch, "fork", remembering(patch.fork, lambda cache, rows: rows))
+
+
+def keep_the_common_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for all batches that open with the same words."""
+    again = remembering(prefix.shared_cache, lambda lm, tokens, rows: (tuple(tokens), rows))
+    monkeypatch.setattr(score_module, "shared_cache", again)
+    monkeypatch.setattr(decode_module, "shared_cache", again)
+
+
+@pytest.mark.parametrize(
+    ("broken", "groups"), [(keep_the_fork, ["patches"]), (keep_the_common_start, ["scores", "tokens"])]
+)
+def test_a_cache_that_is_used_again_and_so_has_grown_is_refused(
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch, broken: Break, groups: list[str]
+) -> None:
+    """Not left to the certificate: no number is computed with it. That the groups pass before is `green`."""
+    broken(monkeypatch)
+    for group in groups:
+        with pytest.raises(AssertionError, match=r"the cache holds \d+ keys where the layout has \d+"):
+            stage.CHECKS[group](demo, demo_subjects, COOL)
+
+
+@pytest.mark.parametrize("family", ["tiny-llama", "tiny-mistral"])
+def test_without_its_registration_for_masks_attention_would_see_padding(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Why it is registered twice: transformers hands a function it has no mask for nothing, and says nothing."""
+    model = build_model(family)
+    token_ids = torch.from_numpy(np.random.default_rng(0).integers(1, 256, (2, 24)))
+    is_token = torch.ones_like(token_ids)
+    is_token[1, :9] = 0
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        return model(input_ids=token_ids, attention_mask=is_token, use_cache=False).logits[is_token.bool()]
+
+    ours = logits()
+    model.set_attn_implementation("eager")
+    own = logits()
+    model.set_attn_implementation(attend.NAME)
+    assert torch.allclose(ours, own, atol=5e-5)
+    monkeypatch.delitem(AttentionMaskInterface._global_mapping, attend.NAME)
+    assert (logits() - own).abs().max() > 1
+
+
+# Verdicts
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return tiny_subjects(tiny_lm(), {"first?": "q"})[1]
+
+
+def tokens_apart(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, margin: float, change: Callable[[list[int]], list[int]]
+) -> dict[str, Verdict]:
+    """The verdicts on completions whose fast path changes the tokens, where the plain one had leads of `margin`."""
+    real = plain.complete
+
+    def complete(*given: Any) -> Completion:
+        done = real(*given)
+        return replace(done, margins=[margin] * len(done.margins))
+
+    def decode(lms: Sequence[LM], requests: Sequence[Any], sampling: Sampling) -> list[Completion]:
+        done = [real(lms[0], request, sampling) for request in requests]
+        return [
+            replace(d, token_ids=change(d.token_ids), logprobs=d.logprobs[: len(change(d.token_ids))]) for d in done
+        ]
+
+    with monkeypatch.context() as m:
+        m.setattr(stage.plain, "complete", complete)
+        m.setattr(stage, "decode", decode)
+        verdicts = stage.check_tokens(tiny_lm(), [subject], COOL)
+    return {v.measurement: v for v in verdicts}
+
+
+def other_end(tokens: list[int]) -> list[int]:
+    return [*tokens[:-1], (tokens[-1] + 1) % 250]
+
+
+def test_a_near_tie_is_excused_for_greedy_tokens_and_not_for_sampled_ones(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject
+) -> None:
+    """Rounding may turn a tie; noise is wide, and a sample that differs has drawn other noise."""
+    tolerance = stage.TOLERANCE["float32"][0]
+    same = tokens_apart(monkeypatch, subject, 0.0, list)
+    assert [(v.flips, v.near_ties, v.ok) for v in same.values()] == [(0, 0, True)] * 2, "the control: equal tokens"
+    tie = tokens_apart(monkeypatch, subject, tolerance, other_end)
+    assert [(n, v.flips, v.near_ties, v.ok) for n, v in tie.items()] == [
+        ("greedy", 3, 3, True), ("samples", 3, 3, False),
+    ]  # fmt: skip
+    clear = tokens_apart(monkeypatch, subject, 3 * tolerance, other_end)
+    assert [(v.flips, v.near_ties, v.ok) for v in clear.values()] == [(3, 0, False)] * 2
+    assert clear["greedy"].worst == subject.key
+    short = tokens_apart(monkeypatch, subject, 0.0, lambda tokens: tokens[:-1])
+    assert [(v.flips, v.near_ties, v.ok) for v in short.values()] == [(3, 0, False)] * 2, "a text cut short is no tie"
+
+
+def test_log_probabilities_beyond_the_tolerance_are_red_though_every_token_agrees(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject
+) -> None:
+    real = stage.decode
+
+    def off_by(shift: float) -> list[bool]:
+        def decode(*given: Any) -> list[Completion]:
+            return [replace(d, logprobs=[p + shift for p in d.logprobs]) for d in real(*given)]
+
+        with monkeypatch.context() as m:
+            m.setattr(stage, "decode", decode)
+            return [v.ok for v in stage.check_tokens(tiny_lm(), [subject], COOL)]
+
+    tolerance = stage.TOLERANCE["float32"][0]
+    assert off_by(tolerance / 4) == [True, True]
+    assert off_by(tolerance * 4) == [False, False]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Scores of the fast path with some fields replaced, each by a function of what was there."""
+    real = stage.score_trees
+
+    def score_trees(*given: Any) -> list[TreeScores]:
+        return [replace(s, **{k: f(getattr(s, k)) for k, f in changes.items()}) for s in real(*given)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "score_trees", score_trees)
+
+
+def scores_row(lm: LM, subject: Subject) -> dict[str, dict[str, Any]]:
+    """The stored rows of the group `scores`, by measurement."""
+    made = Sanity(ModelSpec("none"), lm.identity, COOL, 1, 0)
+    (result,) = made.run(lm, [Item("scores", 1, [subject])])
+    assert result.error is None
+    return {row["measurement"]: row for row in result.rows["sanity"]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_an_infinite_difference_stored_as_a_number(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, value: float
+) -> None:
+    lm = tiny_lm()
+    before = scores_row(lm, subject)
+    assert all(row["ok"] for row in before.values()), "the control"
+    spoil(monkeypatch, entropy=lambda entropy: value)
+    verdict = named(stage.check_scores(lm, [subject], COOL), "entropy")
+    assert (verdict.max_abs, verdict.ok, verdict.worst) == (float("inf"), False, subject.key)
+    rows = scores_row(lm, subject)
+    assert {name for name, row in rows.items() if not row["ok"]} == {"entropy"}
+    numbers = [x for row in rows.values() for x in row.values() if isinstance(x, float)]
+    assert np.isfinite(numbers).all()
+    assert rows["entropy"]["max_abs"] > 1e30
+
+
+def test_another_number_of_values_is_an_infinite_difference(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
+    real = stage.measures
+    calls = []
+
+    def measures(*given: Any) -> dict[str, Any]:
+        row = real(*given)
+        calls.append(row)
+        return row if len(calls) == 1 else row | {"logprobs": row["logprobs"][:-1]}  # the first is the reference's
+
+    monkeypatch.setattr(stage, "measures", measures)
+    verdicts = stage.check_scores(tiny_lm(), [subject], COOL)
+    assert red(verdicts) == {"logprobs"}
+    assert named(verdicts, "logprobs").max_abs == float("inf")
+
+
+def test_an_item_that_the_fast_path_cannot_measure_is_an_error_not_a_green_line(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject
+) -> None:
+    monkeypatch.setattr(stage, "score_trees", lambda *given: [NotFinite("no number")])
+    with pytest.raises(ItemFailed, match="no number"):
+        stage.check_scores(tiny_lm(), [subject], COOL)
+
+
+# Half precision
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> ModelSpec:
+    """A checkpoint in bfloat16."""
+    folder = tmp_path / "model"
+    build_model("tiny-llama", dtype=torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return ModelSpec(str(folder))
+
+
+def certificate(spec: ModelSpec, group: str) -> dict[str, dict[str, Any]]:
+    """The rows that the stage stores for one group of measurements of one prompt."""
+    identity = identify(spec)
+    made = Sanity(spec, identity, COOL, 1, 0)
+    codec = load_codec(spec, identity)
+    prompt = Prompt("first?", "letters", "first?", "q", None, None, (), "")
+    contexts = [context_row(codec, prompt, name, t, False) for name, t in TEMPLATES.items()]
+    items = made.items({"prompts": [{"prompt_id": "first?", "target": "q"}], "contexts": contexts})
+    assert [i.key for i in items] == list(stage.CHECKS)
+    (result,) = made.run(shared(spec, identity), [i for i in items if i.key == group])
+    return {row["measurement"]: row for row in result.rows["sanity"]}
+
+
+GROUPS = {"scores": SCORES, "inside": INSIDE}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_rounding_in_half_precision_is_settled_in_float64(
+    monkeypatch: pytest.MonkeyPatch, half: ModelSpec, group: str
+) -> None:
+    monkeypatch.setitem(stage.TOLERANCE, "bfloat16", (1e3, 1e3))
+    before = certificate(half, group)
+    assert [row["repeated"] for row in before.values()] == [None] * len(before), "the control: nothing to settle"
+    monkeypatch.setitem(stage.TOLERANCE, "bfloat16", (0.0, 0.0))
+    rows = certificate(half, group)
+    assert set(rows) == GROUPS[group]
+    apart = {name for name, row in rows.items() if row["repeated"]}
+    assert apart == {name for name, row in rows.items() if row["max_abs"] > 0}
+    assert apart
+    for name in apart:
+        assert rows[name]["ok"], rows[name]
+        assert rows[name]["repeated"].startswith("float64: ")
+        assert rows[name]["repeated"].endswith(", noise")
+
+
+def test_a_bug_in_half_precision_stays_red_in_float64(monkeypatch: pytest.MonkeyPatch, half: ModelSpec) -> None:
+    monkeypatch.setitem(stage.TOLERANCE, "bfloat16", (0.0, 0.0))
+    read_rows_too_early(monkeypatch)
+    rows = certificate(half, "inside")
+    assert {name for name, row in rows.items() if not row["ok"]} == {"attention"}
+    assert rows["attention"]["repeated"].endswith("still apart")
+    assert rows["lens_nats"]["repeated"].endswith("noise"), "the others were rounding"
+
+
+def test_a_disagreement_that_cannot_be_repeated_stands(monkeypatch: pytest.MonkeyPatch, half: ModelSpec) -> None:
+    monkeypatch.setitem(stage.TOLERANCE, "bfloat16", (0.0, 0.0))
+
+    tried: list[tuple[str, str]] = []
+
+    def full(spec: ModelSpec, *given: Any) -> LM:
+        tried.append((spec.dtype, spec.device))
+        raise EnvironmentFault("eight bytes a parameter do not fit" if spec.dtype == "float64" else "nor do four")
+
+    monkeypatch.setattr(stage, "load", full)
+    rows = certificate(half, "scores")
+    for row in rows.values():
+        assert row["ok"] == (row["max_abs"] == 0)
+    assert rows["logprobs"]["repeated"] == "not possible: eight bytes a parameter do not fit"
+    assert tried == [("float64", "cpu"), ("float32", "cpu")]
+
+
+def test_where_float64_does_not_fit_float32_settles_it(monkeypatch: pytest.MonkeyPatch, half: ModelSpec) -> None:
+    monkeypatch.setitem(stage.TOLERANCE, "bfloat16", (0.0, 0.0))
+    real = stage.load
+
+    def narrow(spec: ModelSpec, *given: Any) -> LM:
+        if spec.dtype == "float64":
+            raise torch.OutOfMemoryError("does not fit")
+        return real(spec, *given)
+
+    monkeypatch.setattr(stage, "load", narrow)
+    rows = certificate(half, "scores")
+    assert rows["logprobs"]["ok"]
+    assert rows["logprobs"]["repeated"].startswith("float32: ")
+
+
+def test_float32_is_never_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is held to its own tolerance."""
+    build_model("tiny-llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setitem(stage.TOLERANCE, "float32", (0.0, 0.0))
+    rows = certificate(ModelSpec(str(tmp_path)), "scores")
+    assert not rows["logprobs"]["ok"]
+    assert {row["repeated"] for row in rows.values()} == {None}
+
+
+# In a run
+
+
+def test_a_green_certificate_is_stored_in_the_run_and_in_its_manifest(tmp_path: Path) -> None:
+    told = harness("run", "--prompts", prompt_file(tmp_path), "--limit", 1, "--paths.runs", tmp_path / "runs",
+                   "--stages", "sanity")  # fmt: skip
+    assert told.code == 0, told.err
+    run = only_run(tmp_path / "runs")
+    assert {
+        name for (name,) in query(run, "SELECT measurement FROM sanity WHERE ok AND repeated IS NULL")
+    } == EVERYTHING
+    known = {row["measurement"]: row for row in manifest(run)["sanity"]}
+    assert set(known) == EVERYTHING
+    columns = ("measurement", "num_items", "max_abs", "flips", "near_ties", "tolerance", "worst", "ok")
+    for row in query(run, f"SELECT {', '.join(columns)} FROM sanity"):
+        assert row == tuple(known[row[0]][c] for c in columns)
+    assert query(run, "SELECT DISTINCT tolerance FROM sanity ORDER BY 1") == [(1e-5,), (5e-5,)]
+
+
+def test_a_red_certificate_ends_the_run_with_exit_1_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("run", "--prompts", prompt_file(tmp_path), "--limit", 1, "--paths.runs", tmp_path / "runs",
+            "--stages", "sanity")  # fmt: skip
+    with monkeypatch.context() as m:
+        norm_twice(m)
+        told = harness(*args)
+    wrong = {"lens", "lens_nats", "decomposition"}
+    assert told.code == 1
+    assert "disagree on decomposition, lens, lens_nats" in told.err
+    run = only_run(tmp_path / "runs")
+    assert {name for (name,) in query(run, "SELECT measurement FROM sanity WHERE NOT ok")} == wrong
+    assert {name for (name,) in query(run, "SELECT measurement FROM sanity WHERE ok")} == EVERYTHING - wrong
+    assert {row["measurement"] for row in manifest(run)["sanity"] if not row["ok"]} == wrong
+    assert (manifest(run)["status"], manifest(run)["num_failed"]) == ("finished", 0)
+    again = harness(*args)
+    assert again.code == 1, "a run found wrong stays wrong, though the code that made it is mended"
+    assert "finished already" in again.out
+
+
+def test_the_command_names_what_disagrees_and_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_rows_too_early(monkeypatch)
+    told = harness("sanity", "--num-prompts", 1)
+    assert told.code == 1
+    assert lines_of(told, "DISAGREES") == {"attention"}
+    assert lines_of(told, "ok") == EVERYTHING - {"attention"}
+
+
+def test_a_number_that_is_not_finite_is_kept_by_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store refuses infinity in any column, and the certificate must be kept just then."""
+    spoil(monkeypatch, entropy=lambda entropy: float("nan"))
+    told = harness("run", "--prompts", prompt_file(tmp_path), "--limit", 1, "--paths.runs", tmp_path / "runs",
+                   "--stages", "sanity")  # fmt: skip
+    assert told.code == 1
+    run = only_run(tmp_path / "runs")
+    ((name, gap),) = query(run, "SELECT measurement, max_abs FROM sanity WHERE NOT ok")
+    assert name == "entropy"
+    assert gap > 1e30
+    assert query(run, "SELECT count(*) FROM events WHERE kind = 'failed_item'") == [(0,)]
