@@ -78,7 +78,7 @@ def by_budget(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for budget in (64, 512, 8192):
         root = tmp_path_factory.mktemp(f"budget{budget}")
         told = harness("run", "--prompts", prompts, "--experiment.num_samples", 4, "--paths.runs", root,
-                       "--batching.max_tokens", budget)  # fmt: skip
+                       "--batching.max_tokens", budget, "--experiment.sanity.num_prompts", 1)  # fmt: skip
         assert told.code == 0, told.err
         runs[budget] = only_run(root)
     return runs
@@ -221,7 +221,7 @@ def wait_for(process: subprocess.Popen[str], root: Path, text: str, seconds: flo
     return False
 
 
-SMALL_BATCHES = ("--limit", 12, "--batching.max_tokens", 64)
+SMALL_BATCHES = ("--experiment.sanity.num_prompts", 1, "--limit", 12, "--batching.max_tokens", 64)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(tmp_path: Path) -> None:

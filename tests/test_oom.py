@@ -12,7 +12,8 @@ from harness.settings import resolve
 from harness.stages import generate, psem
 from harness.store import Reader
 
-FLAGS = {"data.limit": "6", "experiment.num_samples": "5", "runtime.device": "cpu"}
+FLAGS = {"data.limit": "6", "experiment.num_samples": "5", "runtime.device": "cpu",
+         "experiment.stages": "psem,greedy,samples,detect"}  # fmt: skip
 MEASURED = {
     "psem": "prompt_id, condition, p_sem, p_word, logprobs",
     "completions": "prompt_id, condition, mode, sample_id, token_ids, text, finish_reason, logprobs, margins",

@@ -558,7 +558,7 @@ def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
 def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
     text = next_steps("20260101-demo", tmp_path)
     assert str(tmp_path / "20260101-demo") in text
-    assert "harness show 20260101-demo" in text
+    assert "harness report 20260101-demo" in text
 
 
 def shown(result, manifest) -> str:

@@ -142,11 +142,37 @@ def test_nothing_in_harness_imports_the_app() -> None:
     assert importers(graph, "app") | importers(graph, "streamlit") | importers(graph, "tests") == set()
 
 
+@lru_cache
+def app_imports() -> grimp.ImportGraph:
+    return grimp.build_graph("app", include_external_packages=True, cache_dir=None)
+
+
+def test_the_apps_views_ask_its_queries_and_never_the_store_a_model_or_duckdb() -> None:
+    graph = app_imports()
+    assert not {"torch", "transformers", "duckdb"} & graph.modules
+    for module in graph.modules:
+        if not module.startswith("app."):
+            continue
+        drawn = {m for m in graph.find_modules_directly_imported_by(module) if not m.startswith("app")}
+        if module.startswith("app.charts"):
+            assert "streamlit" not in drawn, f"{module} is data to chart, and draws nothing"
+            assert not any(m.startswith("app.queries") for m in graph.find_modules_directly_imported_by(module)), module
+        if module.startswith("app.queries"):
+            assert "app.chips" not in graph.find_modules_directly_imported_by(module), module
+    assert "streamlit" in graph.find_modules_directly_imported_by("app.frame")  # control
+    for module in (ROOT / "app").rglob("*.py"):
+        asks = set(re.findall(r"^(?:from|import) (harness[\w.]*)", module.read_text("utf-8"), re.MULTILINE))
+        known = {"harness.errors", "harness.run", "harness.settings", "harness.stats", "harness.text.conditions"}
+        if "queries" not in module.parts:
+            assert asks <= known, (module, asks - known)
+        assert not any(name.startswith("harness.models") for name in asks), module
+
+
 def test_importing_the_machinery_does_not_load_torch() -> None:
     """By running it: an import by way of a library, or inside a package's __init__, shows here and not in the graph."""
     modules = [
         "harness.cli", "harness.settings", "harness.run", "harness.store", "harness.executor", "harness.engine",
-        "harness.errors", "harness.listing", "harness.text.words", "harness.text.prompts", "harness.text.conditions",
+        "harness.errors", "harness.listing", "harness.report", "harness.figures", "harness.text.words", "harness.text.prompts", "harness.text.conditions",
         "harness.text.detect",
     ]  # fmt: skip
     code = (

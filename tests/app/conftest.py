@@ -1,0 +1,73 @@
+"""Runs for the app to show: a finished, a broken, an empty, a running, a failed and one of an older schema."""
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from harness import launch
+from harness.settings import resolve
+
+OLDER = "20200103-000000-older-00000000"
+RUNNING = "20200104-000000-running-00000000"
+FAILED = "20200105-000000-failed-00000000"
+EMPTY = "20200102-000000-empty-00000000"
+BROKEN = "20200101-000000-broken-00000000"
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs; the newest is finished and whole."""
+    root = tmp_path_factory.mktemp("app") / "runs"
+    flags = {"data.limit": "15", "experiment.num_samples": "4", "paths.runs": str(root), "runtime.device": "cpu"}
+    assert launch.run(resolve(flags, environ={})) == 0
+    (whole,) = root.iterdir()
+    (root / BROKEN).mkdir()
+    (root / BROKEN / "manifest.json").write_text("{ torn")
+    _stub(root / EMPTY, status="running", heartbeat="2020-01-02T00:00:00+00:00")
+    _stub(root / OLDER, status="finished")
+    _older_schema(root / OLDER / "live.duckdb")
+    for name, told in ((RUNNING, {"status": "running", "heartbeat": datetime.now(UTC).isoformat(), "ended": None}),
+                       (FAILED, {"status": "failed", "reason": "EnvironmentFault: the disk is full"})):  # fmt: skip
+        shutil.copytree(whole, root / name)
+        manifest = json.loads((whole / "manifest.json").read_text()) | {"run_id": name} | told
+        (root / name / "manifest.json").write_text(json.dumps(manifest))
+        with duckdb.connect(str(root / name / "live.duckdb")) as con:  # as far as it came
+            for table in ("patching", "statistics", "activations"):
+                con.execute(f"DELETE FROM {table}")
+            con.execute("UPDATE stages SET status = 'running', num_done = 3 WHERE stage = 'mechanism'")
+    return root
+
+
+@pytest.fixture
+def opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, as the folder of runs of this process."""
+    monkeypatch.setenv("OUTPUT_ROOT", str(root))
+    return root
+
+
+def _stub(folder: Path, **told: str) -> None:
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"run_id": folder.name, "fingerprint": "0", **told}))
+
+
+def _older_schema(live: Path) -> None:
+    """A store of the first schema: no vocabulary, no statistics, no certificate, fewer columns and views."""
+    from harness import store
+
+    with duckdb.connect(str(live)) as con:
+        con.execute("CREATE TABLE schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)")
+        con.execute(store._MIGRATIONS[0])
+        con.execute("INSERT INTO schema_version VALUES (1, now()::TIMESTAMP)")
+        con.execute(
+            "INSERT INTO prompts (prompt_id, category, question, target) VALUES ('a', 'facts', 'Which?', 'word')"
+        )
+        con.execute("INSERT INTO contexts (prompt_id, condition, text, token_ids) VALUES ('a', 'baseline', 'Which?', [1, 2]), "
+                    "('a', 'negative', 'Not. Which?', [3, 1, 2])")  # fmt: skip
+        con.execute(
+            "INSERT INTO psem (prompt_id, condition, p_sem, p_word) VALUES ('a', 'baseline', .5, .5), ('a', 'negative', .2, .2)"
+        )
+        con.execute("INSERT INTO stages VALUES ('psem', 1, 'done', 2, 2, 0, 1.0, 10)")

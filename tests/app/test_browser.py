@@ -1,0 +1,165 @@
+"""The app in a real browser: every page on a finished and on a running run, and the clicks that matter.
+
+Skipped where Chromium or Playwright is not installed. Any exception box, console error or request to another machine
+fails a test.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+
+from app.frame import PAGES
+from tests.app.conftest import RUNNING
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+ROOT = Path(__file__).parents[2]
+ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    """`streamlit run app` on these runs, as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", "app", "--server.port", str(port)]
+    server = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OUTPUT_ROOT": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/_stcore/health", server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert server.poll() is None, "the app's server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.25)
+    raise AssertionError("the app's server does not answer")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield opened
+        opened.close()
+
+
+class Tab:
+    """A page of the browser that remembers what went wrong."""
+
+    def __init__(self, browser: Any, address: str):
+        self.page = browser.new_page(viewport={"width": 1400, "height": 1400})
+        self.address = address
+        self.complaints: list[str] = []
+        self.page.on("console", lambda m: self.complaints.append(f"console: {m.text}") if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.complaints.append(f"script: {e}"))
+        self.page.on("request", self._seen)
+
+    def _seen(self, request: Any) -> None:
+        host = urlparse(request.url).hostname
+        if host not in (None, "127.0.0.1", "localhost"):
+            self.complaints.append(f"asks {host}")
+
+    def open(self, **params: str) -> None:
+        """The first page, with shared state in the address."""
+        query = "&".join(f"{k}={v}" for k, v in params.items())
+        self.page.goto(f"{self.address}/?{query}")
+        self.page.wait_for_selector("[data-testid=stSidebarNav]", timeout=60_000)
+        self.settle()
+
+    def go(self, title: str) -> None:
+        """To another page by the navigation."""
+        self.page.click(f"[data-testid=stSidebarNav] >> text='{title}'")
+        self.page.wait_for_selector(f"h1:has-text('{title}')", timeout=30_000)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until the script has run and what it drew stands."""
+        self.page.wait_for_timeout(400)
+        self.page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
+        self.page.wait_for_timeout(600)
+
+    def check(self) -> None:
+        """No exception box, and nothing that anybody complained of."""
+        boxes = [box.inner_text() for box in self.page.locator("[data-testid=stException]").all()]
+        assert boxes == []
+        assert self.complaints == []
+
+    @property
+    def params(self) -> dict[str, str]:
+        return {k: v[0] for k, v in parse_qs(urlparse(self.page.url).query).items()}
+
+    def click_on_chart(self, number: int, x: float, y: float) -> None:
+        """Click on a chart's canvas, at shares of its width and height."""
+        canvas = self.page.locator("[data-testid=stMain] canvas").nth(number)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        self.page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+        self.page.wait_for_timeout(150)
+        self.page.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+        self.settle()
+
+
+@pytest.fixture
+def tab(browser: Any, address: str) -> Iterator[Tab]:
+    tab = Tab(browser, address)
+    yield tab
+    tab.page.close()
+
+
+@pytest.mark.parametrize("run", ["", RUNNING], ids=["finished", "running"])
+def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
+    tab.open(**({"run": run} if run else {}))
+    for title in PAGES.values():
+        tab.go(title)
+        tab.check()
+        assert not run or tab.params["run"] == run, "the run goes along"
+
+
+def test_a_filter_goes_along_and_a_copied_link_opens_the_same_view(tab: Tab, browser: Any, address: str) -> None:
+    tab.open()
+    tab.go("P_sem")
+    tab.page.click("[data-testid=stSidebar] >> text='failure'")
+    tab.settle()
+    assert tab.params["outcome"] == "failure"
+    tab.go("Detections")
+    assert tab.params["outcome"] == "failure"
+    copied = Tab(browser, address)
+    copied.page.goto(tab.page.url)
+    copied.page.wait_for_selector("h1:has-text('Detections')", timeout=60_000)
+    copied.settle()
+    pressed = copied.page.locator(
+        "[data-testid=stSidebar] button[aria-checked=true], [data-testid=stSidebar] button[kind$=Active]"
+    )
+    assert "failure" in " ".join(pressed.all_inner_texts())
+    # A deep link makes Streamlit look for its server below the page's address first; nothing else may be missing.
+    assert all(re.search("404", c) for c in copied.complaints), copied.complaints
+    copied.page.close()
+    tab.check()
