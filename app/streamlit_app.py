@@ -9,12 +9,14 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # so that `app` is a package however Streamlit is started
 
+from app.frame import PAGES
+
 st.set_page_config(page_title="harness", layout="wide")
-pages = Path(__file__).parent / "pages"
+# Not called `pages`: Streamlit would open a deep link into such a folder without this script.
+folder = Path(__file__).parent / "views"
 st.navigation(
     [
-        st.Page(pages / "runs.py", title="Runs", url_path="runs", default=True),
-        st.Page(pages / "pressure.py", title="Pressure", url_path="pressure"),
-        st.Page(pages / "answers.py", title="Answers", url_path="answers"),
+        st.Page(folder / f"{name}.py", title=title, url_path=name, default=name == "runs")
+        for name, title in PAGES.items()
     ]
 ).run()

@@ -1,8 +1,12 @@
 """The app's only door to results: snapshots, read-only, cached by run and by the moment each was published.
 
-Never imports torch, never opens a store, never holds a snapshot open between two draws of a page.
+Never imports torch and never opens a store. A snapshot that is read stays open for the next draw; that hinders nobody,
+since a newer one takes its name and not its place. Each page's own questions stand in the module of its name; what
+several ask stands here.
 """
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,6 @@ from harness.errors import HarnessError
 from harness.run import RunEntry, RunPaths, list_runs
 from harness.settings import resolve
 from harness.store import Reader
-from harness.summary import Summary, summarise
 
 
 def runs_root() -> Path:
@@ -26,29 +29,6 @@ def runs() -> list[RunEntry]:
     return list_runs(runs_root())
 
 
-def runs_table() -> pd.DataFrame:
-    """One row a run, for a table on a page."""
-    return pd.DataFrame([entry.facts() for entry in runs()])
-
-
-def choose_run() -> RunEntry | None:
-    """The run picked in the sidebar, kept in the address; says so on the page where there is none to show."""
-    readable = {e.paths.run_id: e for e in runs() if e.manifest is not None}
-    if not readable:
-        st.info(f"No run in `{runs_root()}` yet. Start one with `harness run`.")
-        return None
-    wanted = st.query_params.get("run")
-    names = list(readable)
-    picked = st.sidebar.selectbox("Run", names, index=names.index(wanted) if wanted in readable else 0)
-    st.query_params["run"] = picked
-    entry = readable[picked]
-    if entry.manifest and entry.manifest.get("planted"):
-        st.caption(
-            "The bundled demo model's answers are planted: this page tests the pipeline and says nothing of language models."
-        )
-    return entry
-
-
 def snapshot_age_s(paths: RunPaths) -> float | None:
     """Seconds since the snapshot was published; None where there is none yet."""
     try:
@@ -58,35 +38,84 @@ def snapshot_age_s(paths: RunPaths) -> float | None:
         return None
 
 
-def query(paths: RunPaths, sql: str, *params: Any) -> pd.DataFrame | None:
-    """Rows of the run's snapshot; None, with the reason on the page, where it cannot be read."""
-    try:
-        return _query(str(paths.live), _published(paths), sql, params)
-    except HarnessError as e:
-        st.warning(str(e))
-        return None
+def ask(paths: RunPaths, sql: str, params: Sequence[Any] = ()) -> pd.DataFrame:
+    """The rows a question gives, in its columns also where there is none. Raises HarnessError for what cannot be asked:
+    no snapshot, or a table that a run of an older schema has not."""
+    hashable = tuple(tuple(p) if isinstance(p, list) else p for p in params)
+    return _ask(str(paths.live), _published(paths), sql, hashable)
 
 
-def summary(paths: RunPaths) -> Summary | None:
-    """The run's headline results so far."""
+def tables(paths: RunPaths) -> frozenset[str]:
+    """Tables and views of the run's snapshot; none where there is no snapshot."""
     try:
-        return _summary(str(paths.live), _published(paths))
-    except HarnessError as e:
-        st.warning(str(e))
-        return None
+        return _tables(str(paths.live), _published(paths))
+    except HarnessError:
+        return frozenset()
+
+
+def conditions(paths: RunPaths) -> list[str]:
+    """The run's conditions, baseline first."""
+    if "contexts" not in tables(paths):
+        return []
+    rows = ask(paths, "SELECT DISTINCT condition FROM contexts ORDER BY condition <> 'baseline', condition")
+    return list(rows["condition"])
+
+
+def prompts(paths: RunPaths) -> pd.DataFrame:
+    """prompt_id, category, question, target of every prompt, by id."""
+    return ask(paths, "SELECT prompt_id, category, question, target FROM prompts ORDER BY prompt_id")
+
+
+def outcomes(paths: RunPaths, condition: str) -> pd.DataFrame:
+    """prompt_id, outcome and taxonomy under a condition."""
+    return ask(
+        paths, "SELECT prompt_id, outcome, taxonomy FROM outcomes WHERE condition = ? ORDER BY prompt_id", [condition]
+    )
+
+
+def token_texts(paths: RunPaths, token_ids: Sequence[int]) -> dict[int, str]:
+    """The text of each of these ids; ids the run does not know are shown by number."""
+    wanted = sorted(set(map(int, token_ids)))
+    if "vocabulary" not in tables(paths):
+        return {n: f"[{n}]" for n in wanted}
+    rows = ask(paths, "SELECT token_id, text FROM vocabulary WHERE list_contains(?, token_id)", [wanted])
+    return {n: f"[{n}]" for n in wanted} | dict(zip(rows["token_id"], rows["text"], strict=True))
 
 
 def _published(paths: RunPaths) -> float:
     return paths.live.stat().st_mtime if paths.live.exists() else 0.0
 
 
+class _Shared:
+    """A snapshot that all draws of its moment read, one question at a time: opening one takes longer than most answers."""
+
+    def __init__(self, live: str):
+        self._reader = Reader(Path(live))
+        self._lock = threading.Lock()
+
+    def frame(self, sql: str, params: Sequence[Any]) -> pd.DataFrame:
+        with self._lock:
+            return self._reader.frame(sql, params)
+
+    def tables(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._reader.tables())
+
+    def __del__(self) -> None:  # the last draw that used it is over
+        if hasattr(self, "_reader"):
+            self._reader.close()
+
+
+@st.cache_resource(max_entries=2, ttl=600, show_spinner=False)
+def _shared(live: str, published: float) -> _Shared:
+    return _Shared(live)
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _ask(live: str, published: float, sql: str, params: tuple[Any, ...]) -> pd.DataFrame:
+    return _shared(live, published).frame(sql, [list(p) if isinstance(p, tuple) else p for p in params])
+
+
 @st.cache_data(max_entries=64, show_spinner=False)
-def _query(live: str, published: float, sql: str, params: tuple[Any, ...]) -> pd.DataFrame:
-    with Reader(Path(live)) as reader:
-        return pd.DataFrame(reader.query(sql, list(params)))
-
-
-@st.cache_data(max_entries=16, show_spinner=False)
-def _summary(live: str, published: float) -> Summary:
-    with Reader(Path(live)) as reader:
-        return summarise(reader)
+def _tables(live: str, published: float) -> frozenset[str]:
+    return _shared(live, published).tables()

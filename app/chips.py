@@ -1,0 +1,72 @@
+"""Text token by token, each token a chip coloured by a number: one component for every page.
+
+The component gets data, never markup: its script writes texts as text nodes, so no prompt can be more than text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import streamlit as st
+
+_CSS = """
+.chips { font-family: var(--st-code-font, monospace); font-size: 14px; line-height: 2; white-space: pre-wrap;
+  color: var(--st-text-color); }
+.chips span { border-radius: 3px; padding: 1px 0; cursor: default; }
+.chips span.marked { outline: 2px solid #CC79A7; outline-offset: 0; }
+.chips span.missing { background: repeating-linear-gradient(-45deg, #9A9A9A55 0 2px, transparent 2px 6px); }
+.chips .glyph { opacity: .45; }
+.note { position: relative; min-height: 1.4em; font: 13px var(--st-font, sans-serif); color: var(--st-text-color); opacity: .8; }
+"""
+_HTML = '<div class="chips"></div><div class="note"></div>'
+_JS = """
+export default function ({ data, parentElement }) {
+  const box = parentElement.querySelector('.chips'), note = parentElement.querySelector('.note');
+  box.replaceChildren(); note.textContent = data.note;
+  for (const chip of data.chips) {
+    const span = document.createElement('span');
+    for (const piece of chip.text.split(/(\\n)/)) {
+      if (piece === '\\n') {
+        const glyph = document.createElement('span');
+        glyph.className = 'glyph'; glyph.textContent = '⏎';
+        span.append(glyph, '\\n');
+      } else if (piece) span.append(piece);
+    }
+    if (chip.underline) span.style.borderBottom = '2px solid ' + chip.underline;
+    if (chip.colour) span.style.background = chip.colour;
+    if (chip.is_marked) span.classList.add('marked');
+    if (chip.is_missing) span.classList.add('missing');
+    span.addEventListener('mouseenter', () => { note.textContent = chip.note; });
+    span.addEventListener('mouseleave', () => { note.textContent = data.note; });
+    box.append(span);
+  }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One token: its text, its background (a CSS colour, '' for none), a line under it, an outline, and what hovering says."""
+
+    text: str
+    colour: str = ""
+    note: str = ""
+    is_marked: bool = False
+    is_missing: bool = False
+    underline: str = ""
+
+
+@st.cache_resource
+def _component():
+    return st.components.v2.component("harness_chips", html=_HTML, css=_CSS, js=_JS)
+
+
+def show(chips: Sequence[Chip], note: str, key: str) -> None:
+    """Draw the chips; `note` is what the line under them says while nothing is hovered, such as the range of the colours."""
+    _component()(data={"chips": [asdict(c) for c in chips], "note": note}, key=key)
+
+
+def shade(value: float | None, top: float, colour: tuple[int, int, int] = (0, 114, 178)) -> str:
+    """A CSS colour whose opacity is value / top, in 0 to 1; '' for none."""
+    if value is None or value != value or top <= 0:
+        return ""
+    return f"rgba({colour[0]}, {colour[1]}, {colour[2]}, {min(1.0, max(0.0, value / top)):.3f})"

@@ -1,0 +1,300 @@
+"""What the folder of runs holds, how one run goes, what it was made of, and how two of them differ.
+
+Not called `runs`, which is a function of the package.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from app import queries
+from harness.run import RunEntry, RunPaths, differences
+
+LIST_COLUMNS = (
+    "run", "status", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages", "reason",
+)  # fmt: skip
+COMPARED = ("rates", "fit", "suppression", "phrasing", "taxonomy")
+"""Analyses of `statistics` that are put side by side: those of the answers; the mechanism's have pages of their own."""
+_KEY = ["analysis", "condition", "measure", "grouping"]
+ABSENT = "(absent)"
+
+
+# -- the list
+
+
+def table(entries: Sequence[RunEntry]) -> pd.DataFrame:
+    """One row a run, with `LIST_COLUMNS`; of a broken one its name, `broken` and the reason."""
+    rows = [_row(entry) for entry in entries]
+    frame = pd.DataFrame(rows, columns=list(LIST_COLUMNS))
+    for column in ("prompts", "warnings", "failed"):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce").astype("Int64")
+    frame["seconds"] = pd.to_numeric(frame["seconds"], errors="coerce")
+    return frame
+
+
+def _row(entry: RunEntry) -> dict[str, Any]:
+    manifest = entry.manifest or {}
+    try:
+        facts = entry.facts()
+        warnings = manifest.get("warnings")
+        return facts | {
+            "fingerprint": str(manifest.get("fingerprint") or "")[:8],
+            "warnings": None if warnings is None else sum(warnings.values()),
+            "sanity": verdict(manifest) if manifest else "",
+            "stages": _stages_done(manifest) if manifest else "",
+        }
+    except (AttributeError, TypeError, KeyError) as e:  # written by something else, or by hand
+        return {"run": entry.paths.run_id, "status": "broken", "reason": f"its manifest is not as expected: {e}"}
+
+
+def _stages_done(manifest: Mapping[str, Any]) -> str:
+    done, planned = len(manifest.get("stages") or {}), len(planned_stages(manifest))
+    return f"{done} of {planned}" if planned else str(done)
+
+
+def verdict(manifest: Mapping[str, Any]) -> str:
+    """What the certificate says: `agrees`, `DISAGREES on …`, or `not checked`."""
+    certificate = manifest.get("sanity") or []
+    if not certificate:
+        return "not checked"
+    apart = [str(v["measurement"]) for v in certificate if not v["ok"]]
+    return f"DISAGREES on {', '.join(apart)}" if apart else "agrees"
+
+
+# -- how it goes
+
+
+def progress(paths: RunPaths, planned: Sequence[str] = ()) -> pd.DataFrame:
+    """A row a stage, those of `planned` that have not begun at the end: stage, status, done (0 to 1), items, total, failed,
+    items_s, tokens_s, seconds, left_s (of a stage that runs), and of its batches last_items, last_tokens, number, splits.
+    """
+    known = queries.tables(paths)
+    if "stages" not in known:
+        return _progress(pd.DataFrame(columns=["stage"]), planned)
+    batches = (
+        """(SELECT stage, count(*) FILTER (status = 'done') AS number, count(*) FILTER (status = 'split') AS splits,
+                   arg_max(num_items, batch_id) FILTER (status = 'done') AS last_items,
+                   arg_max(padded_tokens, batch_id) FILTER (status = 'done') AS last_tokens
+            FROM batches GROUP BY stage)"""
+        if "batches" in known
+        else "(SELECT NULL AS stage, 0 AS number, 0 AS splits, NULL AS last_items, NULL AS last_tokens)"
+    )
+    rows = queries.ask(
+        paths,
+        f"""SELECT stage, status, CASE WHEN num_items = 0 THEN 1 ELSE (num_done + num_failed) / num_items END AS done,
+                   num_done AS items,
+                   num_failed AS failed, num_items AS total, num_done / nullif(seconds, 0) AS items_s,
+                   nullif(tokens, 0) / nullif(seconds, 0) AS tokens_s, seconds,
+                   CASE WHEN status = 'running'
+                        THEN (num_items - num_done - num_failed) * seconds / nullif(num_done, 0) END AS left_s,
+                   last_items, last_tokens, number, splits
+            FROM stages s LEFT JOIN {batches} USING (stage) ORDER BY s.rowid""",
+    )
+    return _progress(rows, planned)
+
+
+def _progress(rows: pd.DataFrame, planned: Sequence[str]) -> pd.DataFrame:
+    waiting = [name for name in planned if name not in set(rows["stage"])]
+    later = pd.DataFrame({"stage": waiting, "status": "not begun"}, columns=["stage", "status"])
+    names = ["stage", "status", "done", "items", "total", "failed", "items_s", "tokens_s", "seconds", "left_s", "last_items",
+             "last_tokens", "number", "splits"]  # fmt: skip
+    frame = pd.DataFrame([*rows.to_dict("records"), *later.to_dict("records")], columns=names)
+    numbers = frame.columns.difference(["stage", "status"])
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    return frame
+
+
+def planned_stages(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the stages of a run, in order, as its fingerprint has them; none where it does not say."""
+    stages = _mapping(manifest.get("fingerprint_parts")).get("stages")
+    return (
+        [str(s["name"]) for s in stages if isinstance(s, Mapping) and "name" in s] if isinstance(stages, list) else []
+    )
+
+
+def told_progress(stages: pd.DataFrame) -> str:
+    """Where a run stands, in a line."""
+    running = stages[stages["status"] == "running"]
+    if running.empty:
+        return f"{int((stages['status'] == 'done').sum())} of {len(stages)} stages done."
+    row = running.iloc[-1]
+    line = f"Stage {running.index[-1] + 1} of {len(stages)}, {row['stage']}: {row['items']:,.0f} of {row['total']:,.0f} items"
+    line += f", {row['failed']:,.0f} failed" if row["failed"] else ""
+    return f"{line}, about {duration(row['left_s'])} left in it." if pd.notna(row["left_s"]) else f"{line}."
+
+
+def duration(seconds: float) -> str:
+    """So many seconds, for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def events(paths: RunPaths, limit: int = 200) -> pd.DataFrame:
+    """time, level, stage, kind, item, message and prompt_id of the latest warnings and errors, newest first; `prompt_id` is
+    None where the event names no prompt of the run.
+    """
+    if "events" not in queries.tables(paths):
+        return pd.DataFrame(columns=["time", "level", "stage", "kind", "item", "message", "prompt_id"])
+    named = "prompts" in queries.tables(paths)
+    prompt = "(SELECT any_value(p.prompt_id) FROM prompts p WHERE p.prompt_id = split_part(e.item_key, '|', 1))"
+    return queries.ask(
+        paths,
+        f"SELECT time, level, stage, kind, item_key AS item, message, {prompt if named else 'NULL'} AS prompt_id "
+        "FROM events e WHERE level <> 'info' ORDER BY event_id DESC LIMIT ?",
+        [limit],
+    )
+
+
+def event_counts(paths: RunPaths) -> tuple[int, int]:
+    """How many warnings and errors there are."""
+    if "events" not in queries.tables(paths):
+        return 0, 0
+    found = queries.ask(
+        paths, "SELECT count(*) FILTER (level = 'warning') AS w, count(*) FILTER (level = 'error') AS e FROM events"
+    ).iloc[0]
+    return int(found["w"]), int(found["e"])
+
+
+# -- what it was made of
+
+
+def certificate(paths: RunPaths) -> pd.DataFrame:
+    """The certificate: measurement, verdict, max_abs, tolerance, max_rel, num_items, flips, near_ties, worst, repeated; what
+    disagrees first. Without rows where nothing was checked.
+    """
+    names = ["measurement", "verdict", "max_abs", "tolerance", "max_rel", "num_items", "flips", "near_ties", "worst",
+             "repeated"]  # fmt: skip
+    if "sanity" not in queries.tables(paths):
+        return pd.DataFrame(columns=names)
+    return queries.ask(
+        paths,
+        "SELECT measurement, CASE WHEN ok THEN 'agrees' ELSE 'DISAGREES' END AS verdict, max_abs, tolerance, max_rel, "
+        "num_items, flips, near_ties, worst, repeated FROM sanity ORDER BY ok, measurement",
+    )
+
+
+def settings(manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """setting, value, source of every setting, those that were not left at their default first."""
+    rows = [
+        {
+            "setting": name,
+            "value": _told(_mapping(given).get("value")),
+            "source": str(_mapping(given).get("source", "")),
+        }
+        for name, given in _mapping(manifest.get("settings")).items()
+    ]
+    return pd.DataFrame(sorted(rows, key=lambda r: r["source"] == "default"), columns=["setting", "value", "source"])
+
+
+def leaves(tree: Any, names: Sequence[str] = ()) -> pd.DataFrame:
+    """key (dotted) and value of every leaf; those whose key is in `names` first, in that order."""
+    found = [(key, _told(value)) for key, value in _leaves(tree).items()]
+    order = {name: n for n, name in enumerate(names)}
+    return pd.DataFrame(sorted(found, key=lambda kv: order.get(kv[0], len(order))), columns=["key", "value"])
+
+
+def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """stage, status, items, failed, batches, splits, tokens, seconds, peak_mb of every stage that ended, as the manifest has
+    them; a column is empty where an older harness did not write it.
+    """
+    rows = []
+    for name, told in _mapping(manifest.get("stages")).items():
+        report = _mapping(told)
+        peak = report.get("peak_bytes")
+        rows.append({
+            "stage": name, "status": report.get("status"), "items": report.get("num_items"),
+            "failed": report.get("num_failed"), "batches": report.get("num_batches"), "splits": report.get("splits"),
+            "tokens": report.get("tokens"), "seconds": report.get("seconds"), "peak_mb": peak / 1e6 if peak else None,
+        })  # fmt: skip
+    return pd.DataFrame(
+        rows, columns=["stage", "status", "items", "failed", "batches", "splits", "tokens", "seconds", "peak_mb"]
+    )
+
+
+# -- two runs
+
+
+def manifest_differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
+    """part, key, this, other of every leaf on which two manifests differ: what decides results first (`identity`), then
+    settings, packages, code, machine."""
+    rows = []
+    for part, name in (("identity", "fingerprint_parts"), ("settings", "settings"), ("packages", "packages"),
+                       ("code", "code"), ("numerics", "numerics"), ("machine", "machine")):  # fmt: skip
+        trees = [_mapping(m.get(name)) for m in (this, other)]
+        if part == "settings":
+            trees = [{k: _mapping(v).get("value") for k, v in tree.items()} for tree in trees]
+        a, b = map(_leaves, trees)
+        rows += [
+            (part, d.key, _told(d.old) if d.key in a else ABSENT, _told(d.new) if d.key in b else ABSENT)
+            for d in differences(*trees)
+            if d.key
+        ]
+    return pd.DataFrame(rows, columns=["part", "key", "this", "other"])
+
+
+def shared_prompts(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """How many prompts both runs used, and how many only this or only the other; None where one does not say."""
+    found = [_mapping(_mapping(m.get("prompts")).get("row_hashes")) for m in (this, other)]
+    if not all(found):
+        return None
+    a, b = (set(hashes.items()) for hashes in found)
+    return len(a & b), len(a - b), len(b - a)
+
+
+def results(paths: RunPaths) -> pd.DataFrame:
+    """analysis, condition, measure, grouping, value, low, high, n of the analyses in `COMPARED`, calibration left out."""
+    if "statistics" not in queries.tables(paths):
+        return pd.DataFrame(columns=[*_KEY, "value", "low", "high", "n"])
+    return queries.ask(
+        paths,
+        "SELECT analysis, condition, measure, grouping, value, low, high, n FROM statistics "
+        "WHERE list_contains(?, analysis) AND layer = -1 AND head = -1 AND measure NOT LIKE 'calibration%'",
+        [list(COMPARED)],
+    )
+
+
+def compare(this: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Two frames of `results`, joined by key: analysis, condition, measure, grouping, value, low, high and the same ending
+    in _other, difference (other − this), intervals (`overlap`, `apart`, or `` where one is missing), found_in (`both`,
+    `this`, `other`). Rates by condition and bin first.
+    """
+    both = this.merge(other, on=_KEY, how="outer", suffixes=("", "_other"), indicator="found_in")
+    both["found_in"] = both["found_in"].map({"both": "both", "left_only": "this", "right_only": "other"}).astype(str)
+    both["difference"] = both["value_other"] - both["value"]
+    known = both[["low", "high", "low_other", "high_other"]].notna().all(axis=1)
+    overlap = (both["low"] <= both["high_other"]) & (both["low_other"] <= both["high"])
+    both["intervals"] = overlap.map({True: "overlap", False: "apart"}).where(known, "")
+    both["_analysis"] = both["analysis"].map({name: n for n, name in enumerate(COMPARED)})
+    both["_grouping"] = [-1.0 if g == "all" else bin_start(g) for g in both["grouping"]]  # what is no bin goes last
+    both = both.sort_values(["_analysis", "condition", "measure", "_grouping", "grouping"], ignore_index=True)
+    return both[[*_KEY, "value", "low", "high", "value_other", "low_other", "high_other", "difference", "intervals",
+                 "found_in", "n", "n_other"]]  # fmt: skip
+
+
+def bin_start(grouping: str) -> float | None:
+    """Where a bin of P0, such as `[.2, .4)`, begins; None for another grouping."""
+    found = re.match(r"\[([\d.]+), [\d.]+[)\]]$", grouping)
+    return float(found[1]) if found else None
+
+
+def conditions_of_one(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Conditions that only one run has, by `this` and `other`, of a frame of `compare`."""
+    runs = {name: set(rows.loc[rows["found_in"].isin([name, "both"]), "condition"]) for name in ("this", "other")}
+    return {"this": sorted(runs["this"] - runs["other"]), "other": sorted(runs["other"] - runs["this"])}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {d.key: d.new for d in differences({}, _mapping(tree)) if d.key}
+
+
+def _told(value: Any) -> str:
+    """A value of a manifest as text: one type a column, whatever stands there."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

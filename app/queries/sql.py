@@ -1,0 +1,96 @@
+"""A reader's own questions to a run: examples, what there is to ask about, the answer and its files."""
+
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import streamlit as st
+
+from app import queries
+from harness.run import RunPaths
+from harness.store import Answer, ask_locked
+
+MAX_ROWS = 10_000
+LIMIT_S = 10.0
+EXAMPLES: dict[str, str] = {
+    "Rates": (
+        "SELECT condition, count(*) AS prompts, avg(rate) AS violation_rate\nFROM violation\nGROUP BY ALL\nORDER BY ALL"
+    ),
+    "Backfire": (
+        "-- where the ban raised the pressure\n"
+        "SELECT prompt_id, condition, p0, p1, delta\nFROM suppression\nWHERE delta < 0\nORDER BY delta"
+    ),
+    "Failures": (
+        "SELECT o.prompt_id, o.condition, p.target, c.answer, o.taxonomy\n"
+        "FROM outcomes o\n"
+        "JOIN prompts p USING (prompt_id)\n"
+        "JOIN completions c USING (prompt_id, condition)\n"
+        "WHERE o.outcome = 'failure' AND c.mode = 'greedy'\n"
+        "ORDER BY ALL"
+    ),
+    "Spellings": (
+        "SELECT prompt_id, unnest(sequences) AS token_ids, exp(unnest(logprobs)) AS probability\n"
+        "FROM psem\nWHERE condition = 'baseline'\nORDER BY prompt_id, probability DESC"
+    ),
+    "Lens": (
+        "SELECT layer, outcome, mean AS p_target, n\nFROM lens_moments\n"
+        "WHERE measure = 'p_target' AND step_kind = 'first' AND measured = condition\nORDER BY ALL"
+    ),
+    "Patches": (
+        "SELECT patch, layer, avg(delta_p) AS mean_delta_p, avg(flipped::INT) AS flipped\n"
+        "FROM patching\nGROUP BY ALL\nORDER BY abs(mean_delta_p) DESC"
+    ),
+    "Slow batches": "SELECT * EXCLUDE (keys)\nFROM batches\nORDER BY seconds DESC\nLIMIT 20",
+    "Events": "SELECT level, kind, count(*) AS number, any_value(message) AS example\nFROM events\nGROUP BY ALL\nORDER BY ALL",
+}
+
+
+def columns(paths: RunPaths) -> pd.DataFrame:
+    """table, column, type of all that can be asked about, by table and in the order of its columns."""
+    return queries.ask(
+        paths,
+        'SELECT table_name AS "table", column_name AS "column", data_type AS type FROM information_schema.columns '
+        "WHERE table_catalog = 'run' ORDER BY table_name, ordinal_position",
+    )
+
+
+def answer(paths: RunPaths, sql: str) -> Answer:
+    """What a query gives. Raises HarnessError, in one line, for one that is wrong, not allowed, or too slow."""
+    published = paths.live.stat().st_mtime if paths.live.exists() else 0.0
+    return _answer(str(paths.live), published, sql)
+
+
+def as_csv(rows: pa.Table) -> bytes:
+    """UTF-8 CSV; lists and structures as JSON, so that they can be read back."""
+    shown = {}
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        values = column.to_pylist() if _is_told_as_text(column.type) else column.to_pandas()
+        shown[name] = [_json(v) for v in values] if pa.types.is_nested(column.type) else values
+    return pd.DataFrame(shown).to_csv(index=False).encode()
+
+
+def as_parquet(rows: pa.Table) -> bytes:
+    """A Parquet file; what the format does not have, such as an interval, as text."""
+    kept = [
+        pa.array([None if v is None else str(v) for v in c.to_pylist()], pa.string()) if pa.types.is_interval(c.type) else c
+        for c in rows.columns
+    ]  # fmt: skip
+    file = io.BytesIO()
+    pq.write_table(pa.table(kept, names=rows.column_names), file)
+    return file.getvalue()
+
+
+def _is_told_as_text(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind) or pa.types.is_temporal(kind)
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+@st.cache_data(max_entries=8, show_spinner="Asking …")
+def _answer(live: str, published: float, sql: str) -> Answer:
+    return ask_locked(Path(live), sql, MAX_ROWS, LIMIT_S)
