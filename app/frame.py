@@ -79,7 +79,7 @@ def open_page(title: str, needs: Sequence[str] = (), *, pick_prompt: bool = True
     `needs` are tables that must have rows: where one has none, a line says what was not measured.
     """
     st.title(title)
-    entries = {e.paths.run_id: e for e in queries.runs() if e.manifest is not None}
+    entries = {e.paths.run_id: e for e in queries.entries() if e.manifest is not None}
     if not entries:
         st.info(f"No run in `{queries.runs_root()}` yet. Start one with `harness run`.")
         return None
@@ -197,3 +197,8 @@ def csv_of(data: pd.DataFrame) -> bytes:
             json.dumps(list(v)) if hasattr(v, "__len__") and not isinstance(v, str) else v for v in shown[column]
         ]
     return shown.to_csv(index=False).encode()
+
+
+def _plain(value: Any) -> Any:
+    """numpy's scalars and arrays as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

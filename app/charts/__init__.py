@@ -91,16 +91,17 @@ def lines(
 ) -> Option:  # fmt: skip
     """Named curves. Each frame: columns x, y and, where there is a 95 % interval, low and high, drawn as a band."""
     series: list[Option] = []
+    bands: list[Option] = []
     for n, (name, frame) in enumerate(curves):
         colour = colours[n % len(colours)]
         known = frame.dropna(subset=["y"])
         if {"low", "high"} <= set(known.columns) and known[["low", "high"]].notna().all(axis=None):
             common = {"type": "line", "stack": f"band {n}", "symbol": "none", "silent": True, "lineStyle": {"opacity": 0},
                       "tooltip": {"show": False}, "stackStrategy": "all"}  # fmt: skip
-            series.append(common | {"name": name, "data": known[["x", "low"]].to_numpy().tolist()})
+            bands.append(common | {"name": name, "data": known[["x", "low"]].to_numpy().tolist()})
             width = (known["high"] - known["low"]).tolist()
-            series.append(common | {"name": name, "data": list(map(list, zip(known["x"], width, strict=True))),
-                                    "areaStyle": {"color": colour, "opacity": 0.2}})  # fmt: skip
+            bands.append(common | {"name": name, "data": list(map(list, zip(known["x"], width, strict=True))),
+                                   "areaStyle": {"color": colour, "opacity": 0.2}})  # fmt: skip
         series.append({
             "type": "line", "name": name, "data": known[["x", "y"]].to_numpy().tolist(), "symbolSize": 5,
             "lineStyle": {"color": colour, "width": 2, "type": "dashed" if name in dashed else "solid"},
@@ -112,7 +113,7 @@ def lines(
         "tooltip": {"trigger": "axis", "valueFormatter": "%.3f"},
         "xAxis": {"type": "value", "name": x_title, "nameLocation": "middle", "nameGap": 28, "min": "dataMin", "max": "dataMax"},
         "yAxis": {"type": "value", "name": y_title, "nameLocation": "middle", "nameGap": 44, "min": low, "max": high},
-        "series": series,
+        "series": series + bands,  # the legend takes its colours from the first series of a name
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def runs_root() -> Path:
     return resolve().settings.paths.runs
 
 
-def runs() -> list[RunEntry]:
+def entries() -> list[RunEntry]:
     """Every run, newest first; broken ones with their reason."""
     return list_runs(runs_root())
 

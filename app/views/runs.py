@@ -9,7 +9,7 @@ import streamlit as st
 
 from app import frame, queries
 from app.charts import runs as charts
-from app.queries import runs_page as asked
+from app.queries import runs as asked
 from harness.errors import HarnessError
 from harness.run import RunEntry, read_manifest, state
 
@@ -284,7 +284,7 @@ def _part(view: frame.View | None, entry: RunEntry, entries: list[RunEntry]) -> 
 
 
 view = frame.open_page("Runs")
-entries = queries.runs()
+entries = queries.entries()
 if entries:
     _list(entries)
 chosen = next((e for e in entries if e.manifest is not None and e.paths.run_id == st.session_state.get("run")), None)

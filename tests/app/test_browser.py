@@ -4,6 +4,7 @@ Skipped where Chromium or Playwright is not installed. Any exception box, consol
 fails a test.
 """
 
+import io
 import os
 import re
 import shutil
@@ -13,14 +14,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from app.frame import PAGES
+from harness.store import Reader
+from tests import synthetic
 from tests.app.conftest import RUNNING
+from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -32,7 +39,14 @@ ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-f
 
 @pytest.fixture(scope="module")
 def address(root: Path) -> Iterator[str]:
-    """`streamlit run app` on these runs, as a user starts it."""
+    """The app on the runs of these tests."""
+    with serving(root) as address:
+        yield address
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """`streamlit run app` on a folder of runs, as a user starts it; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -126,6 +140,19 @@ class Tab:
         self.page.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
         self.settle()
 
+    def coloured_spot(self, number: int) -> tuple[float, float]:
+        """Where in a chart, below its legend, something blue or red is drawn: a point, in shares of width and height."""
+        canvas = self.page.locator("[data-testid=stMain] canvas").nth(number)
+        canvas.scroll_into_view_if_needed()
+        image = Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")
+        pixels = np.asarray(image).astype(int)
+        coloured = np.abs(pixels[..., 0] - pixels[..., 2]) > 80
+        coloured[: int(0.15 * image.height)] = False
+        rows, columns = np.nonzero(coloured)
+        assert len(rows), "nothing is drawn"
+        middle = len(rows) // 2
+        return columns[middle] / image.width, rows[middle] / image.height
+
 
 @pytest.fixture
 def tab(browser: Any, address: str) -> Iterator[Tab]:
@@ -163,3 +190,50 @@ def test_a_filter_goes_along_and_a_copied_link_opens_the_same_view(tab: Tab, bro
     assert all(re.search("404", c) for c in copied.complaints), copied.complaints
     copied.page.close()
     tab.check()
+
+
+def test_a_click_on_a_point_chooses_its_prompt_which_goes_along(tab: Tab) -> None:
+    tab.open()
+    tab.go("P_sem")
+    tab.click_on_chart(0, *tab.coloured_spot(0))
+    chosen = tab.params["prompt"]
+    tab.go("Prompt")
+    assert tab.params["prompt"] == chosen
+    assert chosen in tab.page.inner_text("[data-testid=stMain]")
+    tab.check()
+
+
+def test_a_click_on_a_head_locks_it_and_one_on_a_patch_shows_its_prompts(tab: Tab) -> None:
+    tab.open()
+    tab.go("Attention")
+    tab.click_on_chart(1, 0.5, 0.4)
+    assert {"layer", "head"} <= tab.params.keys()
+    tab.check()
+    tab.go("Patching")
+    tab.click_on_chart(0, 0.6, 0.4)
+    assert {"layer", "patch"} <= tab.params.keys()
+    tab.check()
+
+
+def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A synthetic run's first prompts hold scripts and tags; nothing of them may become an element, or run."""
+    folder = tmp_path_factory.mktemp("hostile")
+    paths = synthetic.write(folder, Shape(12, 3, 2, 2, num_bootstraps=20))
+    with Reader(paths.live) as reader:
+        hostile = [r for r in reader.query("SELECT prompt_id, question FROM prompts") if "<script" in r["question"]]
+    assert hostile, "the control: there is markup to show"
+    with serving(folder) as address:
+        tab = Tab(browser, address)
+        tab.page.add_init_script("window.alert = () => console.error('a script of a prompt ran')")
+        for row in hostile[:1]:
+            tab.open(prompt=row["prompt_id"])
+            for title in PAGES.values():
+                tab.go(title)
+                main = tab.page.locator("[data-testid=stMain]")
+                assert main.locator("script, img[src=x], marquee").count() == 0
+                tab.check()
+            tab.go("Prompt")
+            assert "<script" in main.inner_text()
+        tab.page.close()

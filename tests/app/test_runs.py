@@ -11,7 +11,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.charts import runs as charts
-from app.queries import runs_page as asked
+from app.queries import runs as asked
 from harness.run import RunPaths, list_runs, now_text, read_manifest
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
