@@ -7,9 +7,9 @@ default: lint types test
 run *ARGS:
     harness run {{ARGS}}
 
-# all tests: no network, no GPU
+# all tests, a file at a time on every core: no network, no GPU
 test *ARGS:
-    python -m pytest {{ARGS}}
+    python -m pytest -n auto --dist loadfile {{ARGS}}
 
 # the tests that take seconds
 test-fast *ARGS:
@@ -54,6 +54,10 @@ lock:
 # the image: `just docker`, then `docker run --gpus all -v $PWD/runs:/runs harness run`
 docker *ARGS:
     docker build -f docker/Dockerfile -t harness --build-arg REVISION=$(git rev-parse HEAD) {{ARGS}} .
+
+# a made-up run of any size to look at, without a model: `just synthetic --prompts 2500 --layers 28 --heads 28 --to runs`
+synthetic *ARGS:
+    python -m tests.synthetic {{ARGS}}
 
 # the review app, on http://127.0.0.1:8501
 app *ARGS:

@@ -246,12 +246,15 @@ class RunEntry(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """One row of a list of runs; of a broken run its name, `broken` and the reason."""
         manifest = self.manifest or {}
+        model, prompts, stages = (
+            part if isinstance(part := manifest.get(name), Mapping) else {} for name in ("model", "prompts", "stages")
+        )
         return {
             "run": self.paths.run_id,
             "status": state(manifest) if self.manifest else "broken",
-            "model": str((manifest.get("model") or {}).get("name", "")).rsplit("/", 1)[-1],
-            "prompts": (manifest.get("prompts") or {}).get("used"),
-            "stages done": ", ".join(manifest.get("stages") or {}),
+            "model": str(model.get("name", "")).rsplit("/", 1)[-1],
+            "prompts": prompts.get("used"),
+            "stages done": ", ".join(stages),
             "failed": manifest.get("num_failed"),
             "seconds": manifest.get("seconds"),
             "created": manifest.get("created"),

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: commands that tests start must not fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [n for n in os.environ if n.startswith("HARNESS_")] + ["MODEL_PATH", "DATA_ROOT", "OUTPUT_ROOT"]:
     os.environ.pop(name, None)  # a developer's own settings must not decide a test
 
