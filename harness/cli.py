@@ -194,6 +194,7 @@ def _app(args: argparse.Namespace) -> int:
     os.environ["OUTPUT_ROOT"] = str(settings.paths.runs)
     command = [sys.executable, "-m", "streamlit", "run", str(found), "--server.port", str(args.port)]
     command += ["--server.address", args.address, "--server.headless", "true", "--browser.gatherUsageStats", "false"]
+    command += ["--client.toolbarMode", "minimal"]
     os.execv(sys.executable, command)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from harness import launch
 from harness.settings import resolve
@@ -16,6 +17,17 @@ RUNNING = "20200104-000000-running-00000000"
 FAILED = "20200105-000000-failed-00000000"
 EMPTY = "20200102-000000-empty-00000000"
 BROKEN = "20200101-000000-broken-00000000"
+
+
+VIEWS = Path(__file__).parents[2] / "app" / "views"
+
+
+def open_view(name: str, **params: str) -> AppTest:
+    """A page of the app as it opens at an address."""
+    test = AppTest.from_file(str(VIEWS / f"{name}.py"), default_timeout=60)
+    for key, value in params.items():
+        test.query_params[key] = value
+    return test.run()
 
 
 @pytest.fixture(scope="session")

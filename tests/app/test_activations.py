@@ -11,6 +11,7 @@ from app.queries import activations as asking
 from harness.run import RunPaths
 from harness.store import Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.app.test_patching import store_of
 from tests.synthetic import Shape
 
@@ -53,10 +54,7 @@ def opened(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
 
 
 def page(**params: str) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(PAGE.stem, **params)
 
 
 # -- questions

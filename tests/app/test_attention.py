@@ -19,6 +19,7 @@ from harness.errors import HarnessError
 from harness.run import RunPaths, list_runs
 from harness.store import Reader, Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 # Streamlit itself still calls what newer packages deprecate.
@@ -267,10 +268,7 @@ def test_token_labels_cannot_be_templates() -> None:
 
 
 def _page(**params: str) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(PAGE.stem, **params)
 
 
 @pytest.fixture

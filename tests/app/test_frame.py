@@ -8,7 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.chips import shade
 from app.frame import PAGES, csv_of
-from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, RUNNING
+from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, RUNNING, open_view
 
 VIEWS = Path(__file__).parents[2] / "app" / "views"
 # Streamlit 1.67 itself still calls what newer packages deprecate.
@@ -17,10 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def page(name: str, **params: str) -> AppTest:
     """A page as it opens at an address."""
-    test = AppTest.from_file(str(VIEWS / f"{name}.py"), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(name, **params)
 
 
 def told(test: AppTest) -> str:

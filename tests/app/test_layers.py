@@ -14,6 +14,7 @@ from app.queries import layers as asked
 from harness.run import RunPaths, list_runs
 from harness.store import Reader
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 # Streamlit itself still calls what newer packages deprecate.
@@ -149,10 +150,7 @@ def test_contributions_are_bars_of_a_prompt_and_curves_of_an_outcome() -> None:
 
 
 def _page(**params: str) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(PAGE.stem, **params)
 
 
 @pytest.fixture

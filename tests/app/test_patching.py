@@ -13,6 +13,7 @@ from app.queries import patching as asking
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 PAGE = Path(__file__).parents[2] / "app" / "views" / "patching.py"
@@ -72,10 +73,7 @@ def opened(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
 
 
 def page(**params: str) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(PAGE.stem, **params)
 
 
 def words(test: AppTest) -> str:

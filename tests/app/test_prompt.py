@@ -12,6 +12,7 @@ from app.queries import prompt as asking
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.app.test_patching import store_of
 from tests.synthetic import Shape
 
@@ -39,10 +40,7 @@ def ids(run: RunPaths) -> list[str]:
 
 
 def page(**params: str) -> AppTest:
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    return test.run()
+    return open_view(PAGE.stem, **params)
 
 
 def button(test: AppTest, label: str):
