@@ -43,7 +43,7 @@ def curves(view: View, step: str, measure: str) -> pd.DataFrame:
     """measured, outcome, layer, value, low, high, n: the mean over heads, then over prompts."""
     assert measure in MEASURES
     statistics = layers.known(view, "attention", step, measure)
-    return layers.kept(view, statistics, lambda: _layer_moments(view, step, measure))
+    return layers.kept(view, statistics, lambda: layers.moments(view, "attention", step, f"list_avg(a.{measure})"))
 
 
 def heads(view: View, step: str, measure: str, measured: str) -> pd.DataFrame:
@@ -187,18 +187,6 @@ def slices(text: str, offsets: Sequence[Sequence[int]], instead: Sequence[str]) 
 
 
 _JOINED = "attention a JOIN outcomes o ON o.prompt_id = a.prompt_id AND o.condition = ?"
-
-
-def _layer_moments(view: View, step: str, measure: str) -> pd.DataFrame:
-    where, params = view.where("a.prompt_id")
-    return queries.ask(
-        view.paths,
-        f"SELECT a.condition AS measured, o.outcome, a.layer, count(*) AS n, avg(list_avg(a.{measure})) AS mean, "
-        f"var_samp(list_avg(a.{measure})) AS var FROM {_JOINED} "
-        f"WHERE a.condition IN (?, 'baseline') AND a.step_kind = ? AND a.{measure} IS NOT NULL AND {where} "
-        "GROUP BY ALL ORDER BY ALL",
-        [view.condition, view.condition, step, *params],
-    )
 
 
 def _head_moments(view: View, step: str, measure: str, measured: str) -> pd.DataFrame:

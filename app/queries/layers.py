@@ -44,7 +44,7 @@ def known(view: View, analysis: str, step: str, measure: str) -> pd.DataFrame:
 def curves(view: View, table: str, step: str, measure: str) -> pd.DataFrame:
     """measured, outcome, layer, value, low, high, n: means of a column of `lens` or `decomposition` over prompts."""
     assert measure in _COLUMNS[table]
-    return kept(view, known(view, table, step, measure), lambda: _moments(view, table, step, measure))
+    return kept(view, known(view, table, step, measure), lambda: moments(view, table, step, f"a.{measure}"))
 
 
 def kept(view: View, statistics: pd.DataFrame, moments: Any) -> pd.DataFrame:
@@ -67,13 +67,15 @@ def with_intervals(moments: pd.DataFrame) -> pd.DataFrame:
     return moments.assign(value=found.value, low=found.low, high=found.high)
 
 
-def _moments(view: View, table: str, step: str, measure: str) -> pd.DataFrame:
+def moments(view: View, table: str, step: str, value: str) -> pd.DataFrame:
+    """measured, outcome, layer, n, mean, var over the filter's prompts; `value` is SQL on a row `a` of `table`, and rows
+    where it is NULL are left out."""
     where, params = view.where("a.prompt_id")
     return queries.ask(
         view.paths,
-        f"SELECT a.condition AS measured, o.outcome, a.layer, count(*) AS n, avg(a.{measure}) AS mean, "
-        f"var_samp(a.{measure}) AS var FROM {table} a JOIN outcomes o ON o.prompt_id = a.prompt_id AND o.condition = ? "
-        f"WHERE a.condition IN (?, 'baseline') AND a.step_kind = ? AND a.{measure} IS NOT NULL AND {where} "
+        f"SELECT a.condition AS measured, o.outcome, a.layer, count(*) AS n, avg({value}) AS mean, "
+        f"var_samp({value}) AS var FROM {table} a JOIN outcomes o ON o.prompt_id = a.prompt_id AND o.condition = ? "
+        f"WHERE a.condition IN (?, 'baseline') AND a.step_kind = ? AND {value} IS NOT NULL AND {where} "
         "GROUP BY ALL ORDER BY ALL",
         [view.condition, view.condition, step, *params],
     )

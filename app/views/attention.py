@@ -133,13 +133,9 @@ def _detail(
 
 def _prompts(rows: pd.DataFrame, key: str, height: int = 220) -> None:
     """A table of prompts, a click on one chooses it."""
-
-    def clicked() -> None:
-        for index in st.session_state[key]["selection"]["rows"]:
-            frame.choose(prompt=str(rows["prompt_id"][index]))
-
     st.dataframe(
-        rows, hide_index=True, key=key, on_select=clicked, selection_mode="single-row", height=height,
+        rows, hide_index=True, key=key, on_select=frame.on_row(key, list(rows["prompt_id"])),
+        selection_mode="single-row", height=height,
         column_config={"question": st.column_config.TextColumn(width="medium")},
     )  # fmt: skip
 

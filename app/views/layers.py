@@ -88,13 +88,9 @@ def _pick_layer(num_layers: int) -> int:
 def _offer(view: View) -> None:
     st.info("Choose a prompt in the sidebar, or one of these, to see what each layer would say.")
     rows = asked.offered(view, "lens")
-
-    def clicked() -> None:
-        for index in st.session_state["lens-offer"]["selection"]["rows"]:
-            frame.choose(prompt=str(rows["prompt_id"][index]))
-
     st.dataframe(
-        rows, hide_index=True, key="lens-offer", on_select=clicked, selection_mode="single-row",
+        rows, hide_index=True, key="lens-offer", on_select=frame.on_row("lens-offer", list(rows["prompt_id"])),
+        selection_mode="single-row",
         column_config={"question": st.column_config.TextColumn(width="medium")},
     )  # fmt: skip
 

@@ -80,7 +80,7 @@ def _rows_of(paths: RunPaths, sql: str, *params: object) -> list[dict]:
 @pytest.mark.parametrize("measure", ["iar", "pi", "tmf_token"])
 def test_means_made_from_moments_are_those_of_the_analysis(view: Callable[..., View], measure: str) -> None:
     from_statistics = asked.curves(view(), "first", measure)
-    made = by_layer.with_intervals(asked._layer_moments(view(), "first", measure))
+    made = by_layer.with_intervals(by_layer.moments(view(), "attention", "first", f"list_avg(a.{measure})"))
     assert len(from_statistics) == 2 * LAYERS * (2 if measure == "iar" else 1)
     pd.testing.assert_frame_equal(
         made[from_statistics.columns].astype(from_statistics.dtypes.to_dict()), from_statistics, rtol=1e-6

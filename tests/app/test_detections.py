@@ -13,6 +13,7 @@ from app.queries.detections import Asked
 from harness.run import RunEntry, RunPaths
 from harness.store import Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 PAGE = Path(__file__).parents[2] / "app" / "views" / "detections.py"
@@ -185,10 +186,7 @@ def test_a_bar_a_rate_where_all_prompts_have_as_many_samples_else_bins() -> None
 
 def _page(root: Path, monkeypatch: pytest.MonkeyPatch, **params: str) -> AppTest:
     monkeypatch.setenv("OUTPUT_ROOT", str(root))
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    test.run()
+    test = open_view(PAGE.stem, **params)
     assert not test.exception, [e.value for e in test.exception]
     return test
 

@@ -47,7 +47,7 @@ def _ask(paths: RunPaths, sql: str, *params: object) -> list[dict]:
 )
 def test_means_made_from_moments_are_those_of_the_analysis(paths: RunPaths, table: str, measure: str) -> None:
     told = asked.curves(_view(paths), table, "first", measure)
-    made = asked.with_intervals(asked._moments(_view(paths), table, "first", measure))
+    made = asked.with_intervals(asked.moments(_view(paths), table, "first", f"a.{measure}"))
     assert len(told) == 2 * 2 * LAYERS
     pd.testing.assert_frame_equal(made[told.columns].astype(told.dtypes.to_dict()), told, rtol=1e-6)
 

@@ -18,6 +18,7 @@ from harness.figures import _curve_band
 from harness.run import RunEntry, RunPaths
 from harness.store import Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import HOSTILE, Shape
 
 PAGE = Path(__file__).parents[2] / "app" / "views" / "pressure.py"
@@ -274,10 +275,7 @@ def test_spellings_beyond_the_likeliest_twelve_are_one_bar_of_their_sum() -> Non
 
 def _page(root: Path, monkeypatch: pytest.MonkeyPatch, **params: str) -> AppTest:
     monkeypatch.setenv("OUTPUT_ROOT", str(root))
-    test = AppTest.from_file(str(PAGE), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    test.run()
+    test = open_view(PAGE.stem, **params)
     assert not test.exception, [e.value for e in test.exception]
     return test
 

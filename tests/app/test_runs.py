@@ -15,6 +15,7 @@ from app.queries import runs as asked
 from harness.run import RunPaths, list_runs, now_text, read_manifest
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 VIEW = Path(__file__).parents[2] / "app" / "views" / "runs.py"
@@ -220,10 +221,7 @@ def test_a_whisker_spans_the_interval_and_what_is_missing_is_no_zero() -> None:
 
 def opened(root: Path, monkeypatch: pytest.MonkeyPatch, **params: str) -> AppTest:
     monkeypatch.setenv("OUTPUT_ROOT", str(root))
-    test = AppTest.from_file(str(VIEW), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    test.run()
+    test = open_view(VIEW.stem, **params)
     assert not test.exception
     return test
 

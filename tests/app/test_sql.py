@@ -16,6 +16,7 @@ from harness.errors import StoreError
 from harness.run import RunPaths
 from harness.store import Reader, Store, ask_locked
 from tests import synthetic
+from tests.app.conftest import open_view
 from tests.synthetic import Shape
 
 VIEW = Path(__file__).parents[2] / "app" / "views" / "sql.py"
@@ -222,10 +223,7 @@ def test_every_example_is_answered(title: str, paths: RunPaths) -> None:
 
 def opened(root: Path, monkeypatch: pytest.MonkeyPatch, **params: str) -> AppTest:
     monkeypatch.setenv("OUTPUT_ROOT", str(root))
-    test = AppTest.from_file(str(VIEW), default_timeout=60)
-    for key, value in params.items():
-        test.query_params[key] = value
-    test.run()
+    test = open_view(VIEW.stem, **params)
     assert not test.exception
     return test
 
