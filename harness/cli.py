@@ -2,10 +2,14 @@
 
 import argparse
 import os
+import secrets
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, disk_full
 from harness.settings import SHORT_FLAGS, Resolved, describe, field_names, nearest, resolve
@@ -29,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (harness.md §2)."""
     given = list(sys.argv[1:] if argv is None else argv)
+    with suppress(ValueError):  # not the main thread
+        # As Ctrl-C. In a container this is process 1, which the kernel would let ignore a signal it does not handle.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parser = _parser()
         args, rest = parser.parse_known_args(given)
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"harness: {' '.join(str(e).split())}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
-        print("harness: stopped before anything was computed; type the same command again", file=sys.stderr)
+        print("harness: stopped; nothing is lost, type the same command again", file=sys.stderr)
         return Stopped.exit_code
     except BrokenPipeError:  # `harness runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,13 +93,32 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
     export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
+    verify = command(
+        "verify", _verify, "whether a run is still what it was, and gives the same numbers again; exit 1 where not"
+    )
+    verify.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    verify.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="batches of each stage to measure again (default 1)"
+    )
+    verify.add_argument("--sample", type=int, metavar="SEED", help="which batches (default: other ones each time)")
+    reproduce = command(
+        "reproduce", _reproduce, "a new run from a run's manifest, in the same batches; then how the results compare"
+    )
+    reproduce.add_argument("run", help="a run_id, a unique prefix of one, latest, or the file of a manifest")
+    reproduce.add_argument(
+        "--anyway", action="store_true", help="go on where model, data or code differ, and record it"
+    )
+    diff = command("diff", _diff, "how two runs differ: manifests first, then results")
+    diff.add_argument("run_a", help="a run_id, a unique prefix of one, or latest")
+    diff.add_argument("run_b", help="the other run")
+    diff.add_argument("--exit-code", action="store_true", help="exit 1 where a measured value differs")
     report = command("report", _report, "one self-contained HTML page of a run, and its figures as PNG and SVG")
     report.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     report.add_argument("--to", type=Path, metavar="DIR", help="folder to write to (default: the run's own, report/)")
     command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
     app = command("app", _app, "the review app, in the browser")
     app.add_argument("--port", type=int, default=8501, help="port (default 8501)")
-    app.add_argument("--address", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    app.add_argument("--address", help="address to listen on (default: this machine only; in the image all)")
     sanity = command(
         "sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement"
     )
@@ -120,14 +146,19 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _flags(args: argparse.Namespace) -> dict[str, str]:
+    return {k.removeprefix("set:"): v for k, v in vars(args).items() if k.startswith("set:") and v is not None}
+
+
 def _resolved(args: argparse.Namespace) -> Resolved:
-    flags = {k.removeprefix("set:"): v for k, v in vars(args).items() if k.startswith("set:") and v is not None}
-    resolved = resolve(flags, args.config)
+    resolved = resolve(_flags(args), args.config)
     if resolved.settings.paths.hf_home is not None:  # read by huggingface_hub when it is first imported
         os.environ["HF_HOME"] = str(resolved.settings.paths.hf_home)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # cuBLAS gives the same bits again only so (docs.nvidia.com/cuda/cublas, "Results reproducibility"); read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from harness import log
 
     log.to_console(args.verbose)
@@ -165,6 +196,39 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
+    """The settings that a recorded run had, under those that this command gives."""
+    from harness.recorded import settings_of
+
+    return resolve(_flags(args), args.config, recorded=settings_of(manifest), recorded_by=f"run {manifest['run_id']}")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    if args.batches < 0:
+        raise RunError(f"--batches: expected 0 or more, found {args.batches}")
+    from harness import verify
+
+    seed = secrets.randbelow(10_000) if args.sample is None else args.sample
+    return verify.command(root, args.run, partial(_again, args), args.batches, seed)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import reproduce
+
+    manifest, original = reproduce.find(root, args.run)
+    return reproduce.command(manifest, original, _again(args, manifest), accept=args.anyway, argv=args.argv)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness import diff
+    from harness.run import find_run
+
+    return diff.command(find_run(root, args.run_a), find_run(root, args.run_b), ends_in_1=args.exit_code)
+
+
 def _report(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     from harness import log, report
@@ -193,8 +257,11 @@ def _app(args: argparse.Namespace) -> int:
         raise EnvironmentFault("the app's files are not beside this installation; run it from a clone, or in the image")
     os.environ["OUTPUT_ROOT"] = str(settings.paths.runs)
     command = [sys.executable, "-m", "streamlit", "run", str(found), "--server.port", str(args.port)]
-    command += ["--server.address", args.address, "--server.headless", "true", "--browser.gatherUsageStats", "false"]
-    command += ["--client.toolbarMode", "minimal"]
+    command += ["--server.headless", "true", "--browser.gatherUsageStats", "false", "--client.toolbarMode", "minimal"]
+    if args.address:
+        command += ["--server.address", args.address]
+    else:
+        os.environ.setdefault("STREAMLIT_SERVER_ADDRESS", "127.0.0.1")  # the image says otherwise
     os.execv(sys.executable, command)
 
 

@@ -79,6 +79,8 @@ class Limits:
 
     max_tokens: int | None = None
     reserve_disk_bytes: int = 500_000_000
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Items a batch, for stages that are to be cut as another run cut them."""
 
 
 @dataclass
@@ -90,12 +92,16 @@ class StageReport:
     status: str = "running"
     num_items: int = 0
     num_failed: int = 0
+    num_rows: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    tokens_per_s: float = 0.0
     num_batches: int = 0
     splits: int = 0
     peak_bytes: int = 0
-    budget: int = field(default=0)
+    budget: int = 0
+    sizes: tuple[int, ...] = ()
+    """Items a batch, in the order of the plan; retries left out. The same sizes give the same bits again."""
 
 
 class Engine:
@@ -129,7 +135,8 @@ class Engine:
             self._store.start_stage(stage.name, stage.version, len(items), len(finished - failed))
         self._observer.stage_started(stage.name, len(items), len(finished))
         capacity = self._executor.accelerator.capacity_bytes()
-        budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name))
+        sizes = self._limits.sizes.get(stage.name, ())
+        budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name), sizes)
         while True:
             plan += self._plan_more(stage, items, plan, budget)
             todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: place(b, plan)))
@@ -211,7 +218,7 @@ class Engine:
                     raise Stopped("stopped by a signal")
 
     def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, dropped: list[str]) -> None:
-        result = _collect(batch, outcome, dropped)
+        result = collect(batch, outcome, dropped)
         self._write_artifacts(outcome, result)
         for failure in result.failures:
             logger.error("{} failed on {}: {}", stage.name, failure.key, failure.message)
@@ -245,11 +252,23 @@ class Engine:
         row = next(r for r in self._store.stage_rows() if r["stage"] == stage.name)
         with self._stop.shield():
             self._store.finish_stage(stage.name, "done" if not row["num_failed"] else "failed")
+        done = [b for b in plan if b.status == "done"]
         return StageReport(
-            stage.name, stage.version, "done" if not row["num_failed"] else "failed", row["num_items"], row["num_failed"],
-            round(row["seconds"], 3), row["tokens"], sum(b.status == "done" for b in plan),
-            sum(b.status == "split" for b in plan), max((b.peak_bytes or 0 for b in plan), default=0), budget.tokens or 0,
-        )  # fmt: skip
+            name=stage.name,
+            version=stage.version,
+            status="done" if not row["num_failed"] else "failed",
+            num_items=row["num_items"],
+            num_failed=row["num_failed"],
+            num_rows=row["num_rows"],
+            seconds=round(row["seconds"], 3),
+            tokens=row["tokens"],
+            tokens_per_s=round(row["tokens"] / row["seconds"], 1) if row["seconds"] else 0.0,
+            num_batches=len(done),
+            splits=sum(b.status == "split" for b in plan),
+            peak_bytes=max((b.peak_bytes or 0 for b in plan), default=0),
+            budget=budget.tokens or 0,
+            sizes=tuple(len(b.keys) for b in sorted(done, key=lambda b: place(b, plan)) if b.attempt == 1),
+        )
 
     def _check_disk(self, stage: Stage, num_items: int) -> None:
         """Before a stage: room for its rows, twice, since the snapshot is a copy, and for what must stay free."""
@@ -269,7 +288,7 @@ class Engine:
             )
 
 
-def _collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
+def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
     """The rows of the items that worked; a failure for each that did not, NaN and infinity included."""
     result = BatchResult(seconds=outcome.seconds, peak_bytes=outcome.peak_bytes, dropped=dropped)
     keys = [key for key in batch.keys if key not in dropped]

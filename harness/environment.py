@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,41 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+_LABELS = ("revision", "version", "created", "source")
 _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME")
 
 
 def code() -> dict[str, Any]:
-    """Version, git commit and dirty flag of the code that runs; the image's labels where there is no repository."""
+    """Version, git commit and dirty flag of the code that runs; the image's label where there is no repository.
+
+    `source_sha256` is of the package's own files: equal where the same code runs, cloned, installed or in an image.
+    """
     commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    diff = tree_diff()
     return {
         "version": importlib.metadata.version("harness") if _installed("harness") else "not installed",
         "git_commit": commit or os.environ.get("HARNESS_IMAGE_REVISION"),
-        "git_dirty": bool(status) if commit else None,
+        "git_dirty": bool(diff) if commit else None,
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "source_sha256": source_sha256(),
     }
 
 
+def source_sha256() -> str:
+    """One hash of every source file of the package, by its place in it."""
+    files = sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".j2"))
+    told = (f"{p.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
+    return hashlib.sha256("".join(told).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
 def tree_diff() -> str:
-    """The uncommitted changes of the code, or nothing."""
-    return _git("diff", "HEAD") or ""
+    """The uncommitted changes of the code as a patch, new files of the packages among them; or nothing. Asked once."""
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", "harness", "app") or "").splitlines()
+    changes = [_git("diff", "--binary", "HEAD")]
+    changes += [_git("diff", "--binary", "--no-index", "--", "/dev/null", name, allowed=(0, 1)) for name in new]
+    return "".join(f"{change}\n" for change in changes if change)
 
 
 def packages() -> dict[str, str]:
@@ -53,6 +72,7 @@ def machine() -> dict[str, Any]:
         "os": platform.platform(),
         "python": sys.version.split()[0],
         "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": os.cpu_count(),
         "ram_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
@@ -61,6 +81,7 @@ def machine() -> dict[str, Any]:
         "driver": _driver(),
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "container": _container(),
+        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ} or None,
     }
 
@@ -77,10 +98,18 @@ def _driver() -> str | None:
     return next(iter(_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()), None)
 
 
-def _container() -> dict[str, str] | None:
+def _container() -> dict[str, Any] | None:
+    """The image's labels, and its digest and SBOM where `docker run` handed them in: an image cannot know its own."""
     inside = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    labels = {name: os.environ.get(f"HARNESS_IMAGE_{name.upper()}") for name in _LABELS}
     digest = os.environ.get("HARNESS_IMAGE_DIGEST")
-    return {"image_digest": digest or "unknown"} if inside or digest else None
+    if not (inside or digest):
+        return None
+    return {
+        "image_digest": digest or "unknown",
+        "sbom_sha256": os.environ.get("HARNESS_IMAGE_SBOM_SHA256"),
+        "labels": {name: value for name, value in labels.items() if value},
+    }
 
 
 def _cpu_name() -> str:
@@ -99,15 +128,16 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _git(*args: str) -> str | None:
-    """Output of git in the code's own repository; None where the code is in none."""
+def _git(*args: str, allowed: tuple[int, ...] = (0,)) -> str | None:
+    """Output of git in the code's own repository; None where the code is in none, or git gives another exit code."""
     if not (ROOT / ".git").exists():
         return None
-    return _run("git", "-C", str(ROOT), *args) or None
+    return _run("git", "-C", str(ROOT), *args, allowed=allowed) or None
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, allowed: tuple[int, ...] = (0,)) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
         return ""
+    return ended.stdout.strip("\n") if ended.returncode in allowed else ""

@@ -4,22 +4,23 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loguru import logger
 
-from harness import environment, log, stages, summary
+from harness import environment, log, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
+    Difference,
     Manifest,
     RunPaths,
     differences,
@@ -35,7 +36,7 @@ from harness.run import (
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
 from harness.stages.inputs import Inputs
 from harness.stop import StopSignal
-from harness.store import Reader, Store
+from harness.store import MEASURED, Reader, Store
 from harness.text.conditions import BUILT_IN, Template
 from harness.text.prompts import PromptSet, read_prompts, take
 
@@ -52,6 +53,22 @@ class Plan:
     inputs: Inputs
     prompt_set: PromptSet
     device: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that another one repeats, what is known not to be as it was, and how its stages were cut into batches."""
+
+    run_id: str
+    accepted: tuple[Difference, ...] = ()
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class Ended(NamedTuple):
+    """A run that has come to its end, and the exit code that tells how."""
+
+    paths: RunPaths
+    code: int
 
 
 def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
@@ -115,45 +132,55 @@ def run(
     argv: list[str] | None = None,
 ) -> int:  # fmt: skip
     """The whole command; its exit code. Raises HarnessError for what cannot be started."""
+    return start(prepare(resolved, experiment), resolved, resume, retry_failed, argv).code
+
+
+def start(
+    plan: Plan, resolved: Resolved, resume: str = "auto", retry_failed: bool = False, argv: list[str] | None = None,
+    origin: Origin | None = None,
+) -> Ended:  # fmt: skip
+    """Start or go on with the run of a plan, to its end. With `origin` it repeats that run."""
     settings = resolved.settings
-    threads = device.set_threads(settings.runtime.threads)
-    numerics = device.be_exact()
-    plan = prepare(resolved, experiment)
+    here = surroundings(plan, resolved)
     _say_rejections(plan.prompt_set)
-    paths, is_new = _choose_run(settings.paths.runs, plan, resume)
+    if settings.runtime.device == "auto" and device.is_gpu_unused(plan.device):
+        logger.warning("torch sees no GPU: computing on the CPU; in a container add `--gpus all`, see `harness doctor`")
+    paths, is_new = _choose_run(settings.paths.runs, plan, resume, origin)
     if not is_new and not retry_failed and _finished(paths):
-        return _report_finished(paths)
+        return Ended(paths, _report_finished(paths))
     with ExitStack() as stack:
         stack.enter_context(locked(paths))
         warnings = log.to_file(paths.log)
         store = stack.enter_context(Store(paths.results))
         if is_new:
-            manifest = Manifest.create(paths, _manifest(plan, resolved, argv or [], threads, numerics))
+            manifest = Manifest.create(paths, _manifest(plan, resolved, argv or [], here, origin))
             _write_diff(paths)
             for r in plan.prompt_set.rejections:
                 store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
         else:
             manifest = Manifest.reopen(paths)
+            seal.remove(paths)
             store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
             resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv}]
             manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
         logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
-        code = _execute(plan, settings, paths, store, manifest, retry_failed)
-        manifest.update(warnings=dict(warnings.counts))
+        sizes = origin.sizes if origin else {}
+        code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings, sizes)
     if code in (0, 1):
         with Reader(paths.live) as reader:
             log.print_out(*summary.render(summary.summarise(reader), read_manifest(paths)))
         log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
-    return code
+    return Ended(paths, code)
 
 
 def _execute(
-    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: Manifest, retry_failed: bool
-) -> int:
+    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: Manifest, retry_failed: bool,
+    warnings: log.WarningCount, sizes: Mapping[str, Sequence[int]],
+) -> int:  # fmt: skip
     """Run the stages; leave a manifest that tells the truth however it ends."""
     accelerator = device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
     given = settings.batching.max_tokens
-    limits = Limits(given if isinstance(given, int) else None, int(settings.runtime.reserve_disk_gb * 1e9))
+    limits = Limits(given if isinstance(given, int) else None, int(settings.runtime.reserve_disk_gb * 1e9), sizes)
     start = time.perf_counter()
     reports: dict[str, Any] = dict(manifest.get("stages") or {})
 
@@ -161,32 +188,33 @@ def _execute(
         reports[report.name] = asdict(report)
         manifest.update(stages=reports)
 
-    def ended(status: str, **more: Any) -> None:
+    def ended(status: str, **more: Any) -> dict[str, Any]:
         seconds = round(float(manifest.get("seconds") or 0) + time.perf_counter() - start, 3)
-        manifest.update(status=status, ended=now_text(), seconds=seconds, **more)
+        counts = dict(warnings.counts)
+        return {"status": status, "ended": now_text(), "seconds": seconds, "warnings": counts, **more}
 
     store.publish(paths.live)
     try:
         with manifest.beating(), StopSignal() as stop, log.ConsoleProgress() as progress:
             engine = Engine(store, paths, Inline(accelerator), limits, progress, stop)
             engine.run(plan.stages, after_stage, retry_failed)
-        store.publish(paths.live)
+            store.publish(paths.live)
+            tables = store.seal(paths.row_digests)
     except Stopped as e:
         store.publish(paths.live)
-        ended("interrupted", reason=str(e))
+        manifest.update(**ended("interrupted", reason=str(e)))
         logger.warning("{}; nothing is lost: type the same command again to go on with {}", e, paths.run_id)
         return Stopped.exit_code
     except BaseException as e:
         logger.error("run {} stopped: {}", paths.run_id, e)
         with _best_effort():
-            ended("failed", reason=f"{type(e).__name__}: {e}")
+            manifest.update(**ended("failed", reason=f"{type(e).__name__}: {e}"))
         with _best_effort():
             store.publish(paths.live)
         raise
     failed = sum(r["num_failed"] for r in store.stage_rows())
     certificate = store.table("sanity")
     apart = [v["measurement"] for v in certificate if not v["ok"]]
-    ended("finished", num_failed=failed, tables=store.counts(), sanity=certificate)
     if apart:
         logger.error(
             "the fast path and the plain reference disagree on {}: do not trust this run; see `harness show {}`",
@@ -199,6 +227,15 @@ def _execute(
             failed,
             paths.run_id,
         )
+    last = ended(
+        "finished",
+        num_failed=failed,
+        tables={name: table.rows for name, table in tables.items()},
+        table_sha256={name: tables[name].sha256 for name in MEASURED},
+        sanity=certificate,
+    )
+    seal.write(paths, tables, manifest.with_changes(**last))
+    manifest.update(**last)
     return 1 if failed or apart else 0
 
 
@@ -248,8 +285,8 @@ def model_spec(settings: Settings, where: str) -> ModelSpec:
     )
 
 
-def _choose_run(root: Path, plan: Plan, resume: str) -> tuple[RunPaths, bool]:
-    """The run to work on, and whether it is new."""
+def _choose_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> tuple[RunPaths, bool]:
+    """The run to work on, and whether it is new. A run that repeats another one goes on only as that."""
     if resume not in ("auto", "new"):
         paths = find_run(root, resume)
         manifest = read_manifest(paths)
@@ -262,9 +299,14 @@ def _choose_run(root: Path, plan: Plan, resume: str) -> tuple[RunPaths, bool]:
             )
         return paths, False
     if resume == "auto":
-        same = [e for e in list_runs(root) if e.manifest and e.manifest["fingerprint"] == plan.fingerprint]
+        parent = origin.run_id if origin else None
+        same = [
+            e
+            for e in list_runs(root)
+            if e.manifest and e.manifest["fingerprint"] == plan.fingerprint and e.manifest.get("parent") == parent
+        ]
         unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
-        if same:
+        if unfinished or (same and origin is None):
             return (unfinished or same)[0].paths, False
     if "?" in str(root.resolve()):
         raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
@@ -297,16 +339,11 @@ def _report_finished(paths: RunPaths) -> int:
     return 1 if failed or not all(v["ok"] for v in manifest.get("sanity") or []) else 0
 
 
-def _manifest(
-    plan: Plan, resolved: Resolved, argv: list[str], threads: int, numerics: Mapping[str, object]
-) -> dict[str, Any]:
-    identity: ModelIdentity = plan.inputs.identity
+def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
+    """Code, versions, machine and torch's switches, for a manifest. Sets the threads and switches that it tells of."""
+    threads = device.set_threads(resolved.settings.runtime.threads)
+    numerics = device.be_exact()
     return {
-        "experiment": plan.experiment,
-        "fingerprint": plan.fingerprint,
-        "fingerprint_parts": plan.parts,
-        "argv": argv,
-        "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
         "code": environment.code(),
         "packages": environment.packages(),
         "lock_sha256": environment.lock_sha256(resolved.settings.paths.data_folder),
@@ -314,6 +351,22 @@ def _manifest(
         "device": plan.device,
         "threads": threads,
         "numerics": {**numerics, "attention": "harness (SDPA, explicit where a model soft-caps or has sinks)"},
+    }
+
+
+def _manifest(
+    plan: Plan, resolved: Resolved, argv: list[str], here: Mapping[str, Any], origin: Origin | None
+) -> dict[str, Any]:
+    identity: ModelIdentity = plan.inputs.identity
+    return {
+        "experiment": plan.experiment,
+        "parent": origin.run_id if origin else None,
+        "accepted_differences": [d._asdict() for d in origin.accepted] if origin else [],
+        "fingerprint": plan.fingerprint,
+        "fingerprint_parts": plan.parts,
+        "argv": argv,
+        "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
+        **here,
         "random_numbers": noise.RULE,
         "model": {**{k: v for k, v in asdict(identity).items() if k != "about"}, **identity.about},
         "planted": resolved.settings.model.name == DEMO_MODEL,
@@ -330,7 +383,7 @@ def _write_diff(paths: RunPaths) -> None:
     diff = environment.tree_diff()
     if diff:
         with replacing(paths.tree_diff) as temporary:
-            temporary.write_text(diff + "\n", "utf-8")
+            temporary.write_text(diff, "utf-8")
 
 
 def _describe(plan: Plan) -> str:

@@ -6,6 +6,7 @@ Pure arithmetic on lengths; stores nothing and computes nothing.
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from harness.executor import Item
 from harness.store import Batch
@@ -21,9 +22,18 @@ _SAFETY = 0.85
 class Budget:
     """How many padded tokens a batch may have: given, or measured on the first two batches; lower after running out."""
 
-    def __init__(self, given: int | None, capacity_bytes: int | None, plan: Sequence[Batch], ran_out: Collection[int]):
+    def __init__(
+        self,
+        given: int | None,
+        capacity_bytes: int | None,
+        plan: Sequence[Batch],
+        ran_out: Collection[int],
+        sizes: Sequence[int] = (),
+    ):
         """`capacity_bytes`: all the memory there is for this process, None where it is not measured. `ran_out`: ids of
-        the batches of `plan` that did not fit, in an earlier life of this run."""
+        the batches of `plan` that did not fit, in an earlier life of this run. `sizes`: items a batch where the items are
+        to be cut as another run cut them; ignored where they are not as many."""
+        self._sizes = tuple(sizes)
         self._capacity = capacity_bytes if given is None else None
         self.tokens: int | None = given or (None if self._capacity is not None else CPU_BUDGET)
         self._ceiling: int | None = None
@@ -44,6 +54,10 @@ class Budget:
     def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
         """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys."""
         ordered = sorted(items, key=lambda i: (-i.length, i.key))
+        if ordered and len(ordered) == sum(self._sizes):
+            for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
+                yield batch_of(stage, next_id + n, ordered[end - size : end])
+            return
         if self.tokens is None and self._any_done:
             self.tokens = self._from_measurement() if self._measured else CPU_BUDGET
         if self.tokens is None:

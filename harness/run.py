@@ -53,6 +53,39 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     return [Difference(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k, absent) != b.get(k, absent)]
 
 
+ABSENT = "(absent)"
+"""Stands for the value of a key that one of two manifests does not have."""
+_PARTS = (
+    ("identity", "fingerprint_parts"), ("settings", "settings"), ("code", "code"), ("packages", "packages"),
+    ("numerics", "numerics"), ("machine", "machine"),
+)  # fmt: skip
+
+
+def manifest_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Difference]]:
+    """(part, difference) of every leaf on which two runs' manifests differ, what decides results first: `identity`,
+    `settings` (values, whatever their source), `code`, `packages`, `numerics`, `machine`."""
+    found = []
+    for part, name in _PARTS:
+        trees = [tree if isinstance(tree := m.get(name), Mapping) else {} for m in (old, new)]
+        if part == "settings":
+            trees = [{k: v.get("value") for k, v in t.items() if isinstance(v, Mapping)} for t in trees]
+        if part == "machine":  # what of it was used
+            trees = [
+                {**t, "device": m.get("device"), "threads": m.get("threads")}
+                for t, m in zip(trees, (old, new), strict=True)
+            ]
+        names = [{d.key for d in differences({}, tree)} for tree in trees]
+        found += [
+            (
+                part,
+                Difference(d.key, *(v if d.key in n else ABSENT for v, n in zip((d.old, d.new), names, strict=True))),
+            )
+            for d in differences(*trees)
+            if d.key
+        ]
+    return found
+
+
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
@@ -108,6 +141,16 @@ class RunPaths:
         return self.folder / "report"
 
     @property
+    def seal(self) -> Path:
+        """What a finished run was: a copy of its manifest and the digests of its tables."""
+        return self.folder / "seal.json"
+
+    @property
+    def row_digests(self) -> Path:
+        """Key and digest of every row, the seal's other half."""
+        return self.folder / "seal.parquet"
+
+    @property
     def tree_diff(self) -> Path:
         """Uncommitted changes of the code that made the run."""
         return self.folder / "working_tree.diff"
@@ -128,14 +171,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_manifest(paths: RunPaths) -> dict[str, Any]:
     """A run's manifest as it stands. Raises RunError when it is missing or not readable."""
+    return read_manifest_file(paths.manifest)
+
+
+def read_manifest_file(path: Path) -> dict[str, Any]:
+    """The manifest in a file, wherever it lies. Raises RunError when it is missing or no manifest."""
     try:
-        manifest = json.loads(paths.manifest.read_text("utf-8"))
+        manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
-        raise RunError(f"{paths.folder}: expected a manifest.json, found none; it is no run") from e
+        raise RunError(f"{path.parent}: expected a {path.name}, found none; it is no run") from e
     except (OSError, ValueError) as e:
-        raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
+        raise RunError(f"{path}: not readable as JSON: {e}") from e
     if not isinstance(manifest, dict) or "run_id" not in manifest or "fingerprint" not in manifest:
-        raise RunError(f"{paths.manifest}: expected a manifest with run_id and fingerprint, found something else")
+        raise RunError(f"{path}: expected a manifest with run_id and fingerprint, found something else")
     return manifest
 
 
@@ -179,6 +227,11 @@ class Manifest:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._content.get(key, default)
+
+    def with_changes(self, **changes: Any) -> dict[str, Any]:
+        """What the manifest would be with these keys set."""
+        with self._lock:
+            return {**self._content, **changes}
 
     def update(self, **changes: Any) -> None:
         """Set some keys and write the whole file anew."""

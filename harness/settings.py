@@ -28,8 +28,9 @@ ALIASES = {
     "OUTPUT_ROOT": "paths.runs",
 }
 """Environment names that people already have, and the setting each one is."""
-NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_DIGEST")
-"""What a container says about itself: facts for the manifest."""
+NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_VERSION", "HARNESS_IMAGE_CREATED", "HARNESS_IMAGE_SOURCE",
+                "HARNESS_IMAGE_DIGEST", "HARNESS_IMAGE_SBOM_SHA256")  # fmt: skip
+"""What a container says about itself, its labels and what it was handed: facts for the manifest."""
 SHORT_FLAGS = {
     "model": "model.name",
     "prompts": "data.prompts",
@@ -254,7 +255,7 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings and, per dotted name, where the value came from: `default`, `file: …`, `env: …` or `flag: …`."""
+    """Settings and, per dotted name, where the value came from: `default`, `run: …`, `file: …`, `env: …` or `flag: …`."""
 
     settings: Settings
     sources: Mapping[str, str]
@@ -270,13 +271,19 @@ class Resolved:
 
 
 def resolve(
-    flags: Mapping[str, str] | None = None, config: Path | None = None, environ: Mapping[str, str] | None = None
+    flags: Mapping[str, str] | None = None,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    recorded_by: str = "",
 ) -> Resolved:
     """Settings from flags (dotted name -> text), the environment and a TOML file, in that order of strength.
 
+    `recorded` are values by dotted name that a run, named by `recorded_by`, had; they are weaker than all of these.
     Raises SettingsError, one line that names the flag, variable or file and what was expected.
     """
-    layers = [*_file_values(config), *_env_values(os.environ if environ is None else environ)]
+    layers = [(name, value, f"run: {recorded_by}") for name, value in (recorded or {}).items()]
+    layers += [*_file_values(config), *_env_values(os.environ if environ is None else environ)]
     layers += [(name, value, f"flag: --{name}") for name, value in (flags or {}).items()]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -360,6 +367,11 @@ def _check_name(name: str, source: str) -> None:
     known = field_names()
     if name in known or any(name.startswith(k + ".") for k in known if _is_table(k)):
         return
+    if source.startswith("run: "):
+        raise SettingsError(
+            f"{source.removeprefix('run: ')} was made by another version of harness: it records the setting {name!r}, "
+            f"which this one does not have{nearest(name, known)}"
+        )
     spoken = source.removeprefix("flag: ").removeprefix("env: ")
     if source.startswith("env: "):
         variables = [PREFIX + k.upper().replace(".", "__") for k in known]

@@ -4,15 +4,16 @@ One process writes (`Store`); everybody else reads a snapshot (`Reader`), so tha
 All rows of a batch and the mark that it is done commit in one transaction.
 """
 
+import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -181,6 +182,9 @@ _MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE contexts ADD COLUMN offsets INTEGER[2][];
     CREATE TABLE vocabulary (token_id INTEGER PRIMARY KEY, text VARCHAR, is_special BOOLEAN);
     """,
+    """
+    ALTER TABLE stages ADD COLUMN num_rows BIGINT DEFAULT 0;
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 
@@ -194,6 +198,7 @@ VIEWS = (
 )  # fmt: skip
 MACHINERY = ("stages", "batches", "events")
 """Tables that tell how a run went; the others tell what it measured."""
+MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
 
 _DROPPED = "what it rested on was measured again, and it is not among the items any more"
 BatchStatus = Literal["planned", "done", "split"]
@@ -237,8 +242,37 @@ class BatchResult:
     peak_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class TableSeal:
+    """What a table held when it was sealed: `sha256` is of its rows' digests in the order of their keys."""
+
+    columns: tuple[str, ...]
+    rows: int
+    sha256: str
+
+
+class Broken(NamedTuple):
+    """A row that is not as it was sealed: `changed`, `missing` or `added`; `key` is JSON."""
+
+    table: str
+    key: str
+    how: str
+
+
+class Aligned(NamedTuple):
+    """The rows of two runs' tables that have the same key, in its order, in the columns both have; and how many others."""
+
+    key: tuple[str, ...]
+    one: pa.Table
+    other: pa.Table
+    only_one: int
+    only_other: int
+
+
 class Store:
     """The writer of one run. Opening it brings the file to this schema; a file of a newer one is refused."""
+
+    LIBRARY = f"duckdb {duckdb.__version__}"
 
     def __init__(self, path: Path):
         self.path = path
@@ -277,7 +311,7 @@ class Store:
         """Record that a stage begins or goes on, with the number of items it has and of those done already."""
         with self._transaction():
             self._con.execute(
-                "INSERT INTO stages VALUES (?, ?, 'running', ?, ?, ?, 0, 0) "
+                "INSERT INTO stages VALUES (?, ?, 'running', ?, ?, ?, 0, 0, 0) "
                 "ON CONFLICT DO UPDATE SET status = 'running', version = excluded.version, "
                 "num_items = excluded.num_items, num_done = excluded.num_done, num_failed = excluded.num_failed",
                 [stage, version, num_items, num_done, len(self._failed(stage))],
@@ -321,10 +355,12 @@ class Store:
     def commit(self, batch: Batch, result: BatchResult) -> None:
         """The rows of a batch, its failures, and the mark that it is done: all of it or nothing."""
         failed = {f.key for f in result.failures}
+        num_rows = sum(map(len, result.rows.values()))
         with self._transaction():
             for table, values in result.replaced:
                 matching = " AND ".join(f"{column} = ?" for column in values)
-                self._con.execute(f"DELETE FROM {table} WHERE {matching}", list(values.values()))
+                gone = self._con.execute(f"DELETE FROM {table} WHERE {matching}", list(values.values())).fetchall()
+                num_rows -= gone[0][0]
             for table, rows in result.rows.items():
                 self._insert(table, rows)
             for table, rows in result.updates.items():
@@ -344,13 +380,14 @@ class Store:
                 [result.seconds, result.peak_bytes, batch.stage, batch.batch_id],
             )
             self._con.execute(
-                "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ? "
-                "WHERE stage = ?",
+                "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ?, "
+                "num_rows = num_rows + ? WHERE stage = ?",
                 [
                     len(batch.keys) - len(failed) - len(result.dropped),
                     len(self._failed(batch.stage)),
                     result.seconds,
                     result.tokens,
+                    num_rows,
                     batch.stage,
                 ],
             )
@@ -400,7 +437,32 @@ class Store:
         if age >= max(every_s, self._publish_cost_s / share):
             self.publish(live)
 
+    def seal(self, path: Path) -> dict[str, TableSeal]:
+        """Write the key and a digest of every row to `path`, as Parquet, so that a later change of any row can be named.
+
+        About a second for every 50 million numbers, on each core.
+        """
+        columns = {name: tuple(self._schema(name).names) for name in TABLES}
+        with replacing(path) as temporary, _disk_errors(), self._all_cores():
+            self._con.execute(
+                f"COPY ({_digests(self._con, columns)}) TO '{_quoted(temporary)}' (FORMAT parquet, COMPRESSION zstd)"
+            )
+            found = self._con.execute(
+                f"SELECT tbl, count(*), {_DIGEST_OF_ALL} FROM read_parquet('{_quoted(temporary)}') GROUP BY tbl"
+            ).fetchall()
+        told = {name: (rows, digest) for name, rows, digest in found}
+        return {name: TableSeal(columns[name], *told.get(name, (0, _EMPTY))) for name in TABLES}
+
     # -- inside
+
+    @contextmanager
+    def _all_cores(self) -> Iterator[None]:
+        """For what adds up no floats."""
+        self._con.execute(f"SET threads = {os.cpu_count() or 1}")
+        try:
+            yield
+        finally:
+            self._con.execute("SET threads = 1")
 
     @contextmanager
     def _transaction(self):
@@ -506,10 +568,11 @@ class Reader:
         except OSError as e:
             raise StoreError(f"{live}: cannot be opened as a snapshot: {e.strerror}") from e
         self.published = os.fstat(self._file.fileno()).st_mtime
-        held = Path(f"/proc/self/fd/{self._file.fileno()}")
+        by_number = Path(f"/proc/self/fd/{self._file.fileno()}")
+        self._held = by_number if by_number.exists() else live
         self._con = duckdb.connect(":memory:")
         try:
-            self._con.execute(f"ATTACH '{_quoted(held if held.exists() else live)}' AS run (READ_ONLY)")
+            self._con.execute(f"ATTACH '{_quoted(self._held)}' AS run (READ_ONLY)")
             self._con.execute("USE run")
         except duckdb.Error as e:
             self.close()
@@ -546,8 +609,70 @@ class Reader:
         """A table or view, in the order of its key where it has one."""
         assert name in self.tables(), f"no table {name}"
         order = ", ".join(_primary_key(self._con, name)) or "ALL"
+        return self._arrow(f"SELECT * FROM {name} ORDER BY {order}")
+
+    def rows(self, name: str) -> list[Row]:
+        """As `Store.table`, with the same bits in every mean of a view."""
+        self._con.execute("SET threads = 1")
         try:
-            return self._con.sql(f"SELECT * FROM {name} ORDER BY {order}").to_arrow_table()
+            return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(_primary_key(self._con, name)) or 'ALL'}")
+        finally:
+            self._con.execute(f"SET threads = {os.cpu_count() or 1}")
+
+    def broken_rows(self, seal: Path, sealed: Mapping[str, TableSeal], at_most: int = 20) -> list[Broken]:
+        """The first rows that are not as `Store.seal` found them; a table or column that is gone is one with an empty key."""
+        here = set(self.tables())
+        lost = {
+            name: set(s.columns) - {c for c, _ in self._columns(name)} for name, s in sealed.items() if name in here
+        }
+        broken = [Broken(name, "", "missing") for name in sorted(sealed.keys() - here)]
+        broken += [Broken(f"{name}.{column}", "", "missing") for name, gone in lost.items() for column in sorted(gone)]
+        columns = {name: s.columns for name, s in sealed.items() if name in here and not lost[name]}
+        found = self.query(
+            f"SELECT coalesce(now.tbl, was.tbl) AS table, coalesce(now.key, was.key) AS key, "
+            "CASE WHEN was.tbl IS NULL THEN 'added' WHEN now.tbl IS NULL THEN 'missing' ELSE 'changed' END AS how "
+            f"FROM ({_digests(self._con, columns)}) now FULL JOIN "
+            f"(SELECT * FROM read_parquet('{_quoted(seal)}') WHERE list_contains(?, tbl)) was USING (tbl, key) "
+            f"WHERE now.digest IS DISTINCT FROM was.digest ORDER BY 1, 2 LIMIT {at_most}",
+            [list(columns)],
+        ) if columns else []  # fmt: skip
+        return broken + [Broken(**row) for row in found]
+
+    def definitions(self) -> dict[str, str]:
+        """How every table and view is defined, by name; equal for two stores of one schema version."""
+        return {r["name"]: r["sql"] for r in self.query(
+            "SELECT table_name AS name, sql FROM duckdb_tables() WHERE database_name = 'run' UNION ALL "
+            "SELECT view_name, sql FROM duckdb_views() WHERE database_name = 'run' AND NOT internal")}  # fmt: skip
+
+    def same_rows(self, table: str, rows: Sequence[Row]) -> Aligned:
+        """These rows beside those of the table with the same keys, in the columns given; as the table would hold them."""
+        key = _primary_key(self._con, table)
+        schema = self._con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
+        given = [f.name for f in schema if f.name in rows[0]]
+        self._con.register("measured_again", pa.Table.from_pylist(list(rows), schema=schema))
+        try:
+            return self._align(table, f"run.{table}", "measured_again", key, given)
+        finally:
+            self._con.unregister("measured_again")
+
+    def aligned(self, other: "Reader", table: str) -> Aligned:
+        """The same table of two runs; `one` is this run's. Raises StoreError where one has no such table."""
+        self._con.execute(f"ATTACH IF NOT EXISTS '{_quoted(other._held)}' AS other_run (READ_ONLY)")
+        names = [name for name, _ in other._columns(table)]
+        shared = [name for name, _ in self._columns(table) if name in names]
+        return self._align(table, f"run.{table}", f"other_run.{table}", _primary_key(self._con, table), shared)
+
+    def _align(self, name: str, one: str, other: str, key: Sequence[str], columns: Sequence[str]) -> Aligned:
+        using, chosen = ", ".join(map(_identifier, key)), ", ".join(map(_identifier, columns))
+        both = [self._arrow(f"SELECT {chosen} FROM {a} SEMI JOIN {b} USING ({using}) ORDER BY {using}")
+                for a, b in ((one, other), (other, one))]  # fmt: skip
+        only = [self.query(f"SELECT count(*) AS n FROM {a} ANTI JOIN {b} USING ({using})")[0]["n"]
+                for a, b in ((one, other), (other, one))]  # fmt: skip
+        return Aligned(tuple(key), both[0], both[1], only[0], only[1])
+
+    def _arrow(self, sql: str) -> pa.Table:
+        try:
+            return self._con.sql(sql).to_arrow_table()
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {_one_line(e)}") from e
 
@@ -710,6 +835,23 @@ def _primary_key(con: duckdb.DuckDBPyConnection, table: str) -> list[str]:
         [table],
     ).fetchall()
     return list(found[0][0]) if found else []
+
+
+_DIGEST_OF_ALL = "sha256(coalesce(string_agg(digest, '' ORDER BY key), ''))"
+_EMPTY = hashlib.sha256(b"").hexdigest()
+
+
+def _digests(con: duckdb.DuckDBPyConnection, columns: Mapping[str, Sequence[str]]) -> str:
+    """A query of tbl, key and digest of every row of these tables, over these columns. JSON tells NULL from 'NULL'."""
+
+    def packed(names: Sequence[str]) -> str:
+        return f"to_json(struct_pack({', '.join(f'{_identifier(n)} := {_identifier(n)}' for n in names)}))::VARCHAR"
+
+    return " UNION ALL ".join(
+        f"SELECT '{name}' AS tbl, {packed(_primary_key(con, name) or chosen)} AS key, "
+        f"left(sha256({packed(chosen)}), 16) AS digest FROM {name}"
+        for name, chosen in columns.items()
+    )
 
 
 def _quoted(path: os.PathLike[str] | str) -> str:

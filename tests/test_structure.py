@@ -20,7 +20,21 @@ from harness.errors import SettingsError
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "harness").rglob("*.py"))
 README = ROOT / "README.md"
-COMMANDS = ("cli", "__main__", "launch", "listing", "sanity", "verify", "bench", "doctor", "report", "figures")
+COMMANDS = (
+    "cli",
+    "__main__",
+    "launch",
+    "listing",
+    "sanity",
+    "verify",
+    "reproduce",
+    "recorded",
+    "diff",
+    "bench",
+    "doctor",
+    "report",
+    "figures",
+)
 
 # Left must not reach right, not even by way of others, where True; else it must not import it itself.
 FORBIDDEN: tuple[tuple[str, tuple[str, ...], bool], ...] = (

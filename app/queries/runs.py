@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from app import queries
+from harness import run
 from harness.run import RunEntry, RunPaths, differences
 
 LIST_COLUMNS = (
@@ -19,7 +20,6 @@ LIST_COLUMNS = (
 COMPARED = ("rates", "fit", "suppression", "phrasing", "taxonomy")
 """Analyses of `statistics` that are put side by side: those of the answers; the mechanism's have pages of their own."""
 _KEY = ["analysis", "condition", "measure", "grouping"]
-ABSENT = "(absent)"
 
 
 # -- the list
@@ -220,19 +220,8 @@ def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
 
 def manifest_differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
     """part, key, this, other of every leaf on which two manifests differ: what decides results first (`identity`), then
-    settings, packages, code, machine."""
-    rows = []
-    for part, name in (("identity", "fingerprint_parts"), ("settings", "settings"), ("packages", "packages"),
-                       ("code", "code"), ("numerics", "numerics"), ("machine", "machine")):  # fmt: skip
-        trees = [_mapping(m.get(name)) for m in (this, other)]
-        if part == "settings":
-            trees = [{k: _mapping(v).get("value") for k, v in tree.items()} for tree in trees]
-        a, b = map(_leaves, trees)
-        rows += [
-            (part, d.key, _told(d.old) if d.key in a else ABSENT, _told(d.new) if d.key in b else ABSENT)
-            for d in differences(*trees)
-            if d.key
-        ]
+    settings, code, packages, numerics, machine."""
+    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in run.manifest_differences(this, other)]
     return pd.DataFrame(rows, columns=["part", "key", "this", "other"])
 
 

@@ -10,13 +10,20 @@ from harness.errors import EnvironmentFault
 def resolve_device(wanted: str) -> str:
     """`cpu` or `cuda`. Raises EnvironmentFault when CUDA was asked for and is not there: never a silent CPU run."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        raise EnvironmentFault(
-            f"runtime.device=cuda: {why}; in a container add `--gpus all`, check `nvidia-smi`, or take --runtime.device cpu"
+        why, hint = (
+            ("this torch is built without CUDA", "take the GPU image, or a CUDA build of torch")
+            if torch.version.cuda is None
+            else ("torch sees no GPU", "in a container add `--gpus all`; check `nvidia-smi`")
         )
+        raise EnvironmentFault(f"runtime.device=cuda: {why}; {hint}; or take --runtime.device cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
+
+
+def is_gpu_unused(device: str) -> bool:
+    """Whether this torch was built for GPUs and computes on the CPU all the same."""
+    return device == "cpu" and torch.version.cuda is not None
 
 
 def set_threads(threads: int | None) -> int:

@@ -184,12 +184,13 @@ def identify(spec: ModelSpec) -> ModelIdentity:
         raise ModelError(
             f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors"
         )
+    hashes = {p.name: _file_sha256(p) for p in weights}
     generation = folder / "generation_config.json"
     wishes = json.loads(generation.read_text("utf-8")) if generation.exists() else None
     return ModelIdentity(
         name=spec.name,
         revision=revision,
-        weights_sha256=_digest({p.name: _file_sha256(p) for p in weights}),
+        weights_sha256=_digest(hashes),
         tokenizer_sha256=_tokenizer_sha256(folder),
         # Of what a checkpoint wants for generation only the tokens that end a text are heeded, so they count.
         config_sha256=_digest([_config_dict(config), (wishes or {}).get("eos_token_id")]),
@@ -200,7 +201,7 @@ def identify(spec: ModelSpec) -> ModelIdentity:
             "generation_config": wishes,
             "num_parameters": sum(map(_num_parameters, weights)),
             "chat_template_sha256": _chat_template_sha256(folder),
-            "weight_files": {p.name: p.stat().st_size for p in weights},
+            "weight_files": {p.name: {"bytes": p.stat().st_size, "sha256": hashes[p.name]} for p in weights},
         },
     )
 

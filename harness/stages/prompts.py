@@ -51,7 +51,7 @@ class Prompts:
             "prompt_id": prompt.prompt_id, "category": prompt.category, "question": prompt.question,
             "target": prompt.target, "source": prompt.source, "style": prompt.style, "row_hash": prompt.row_hash,
             "single_token": len(codec.encode(" " + prompt.target, add_special_tokens=False)) == 1,
-            "tier": None, "alternatives": list(prompt.alternatives),
+            "alternatives": list(prompt.alternatives),
         }  # fmt: skip
         contexts = [context_row(codec, prompt, name, template, self.chat) for name, template in self.conditions.items()]
         return ItemResult(prompt.prompt_id, {"prompts": [row], "contexts": contexts})

@@ -166,7 +166,7 @@ def test_differences_say_what_decides_results_first_and_what_only_one_run_has() 
              "settings": {"s": {"value": 1, "source": "flag"}}}  # fmt: skip
     rows = asked.manifest_differences(this, other)
     assert rows.to_numpy().tolist() == [
-        ["identity", "old", "null", asked.ABSENT],
+        ["identity", "old", "null", ABSENT],
         ["identity", "seed", "0", "1"],
         ["packages", "numpy", "1", "2"],
     ]

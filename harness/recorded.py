@@ -1,0 +1,84 @@
+"""A recorded run made ready to be measured again: the settings it had, and what of it is not as it was."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness import environment
+from harness.errors import HarnessError, RunError
+from harness.launch import Plan, prepare
+from harness.run import Difference, differences
+from harness.settings import Resolved
+
+_LOCAL = "paths."
+"""Settings that say where things are on the machine that ran it."""
+
+
+def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had."""
+    recorded = manifest.get("settings")
+    if not isinstance(recorded, Mapping) or not recorded:
+        raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
+    values = {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
+    if manifest.get("device") == "cpu" and manifest.get("threads"):
+        values["runtime.threads"] = manifest["threads"]
+    revision = (manifest.get("model") or {}).get("revision")
+    if revision not in (None, "local", "random"):
+        values["model.revision"] = revision
+    return values
+
+
+def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan, list[Difference]]:
+    """The plan of a recorded run, from settings that rest on `settings_of`, and what is not as it was: model, data or code.
+
+    Raises HarnessError where something is not there at all.
+    """
+    try:
+        plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))
+    except HarnessError as e:
+        raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
+    return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
+
+
+def told(changes: Sequence[Difference]) -> str:
+    """One line that names each."""
+    return "; ".join(f"{d.key}: was {_short(d.old)}, is {_short(d.new)}" for d in changes)
+
+
+def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
+    found = []
+    for change in differences(manifest.get("fingerprint_parts") or {}, plan.parts):
+        if change.key == "prompts.sha256":
+            found.append(Difference("data (prompts.sha256)", change.old, f"{change.new}{_rows_told(manifest, plan)}"))
+        else:
+            found.append(change)
+    return found
+
+
+def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
+    was: Mapping[str, str] = (manifest.get("prompts") or {}).get("row_hashes") or {}
+    now = {p.prompt_id: p.row_hash for p in plan.inputs.prompts}
+    groups = {
+        "changed": [i for i in was.keys() & now.keys() if was[i] != now[i]],
+        "missing": list(was.keys() - now.keys()),
+        "new": list(now.keys() - was.keys()),
+    }
+    counted = [f"{len(ids)} {how}, such as {min(ids)}" for how, ids in groups.items() if ids]
+    return f" (prompts: {', '.join(counted)})" if was and counted else ""
+
+
+def _difference_of_code(manifest: Mapping[str, Any]) -> list[Difference]:
+    was, now = manifest.get("code") or {}, environment.code()
+    if was.get("source_sha256") == now["source_sha256"]:
+        return []
+    return [Difference("code", _code_told(was), _code_told(now))]
+
+
+def _code_told(code: Mapping[str, Any]) -> str:
+    commit = str(code.get("git_commit") or "unknown")[:12]
+    dirty = " with uncommitted changes" if code.get("git_dirty") else ""
+    return f"commit {commit}{dirty}, sources {str(code.get('source_sha256') or 'not recorded')[:12]}"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

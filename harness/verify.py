@@ -1,0 +1,358 @@
+"""`harness verify`: whether a run is still what it was, hangs together, and gives the same numbers when measured again."""
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from harness import diff, log, seal
+from harness.diff import TOLERANCE, TableDrift, table_drift
+from harness.engine import Stage, collect
+from harness.errors import HarnessError, RunError, StoreError
+from harness.executor import Host, Inline, Outcome
+from harness.launch import Plan, surroundings
+from harness.listing import open_snapshot
+from harness.models import device
+from harness.recorded import prepare_again, told
+from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
+from harness.seal import Seal
+from harness.settings import Resolved
+from harness.store import SCHEMA_VERSION, Batch, Reader, Row, Store
+
+_AT_MOST = 20
+"""Lines about one kind of trouble; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok`, `FAIL`, or `skip` where something could not be looked at, with the reason."""
+
+    verdict: Literal["ok", "FAIL", "skip"]
+    name: str
+    finding: str
+
+
+def command(
+    root: Path, wanted: str, again: Callable[[Mapping[str, Any]], Resolved], num_batches: int, seed: int
+) -> int:
+    """Print every check of a run; 1 where one failed. `again` gives the settings that a recorded run had."""
+    paths = _find(root, wanted)
+    log.print_out(f"Verifying {paths.run_id}")
+    failed = skipped = 0
+    for check in examine(paths, again, num_batches, seed):
+        log.print_out(f"{check.verdict:<4} {check.name:<14} {check.finding}".replace("[", "\\["))
+        failed += check.verdict == "FAIL"
+        skipped += check.verdict == "skip"
+    left_out = f" ({skipped} left out)" if skipped else ""
+    log.print_out(f"{failed} checks failed{left_out}." if failed else f"Every check holds{left_out}.")
+    return 1 if failed else 0
+
+
+def examine(
+    paths: RunPaths, again: Callable[[Mapping[str, Any]], Resolved], num_batches: int, seed: int
+) -> Iterator[Check]:
+    """Every check, as it is made: manifest, rows, snapshot, keys, files, and `num_batches` of each stage once more."""
+    sealed, manifest = None, {}
+    try:
+        sealed = seal.read(paths)
+    except RunError as e:
+        yield Check("FAIL", "seal", _one_line(e))
+    try:
+        manifest = sealed.manifest if sealed else read_manifest(paths)
+    except RunError as e:
+        yield Check("FAIL", "manifest", _one_line(e))
+        return
+    is_running = state(manifest) == "running"
+    if sealed is None and not is_running and paths.results.exists():
+        open_snapshot(
+            paths
+        ).close()  # a killed run's last rows may stand in DuckDB's log of writes alone: this takes them in
+    yield from _of_manifest(paths, manifest, sealed)
+    yield from _of_rows(paths, sealed)
+    store = paths.live if is_running else paths.results
+    try:
+        with Reader(store) as reader:
+            yield from _of_schema(reader)
+            yield from _named(
+                "keys", _broken_keys(reader, manifest), "every row belongs to a prompt, a context and a stage"
+            )
+            yield from _named("files", _broken_files(paths, reader), _files_told(paths, reader))
+            yield from _measured_again(manifest, reader, again, num_batches, seed)
+    except StoreError as e:
+        yield Check("FAIL", "store", _one_line(e))
+
+
+def _find(root: Path, wanted: str) -> RunPaths:
+    """As `find_run`; a folder whose manifest cannot be read is found by its whole name: it is here to be looked at."""
+    try:
+        return find_run(root, wanted)
+    except RunError:
+        if wanted and (root / wanted / RunPaths(root / wanted).seal.name).is_file():
+            return RunPaths(root / wanted)
+        raise
+
+
+# -- what was sealed
+
+
+def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | None) -> Iterator[Check]:
+    if sealed is None:
+        should = manifest.get("status") == "finished" and "table_sha256" in manifest
+        yield Check("FAIL" if should else "skip", "seal",
+                    f"{paths.seal.name} is missing: what rows and manifest were cannot be told" if should else
+                    "there is none: the run is not finished, or was made by an older harness")  # fmt: skip
+    else:
+        try:
+            changes = seal.changed_keys(sealed, paths)
+            problems = [f"{d.key}: was {diff.shortened(d.old)}, is {diff.shortened(d.new)}" for d in changes]
+        except RunError as e:
+            problems = [_one_line(e)]
+        yield from _named("manifest", problems, f"as it was sealed, {manifest['ended']}")
+    parts = manifest.get("fingerprint_parts") or {}
+    problems = []
+    if fingerprint(parts) != manifest["fingerprint"]:
+        problems.append("fingerprint: it is not that of fingerprint_parts")
+    if manifest["run_id"] != paths.run_id:
+        problems.append(f"run_id: {manifest['run_id']} lies in a folder called {paths.run_id}")
+    yield from _named("identity", problems, f"fingerprint {manifest['fingerprint'][:12]}")
+    expected = (manifest.get("code") or {}).get("diff_sha256")
+    if expected:
+        yield from _named("code", _broken_diff(paths, expected), f"{paths.tree_diff.name} is the one that was saved")
+
+
+def _broken_diff(paths: RunPaths, expected: str) -> Iterator[str]:
+    try:
+        if hashlib.sha256(paths.tree_diff.read_bytes()).hexdigest() != expected:
+            yield f"{paths.tree_diff.name}: it was changed"
+    except OSError as e:
+        yield f"{paths.tree_diff.name}: cannot be read: {e.strerror}"
+
+
+def _of_rows(paths: RunPaths, sealed: Seal | None) -> Iterator[Check]:
+    if sealed is None:
+        return
+    num_rows = sum(table.rows for table in sealed.tables.values())
+    for name, store in (("rows", paths.results), ("snapshot", paths.live)):
+        problems = seal.changed_rows(sealed, paths, store)
+        yield from _named(name, problems, f"{num_rows:,} rows of {len(sealed.tables)} tables as they were sealed")
+
+
+# -- whether it hangs together
+
+
+def _of_schema(reader: Reader) -> Iterator[Check]:
+    if reader.schema_version != SCHEMA_VERSION:
+        yield Check("skip", "schema", f"version {reader.schema_version}, of another harness")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / "fresh.duckdb"
+        Store(fresh).close()
+        with Reader(fresh) as other:
+            expected = other.definitions()
+    found = reader.definitions()
+    problems = [
+        f"{name} {_told_definition(found.get(name), expected.get(name))}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    yield from _named("schema", problems, f"version {SCHEMA_VERSION}, {len(expected)} tables and views")
+
+
+def _told_definition(found: str | None, expected: str | None) -> str:
+    return "is missing" if found is None else "is not of this schema" if expected is None else "is defined otherwise"
+
+
+_IN_A_CONTEXT = ("psem", "completions", "detections", "attention", "lens", "decomposition", "activations")
+_ORPHANS = {
+    "contexts": "SELECT prompt_id FROM contexts ANTI JOIN prompts USING (prompt_id)",
+    "patching": "SELECT DISTINCT prompt_id FROM patching ANTI JOIN prompts USING (prompt_id)",
+    "detections": "SELECT prompt_id, condition, mode, sample_id FROM detections "
+    "ANTI JOIN completions USING (prompt_id, condition, mode, sample_id)",
+    **{
+        f"{name} (context)": f"SELECT DISTINCT prompt_id, condition FROM {name} ANTI JOIN contexts USING (prompt_id, condition)"
+        for name in _IN_A_CONTEXT
+    },
+}
+_SENSE = {
+    "psem: lists not as long as num_sequences": "SELECT prompt_id, condition FROM psem WHERE num_sequences <> len(sequences) "
+    "OR num_sequences <> len(logprobs)",
+    "psem: a probability outside [0, 1]": "SELECT prompt_id, condition FROM psem WHERE NOT (p_sem BETWEEN 0 AND 1.00001 AND "
+    "p_word BETWEEN 0 AND 1.00001 AND paper_p_sem BETWEEN 0 AND 1)",
+    "completions: not a log-probability a token": "SELECT prompt_id, condition, mode, sample_id FROM completions "
+    "WHERE len(token_ids) <> len(logprobs)",
+    "stages: not every item is done or failed": "SELECT stage FROM stages WHERE status <> 'running' "
+    "AND num_done + num_failed <> num_items",
+    "batches: planned, and never computed": "SELECT b.stage, b.batch_id FROM batches b JOIN stages s USING (stage) "
+    "WHERE b.status = 'planned' AND s.status <> 'running'",
+    "batches: not as many keys as items": "SELECT stage, batch_id FROM batches WHERE num_items <> len(keys)",
+}
+
+
+def _broken_keys(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[str]:
+    for name, sql in _ORPHANS.items():
+        for row in reader.query(sql):
+            yield f"{name}: no row it belongs to for {_values(row)}"
+    for name, sql in _SENSE.items():
+        for row in reader.query(sql):
+            yield f"{name}: {_values(row)}"
+    if manifest.get("status") == "finished":
+        planned = [s["name"] for s in manifest["fingerprint_parts"]["stages"]]
+        done = {r["stage"] for r in reader.query("SELECT stage FROM stages WHERE status <> 'running'")}
+        yield from (f"stages: {name} was planned and is not there" for name in planned if name not in done)
+        for name, count in (manifest.get("tables") or {}).items():
+            rows = reader.query(f"SELECT count(*) AS n FROM {name}")[0]["n"] if name in reader.tables() else "no table"
+            if rows != count:
+                yield f"{name}: the manifest counts {count} rows, found {rows}"
+
+
+def _broken_files(paths: RunPaths, reader: Reader) -> Iterator[str]:
+    for row in reader.query("SELECT path, sha256, bytes FROM artifacts ORDER BY path"):
+        file = paths.artifacts / row["path"]
+        try:
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as e:
+            yield f"{paths.artifacts.name}/{row['path']}: cannot be read: {e.strerror}"
+            continue
+        if found != row["sha256"]:
+            size = file.stat().st_size
+            how = "its bytes were changed" if size == row["bytes"] else f"{size} bytes instead of {row['bytes']}"
+            yield f"{paths.artifacts.name}/{row['path']}: {how}"
+
+
+def _files_told(paths: RunPaths, reader: Reader) -> str:
+    known = {row["path"] for row in reader.query("SELECT path FROM artifacts")}
+    there = {p.relative_to(paths.artifacts).as_posix() for p in paths.artifacts.rglob("*") if p.is_file()}
+    extra = f"; {len(there - known)} more that no row speaks of" if there - known else ""
+    return f"{len(known)} artifacts as their rows say{extra}"
+
+
+# -- whether it comes out again
+
+
+def _measured_again(
+    manifest: Mapping[str, Any],
+    reader: Reader,
+    again: Callable[[Mapping[str, Any]], Resolved],
+    num_batches: int,
+    seed: int,
+) -> Iterator[Check]:
+    if not num_batches:
+        yield Check("skip", "again", "no batch was asked for")
+        return
+    try:
+        resolved = again(manifest)
+        plan, changes = prepare_again(manifest, resolved)
+    except HarnessError as e:
+        yield Check("skip", "again", _one_line(e))
+        return
+    decisive = [d for d in changes if d.key != "code"]
+    if decisive:
+        yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
+        return
+    here = surroundings(plan, resolved)
+    apart = diff.environment_differences(manifest, {**here, "stages": manifest.get("stages")})
+    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype]
+    how = (
+        "bit for bit"
+        if not apart
+        else f"within {tolerance:g}, since here is not as there: {diff.shortened(told(apart), 200)}"
+    )
+    yield Check("ok", "again", f"up to {num_batches} batches a stage, sample {seed}; rows must agree {how}")
+    for stage in plan.stages:
+        try:
+            yield from _stage_again(
+                stage, plan, resolved, reader, num_batches, random.Random(f"{seed} {stage.name}"), tolerance
+            )
+        except HarnessError as e:
+            yield Check("FAIL", f"again {stage.name}", _one_line(e))
+
+
+def _stage_again(
+    stage: Stage, plan: Plan, resolved: Resolved, reader: Reader, num_batches: int, rng: random.Random, tolerance: float
+) -> Iterator[Check]:
+    """Some of a stage's batches, computed as the run computed them, each beside its rows."""
+    told_of = reader.query("SELECT num_rows FROM stages WHERE stage = ?", [stage.name])
+    done = [
+        Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"])
+        for r in reader.query(
+            "SELECT * FROM batches WHERE stage = ? AND status = 'done' ORDER BY batch_id", [stage.name]
+        )
+    ]
+    if not told_of or not told_of[0]["num_rows"] or not done:
+        return  # it writes no rows, or has not yet
+    items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
+    chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
+    gone = {b.batch_id: [k for k in b.keys if k not in items] for b in chosen}
+    reserve = int(resolved.settings.batching.reserve_gb * 1e9)
+    executor = Inline(device.CudaMemory(reserve) if plan.device == "cuda" else Host())
+    given = ((b, [items[k] for k in b.keys if k in items]) for b in chosen)
+    for outcome in executor.map(stage.setup, stage.run, given):
+        batch: Batch = outcome.token
+        problems = list(_problems_again(outcome, batch, gone[batch.batch_id], reader, tolerance))
+        told = f"batch {batch.batch_id} of {len(done)}, {len(batch.keys)} items: the same rows"
+        yield from _named(f"again {stage.name}", problems, told)
+
+
+def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Reader, tolerance: float) -> Iterator[str]:
+    where = f"batch {batch.batch_id}"
+    if outcome.error or outcome.out_of_memory:
+        yield f"{where}: {outcome.error or 'out of memory'}"
+        return
+    failed = {r["item_key"] for r in reader.query(
+        "SELECT item_key FROM events WHERE stage = ? AND kind = 'failed_item'", [batch.stage])}  # fmt: skip
+    result = collect(batch, outcome, gone)
+    for failure in result.failures:
+        if failure.key not in failed:
+            yield f"{where}: {failure.key} fails now: {failure.message}"
+    for table, rows in _rows_of(outcome, result.rows, result.updates, failed).items():
+        drift = table_drift(table, reader.same_rows(table, rows))
+        yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
+
+
+def _rows_of(
+    outcome: Outcome, rows: Mapping[str, list[Row]], updates: Mapping[str, list[Row]], failed: set[str]
+) -> dict[str, list[Row]]:
+    """What the batch would write, by table; files by their hashes."""
+    files = [
+        {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
+        for r in outcome.results
+        if r.key not in failed
+        for a in r.artifacts
+    ]
+    found = {name: [*rows.get(name, ()), *updates.get(name, ())] for name in (*rows, *updates)}
+    return {name: given for name, given in {**found, "artifacts": files}.items() if given}
+
+
+def _apart(drift: TableDrift, tolerance: float) -> Iterator[str]:
+    if drift.only_other:
+        yield f"{drift.table}: {drift.only_other} rows of it are not in the run"
+    if tolerance and drift.table in diff.DERIVED:
+        return
+    for c in drift.columns:
+        if tolerance and c.column in diff.RANKS:
+            continue
+        if c.scaled > tolerance:
+            size = f", by up to {c.max_abs:.2e}" if c.max_abs is not None else ""
+            yield f"{drift.table}.{c.column}: {c.num_rows} of {drift.num_rows} rows are not the same{size}; furthest: {c.worst}"
+
+
+def _named(name: str, problems: Iterator[str] | Sequence[str], fine: str) -> Iterator[Check]:
+    """A failed check for each of the first problems, or one that holds."""
+    found = list(problems)
+    yield from (Check("FAIL", name, problem) for problem in found[:_AT_MOST])
+    if len(found) > _AT_MOST:
+        yield Check("FAIL", name, f"and {len(found) - _AT_MOST} more")
+    if not found:
+        yield Check("ok", name, fine)
+
+
+def _values(row: Row) -> str:
+    return ", ".join(str(v) for v in row.values())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
