@@ -16,7 +16,7 @@ from rich.table import Table
 from harness import log
 from harness.listing import open_snapshot
 from harness.run import ABSENT, Difference, RunPaths, manifest_differences, read_manifest, state
-from harness.store import MEASURED, Aligned, Reader
+from harness.store import MEASURED, Aligned, Reader, Row
 
 TOLERANCE = {"float64": 5e-5, "float32": 5e-5, "bfloat16": 1e-2, "float16": 1e-2}
 """How far rounding may move a number x, as a share of max(1, |x|): the certificate's tolerances on logits."""
@@ -67,7 +67,7 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     log.print_out(*render_manifests(*manifests))
     with open_snapshot(one) as a, open_snapshot(other) as b:
         drifts = compare_results(a, b)
-    log.print_out(*render_results(drifts))
+        log.print_out(*render_headlines(a, b), *render_results(drifts))
     return 1 if ends_in_1 and not all(d.is_equal for d in drifts) else 0
 
 
@@ -129,6 +129,38 @@ def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
     for part, d in changes:
         table.add_row(part, escape(d.key), escape(shortened(d.old)), escape(shortened(d.new)))
     yield table
+
+
+def render_headlines(one: Reader, other: Reader) -> Iterator[Table]:
+    """Rates, fit and suppression over all prompts, side by side, where any of them differs."""
+    a, b = (_headlines(reader) for reader in (one, other))
+    if a == b:
+        return
+    table = Table(title="Headline results, with their 95 % intervals over prompts", title_justify="left")
+    for column in ("condition", "measure", "A", "B", "B − A"):
+        table.add_column(column, justify="left" if column in ("condition", "measure") else "right")
+    for key in sorted(a.keys() | b.keys()):
+        row, other_row = a.get(key), b.get(key)
+        apart = f"{other_row['value'] - row['value']:+.4f}" if row and other_row else ""
+        table.add_row(*map(escape, (*key, _estimate(row), _estimate(other_row), apart)))
+    yield table
+
+
+def _headlines(reader: Reader) -> dict[tuple[str, str], Row]:
+    if "statistics" not in reader.tables():
+        return {}
+    rows = reader.query(
+        "SELECT condition, analysis || ' ' || measure AS measure, value, low, high FROM statistics "
+        "WHERE analysis IN ('rates', 'fit', 'suppression') AND grouping = 'all' AND value IS NOT NULL"
+    )
+    return {(row["condition"], row["measure"]): row for row in rows}
+
+
+def _estimate(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{row['value']:.4f}{interval}"
 
 
 def render_results(drifts: Sequence[TableDrift]) -> Iterator[Table | str]:

@@ -107,6 +107,7 @@ def _facts(manifest: dict[str, Any], reader: Reader) -> list[tuple[str, str]]:
         ("run", manifest["run_id"]),
         ("status", state(manifest) + (f" ({manifest['reason']})" if manifest.get("reason") else "")),
         ("experiment", str(manifest.get("experiment"))),
+        *([("repeats", f"run {manifest['parent']}")] if manifest.get("parent") else []),
         ("created", str(manifest.get("created"))),
         ("snapshot", f"{reader.age_s:.0f} s old"),
         ("command", " ".join(manifest.get("argv") or [])),

@@ -606,7 +606,8 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
     ]
     stages = [
         (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
-         f"{r['seconds']:,.1f}", f"{r['tokens']:,}")
+         f"{r['num_rows']:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}",
+         f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "")
         for r in reader.query("SELECT * FROM stages ORDER BY rowid")
     ]  # fmt: skip
     events = [
@@ -614,18 +615,20 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
         for r in reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 50")
     ]
     packages = [(name, str(version)) for name, version in (manifest.get("packages") or {}).items()]
-    shown_apart = {"settings", "packages", "stages", "tables"}
+    shown_apart = {"settings", "packages", "stages", "tables", "table_sha256"}
     rest = [
         (name, value) for name, value in _leaves({k: v for k, v in manifest.items() if k not in shown_apart})
         if not name.startswith("prompts.row_hashes")
     ]  # fmt: skip
-    tables = [(name, f"{n:,}") for name, n in (manifest.get("tables") or {}).items()]
+    hashes = manifest.get("table_sha256") or {}
+    tables = [(name, f"{n:,}", hashes.get(name, "")) for name, n in (manifest.get("tables") or {}).items()]
     return [
         Table("Settings, and where each came from", ("setting", "value", "source"), settings, num_words=3),
-        Table("Stages", ("stage", "version", "status", "items", "done", "failed", "seconds", "tokens"), stages, num_words=3),
+        Table("Stages", ("stage", "version", "status", "items", "done", "failed", "rows", "seconds", "tokens",
+                         "tokens/s"), stages, num_words=3),
         Table("Warnings and errors", ("level", "kind", "stage", "item", "message"), events,
               "The first 50; all are in the table `events`.", 5, "none"),
-        Table("Rows of each table", ("table", "rows"), tables),
+        Table("Rows of each table", ("table", "rows", "sha256 of what was measured"), tables),
         Table("Packages", ("package", "version"), packages, num_words=2),
         Table("Everything else in the manifest", ("key", "value"), rest, num_words=2),
     ]  # fmt: skip

@@ -651,18 +651,21 @@ class Reader:
         given = [f.name for f in schema if f.name in rows[0]]
         self._con.register("measured_again", pa.Table.from_pylist(list(rows), schema=schema))
         try:
-            return self._align(table, f"run.{table}", "measured_again", key, given)
+            return self._align(f"run.{table}", "measured_again", key, given)
         finally:
             self._con.unregister("measured_again")
 
     def aligned(self, other: "Reader", table: str) -> Aligned:
         """The same table of two runs; `one` is this run's. Raises StoreError where one has no such table."""
-        self._con.execute(f"ATTACH IF NOT EXISTS '{_quoted(other._held)}' AS other_run (READ_ONLY)")
         names = [name for name, _ in other._columns(table)]
         shared = [name for name, _ in self._columns(table) if name in names]
-        return self._align(table, f"run.{table}", f"other_run.{table}", _primary_key(self._con, table), shared)
+        self._con.execute(f"ATTACH '{_quoted(other._held)}' AS other_run (READ_ONLY)")
+        try:
+            return self._align(f"run.{table}", f"other_run.{table}", _primary_key(self._con, table), shared)
+        finally:
+            self._con.execute("DETACH other_run")
 
-    def _align(self, name: str, one: str, other: str, key: Sequence[str], columns: Sequence[str]) -> Aligned:
+    def _align(self, one: str, other: str, key: Sequence[str], columns: Sequence[str]) -> Aligned:
         using, chosen = ", ".join(map(_identifier, key)), ", ".join(map(_identifier, columns))
         both = [self._arrow(f"SELECT {chosen} FROM {a} SEMI JOIN {b} USING ({using}) ORDER BY {using}")
                 for a, b in ((one, other), (other, one))]  # fmt: skip

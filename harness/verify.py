@@ -20,7 +20,7 @@ from harness.recorded import prepare_again, told
 from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
 from harness.seal import Seal
 from harness.settings import Resolved
-from harness.store import SCHEMA_VERSION, Batch, Reader, Row, Store
+from harness.store import SCHEMA_VERSION, Batch, BatchResult, Reader, Row, Store
 
 _AT_MOST = 20
 """Lines about one kind of trouble; the rest is counted."""
@@ -308,23 +308,27 @@ def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Rea
     for failure in result.failures:
         if failure.key not in failed:
             yield f"{where}: {failure.key} fails now: {failure.message}"
-    for table, rows in _rows_of(outcome, result.rows, result.updates, failed).items():
+    for table, rows in _rows_of(outcome, result, failed):
         drift = table_drift(table, reader.same_rows(table, rows))
         yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
 
 
-def _rows_of(
-    outcome: Outcome, rows: Mapping[str, list[Row]], updates: Mapping[str, list[Row]], failed: set[str]
-) -> dict[str, list[Row]]:
-    """What the batch would write, by table; files by their hashes."""
+def _rows_of(outcome: Outcome, result: BatchResult, failed: set[str]) -> Iterator[tuple[str, list[Row]]]:
+    """What the batch would write, by table and columns; files by their hashes."""
+    for rows in (result.rows, result.updates):
+        for table, given in rows.items():
+            alike: dict[tuple[str, ...], list[Row]] = {}
+            for row in given:
+                alike.setdefault(tuple(row), []).append(row)
+            yield from ((table, group) for group in alike.values())
     files = [
         {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
         for r in outcome.results
         if r.key not in failed
         for a in r.artifacts
     ]
-    found = {name: [*rows.get(name, ()), *updates.get(name, ())] for name in (*rows, *updates)}
-    return {name: given for name, given in {**found, "artifacts": files}.items() if given}
+    if files:
+        yield "artifacts", files
 
 
 def _apart(drift: TableDrift, tolerance: float) -> Iterator[str]:

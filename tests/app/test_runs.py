@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import runs as charts
 from app.queries import runs as asked
-from harness.run import RunPaths, list_runs, now_text, read_manifest
+from harness.run import ABSENT, RunPaths, list_runs, now_text, read_manifest
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
 from tests.app.conftest import open_view
@@ -263,9 +263,7 @@ def test_two_runs_are_compared_by_a_link(root: Path, monkeypatch: pytest.MonkeyP
     assert any("reframed" in t.value for t in test.text), "a condition that only one run has is named"
     changes, results = (d.value for d in test.dataframe[1:3])
     assert {"identity", "packages"} <= set(changes["part"])
-    assert ("packages", "extra", asked.ABSENT) in set(
-        changes[["part", "key", "this"]].itertuples(index=False, name=None)
-    )
+    assert ("packages", "extra", ABSENT) in set(changes[["part", "key", "this"]].itertuples(index=False, name=None))
     assert {"both", "this"} <= set(results["found_in"])
 
 
