@@ -15,7 +15,7 @@ from rich.table import Table
 
 from harness import log
 from harness.listing import open_snapshot
-from harness.run import ABSENT, Difference, RunPaths, manifest_differences, read_manifest, state
+from harness.run import ABSENT, Difference, RunPaths, differences, manifest_differences, read_manifest, state
 from harness.store import MEASURED, Aligned, Reader, Row
 
 TOLERANCE = {"float64": 5e-5, "float32": 5e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -107,12 +107,13 @@ def environment_differences(one: Mapping[str, Any], other: Mapping[str, Any]) ->
         is_hardware = part == "machine" and d.key.split(".")[0] in _HARDWARE
         if is_version or is_hardware or part == "numerics" or (part, d.key) == ("code", "source_sha256"):
             found.append(d._replace(key=f"{part}.{d.key}"))
-    sizes = [{name: list(s.get("sizes") or ()) for name, s in (m.get("stages") or {}).items()} for m in (one, other)]
-    return found + [
-        Difference(f"stages.{name}.sizes", sizes[0][name], sizes[1][name])
-        for name in sorted(sizes[0].keys() & sizes[1].keys())
-        if sizes[0][name] != sizes[1][name]
+    plans = [
+        {name: {"sizes": told.get("sizes") or [], "retried": told.get("retried") or 0} for name, told in stages.items()}
+        for stages in (one.get("stages") or {}, other.get("stages") or {})
     ]
+    shared = plans[0].keys() & plans[1].keys()
+    batches = differences(*({name: plan[name] for name in shared} for plan in plans))
+    return found + [d._replace(key=f"stages.{d.key}") for d in batches]
 
 
 def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Table | str]:

@@ -102,6 +102,8 @@ class StageReport:
     budget: int = 0
     sizes: tuple[int, ...] = ()
     """Items a batch, in the order of the plan; retries left out. The same sizes give the same bits again."""
+    retried: int = 0
+    """Items that were measured on a later attempt, each in a batch of its own: the last bits may differ from the plan's."""
 
 
 class Engine:
@@ -268,6 +270,7 @@ class Engine:
             peak_bytes=max((b.peak_bytes or 0 for b in plan), default=0),
             budget=budget.tokens or 0,
             sizes=tuple(len(b.keys) for b in sorted(done, key=lambda b: place(b, plan)) if b.attempt == 1),
+            retried=sum(len(b.keys) for b in done if b.attempt > 1),
         )
 
     def _check_disk(self, stage: Stage, num_items: int) -> None:

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = Path(__file__).resolve().parent
 _LABELS = ("revision", "version", "created", "source")
+_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME")
 
 
@@ -30,7 +31,7 @@ def code() -> dict[str, Any]:
         "version": importlib.metadata.version("harness") if _installed("harness") else "not installed",
         "git_commit": commit or os.environ.get("HARNESS_IMAGE_REVISION"),
         "git_dirty": bool(diff) if commit else None,
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
         "source_sha256": source_sha256(),
     }
 
@@ -43,12 +44,17 @@ def source_sha256() -> str:
 
 
 @lru_cache(maxsize=1)
-def tree_diff() -> str:
-    """The uncommitted changes of the code as a patch, new files of the packages among them; or nothing. Asked once."""
-    new = (_git("ls-files", "--others", "--exclude-standard", "--", "harness", "app") or "").splitlines()
-    changes = [_git("diff", "--binary", "HEAD")]
-    changes += [_git("diff", "--binary", "--no-index", "--", "/dev/null", name, allowed=(0, 1)) for name in new]
-    return "".join(f"{change}\n" for change in changes if change)
+def tree_diff() -> bytes:
+    """The uncommitted changes of the code as a patch, new files of the packages among them; or nothing. Asked once.
+
+    Byte for byte as git gives it, whatever a person's own git settings are: `git apply` takes it again.
+    """
+    new = _git_bytes("ls-files", "-z", "--others", "--exclude-standard", "--", "harness", "app").split(b"\0")
+    changes = [_git_bytes(*_DIFF, "HEAD")]
+    changes += [
+        _git_bytes(*_DIFF, "--no-index", "--", "/dev/null", os.fsdecode(name), allowed=(0, 1)) for name in new if name
+    ]
+    return b"".join(changes)
 
 
 def packages() -> dict[str, str]:
@@ -130,14 +136,20 @@ def _installed(name: str) -> bool:
 
 def _git(*args: str, allowed: tuple[int, ...] = (0,)) -> str | None:
     """Output of git in the code's own repository; None where the code is in none, or git gives another exit code."""
-    if not (ROOT / ".git").exists():
-        return None
-    return _run("git", "-C", str(ROOT), *args, allowed=allowed) or None
+    return _git_bytes(*args, allowed=allowed).decode(errors="replace").strip("\n") or None
 
 
-def _run(*command: str, allowed: tuple[int, ...] = (0,)) -> str:
+def _git_bytes(*args: str, allowed: tuple[int, ...] = (0,)) -> bytes:
+    return _run_bytes("git", "-C", str(ROOT), *args, allowed=allowed) if (ROOT / ".git").exists() else b""
+
+
+def _run(*command: str) -> str:
+    return _run_bytes(*command).decode(errors="replace").strip("\n")
+
+
+def _run_bytes(*command: str, allowed: tuple[int, ...] = (0,)) -> bytes:
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
+        ended = subprocess.run(command, capture_output=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return ended.stdout.strip("\n") if ended.returncode in allowed else ""
+        return b""
+    return ended.stdout if ended.returncode in allowed else b""

@@ -319,7 +319,8 @@ def _choose_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> t
         paths.folder.mkdir(parents=True)
     except OSError as e:
         raise EnvironmentFault(
-            f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder"
+            f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder, or in a container "
+            'run as its owner: --user "$(id -u):$(id -g)"'
         ) from e
     return paths, True
 
@@ -383,7 +384,7 @@ def _write_diff(paths: RunPaths) -> None:
     diff = environment.tree_diff()
     if diff:
         with replacing(paths.tree_diff) as temporary:
-            temporary.write_text(diff, "utf-8")
+            temporary.write_bytes(diff)
 
 
 def _describe(plan: Plan) -> str:

@@ -41,7 +41,8 @@ def to_console(verbose: bool = False) -> None:
 def to_file(path: Path) -> WarningCount:
     """Everything as JSON lines in `path`, appended; and a count of the warnings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    logger.add(path, level="DEBUG", serialize=True, enqueue=False)
+    by_name = str(path).replace("{", "{{").replace("}", "}}")  # loguru fills in what stands in braces
+    logger.add(by_name, level="DEBUG", serialize=True, enqueue=False)
     warnings = WarningCount()
     logger.add(warnings, level="WARNING", format="{message}")
     return warnings

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from harness import environment
 from harness.errors import HarnessError, RunError
 from harness.launch import Plan, prepare
@@ -13,10 +15,57 @@ _LOCAL = "paths."
 """Settings that say where things are on the machine that ran it."""
 
 
+class _Setting(BaseModel):
+    value: Any
+
+
+class _StagePart(BaseModel):
+    name: str
+
+
+class _Parts(BaseModel):
+    stages: list[_StagePart] = []
+
+
+class _StageReport(BaseModel):
+    sizes: list[int] | None = None
+
+
+class _Prompts(BaseModel):
+    row_hashes: dict[str, str] | None = None
+
+
+class _Shape(BaseModel):
+    """What is read here and in what rests on this; the rest of a manifest is its own affair."""
+
+    settings: dict[str, _Setting] | None = None
+    fingerprint_parts: _Parts | None = None
+    stages: dict[str, _StageReport] | None = None
+    prompts: _Prompts | None = None
+    code: dict[str, Any] | None = None
+    packages: dict[str, Any] | None = None
+    numerics: dict[str, Any] | None = None
+    machine: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    tables: dict[str, int] | None = None
+    table_sha256: dict[str, str] | None = None
+
+
+def check_shape(manifest: Mapping[str, Any]) -> None:
+    """Raises RunError where a part that is read here is not of the kind that a manifest has: a hand may have been in it."""
+    try:
+        _Shape.model_validate(manifest)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"the manifest of {manifest['run_id']} is damaged: {where}: {first['msg'].lower()}") from e
+
+
 def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had."""
+    check_shape(manifest)
     recorded = manifest.get("settings")
-    if not isinstance(recorded, Mapping) or not recorded:
+    if not recorded:
         raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
     values = {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
     if manifest.get("device") == "cpu" and manifest.get("threads"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from rich.text import Text
 
 from harness import diff, launch, log
 from harness.errors import RunError
@@ -64,7 +65,7 @@ def _compare(was: Mapping[str, Any], original: RunPaths | None, again: RunPaths)
     """Print how the results compare; whether they agree as well as they must."""
     now = read_manifest(again)
     apart = diff.environment_differences(was, now)
-    log.print_out(_surroundings_told(apart))
+    log.print_out(Text(_surroundings_told(apart)))
     if original is None:
         return _compare_hashes(was, now) or bool(apart)
     with open_snapshot(original) as a, open_snapshot(again) as b:
@@ -85,7 +86,7 @@ def _surroundings_told(apart: Sequence[Difference]) -> str:
     """Whether the same bits can be expected."""
     if not apart:
         return "Hardware, versions, code and batches are those of the recorded run: the bits must be the same."
-    return f"Not as in the recorded run, so the last bits may differ: {told(apart)}".replace("[", "\\[")
+    return f"Not as in the recorded run, so the last bits may differ: {told(apart)}"
 
 
 def _compare_hashes(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -180,7 +180,7 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
         raise RunError(f"{path.parent}: expected a {path.name}, found none; it is no run") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise RunError(f"{path}: not readable as JSON: {e}") from e
     if not isinstance(manifest, dict) or "run_id" not in manifest or "fingerprint" not in manifest:
         raise RunError(f"{path}: expected a manifest with run_id and fingerprint, found something else")

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.errors import RunError, StoreError
 from harness.run import Difference, RunPaths, differences, replacing
-from harness.store import Reader, Store, TableSeal
+from harness.store import SCHEMA_VERSION, Reader, Store, TableSeal
 
 FORMAT = 1
 
@@ -26,6 +26,7 @@ class Seal:
     tables: dict[str, TableSeal]
     row_digests_sha256: str
     duckdb: str
+    schema: int
 
 
 def write(paths: RunPaths, tables: Mapping[str, TableSeal], manifest: Mapping[str, Any]) -> None:
@@ -36,6 +37,7 @@ def write(paths: RunPaths, tables: Mapping[str, TableSeal], manifest: Mapping[st
         "tables": {name: asdict(table) for name, table in tables.items()},
         "row_digests_sha256": _file_sha256(paths.row_digests),
         "duckdb": Store.LIBRARY,
+        "schema": SCHEMA_VERSION,
     }
     with replacing(paths.seal) as temporary:
         text = json.dumps({**content, "sha256": _sha256(content)}, ensure_ascii=False, default=str)
@@ -56,20 +58,38 @@ def read(paths: RunPaths) -> Seal | None:
         if _sha256(content) != claimed:
             raise RunError(f"{paths.seal}: the seal itself was changed: its own sha256 does not fit")
         tables = {name: TableSeal(**{**t, "columns": tuple(t["columns"])}) for name, t in content["tables"].items()}
-        return Seal(content["manifest"], tables, content["row_digests_sha256"], content["duckdb"])
+        return Seal(content["manifest"], tables, content["row_digests_sha256"], content["duckdb"], content["schema"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise RunError(f"{paths.seal}: not readable as a seal: {type(e).__name__}: {e}") from e
 
 
 def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
     """Every key of the manifest that is not as it was sealed. Raises RunError where the manifest cannot be read at all."""
     try:
-        manifest = json.loads(paths.manifest.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+        manifest = json.loads(paths.manifest.read_text("utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as e:
         raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
-    return differences(sealed.manifest, manifest if isinstance(manifest, dict) else {"": manifest})
+    now = manifest if isinstance(manifest, dict) else {"": manifest}
+    found = differences(sealed.manifest, now)
+    named = {d.key.split(".")[0] for d in found}
+    # Leaves by dotted names do not tell 1 from true, a key with a dot from a nested one, or a list's order.
+    return found + [
+        Difference(key, sealed.manifest.get(key), now.get(key))
+        for key in sorted(sealed.manifest.keys() | now.keys())
+        if key not in named and _sha256({"": sealed.manifest.get(key)}) != _sha256({"": now.get(key)})
+    ]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys are each there once: of two, a reader would see the last."""
+    twice = (
+        [key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])] if len(dict(pairs)) != len(pairs) else []
+    )
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:

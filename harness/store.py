@@ -201,6 +201,10 @@ MACHINERY = ("stages", "batches", "events")
 MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
 
 _DROPPED = "what it rested on was measured again, and it is not among the items any more"
+_FAILED = (  # an item's last word counts: failed, or recovered or dropped since
+    "SELECT item_key FROM events WHERE stage = ? AND kind IN ('failed_item', 'recovered_item', 'dropped_item') "
+    "GROUP BY item_key HAVING arg_max(kind, event_id) = 'failed_item' ORDER BY item_key"
+)
 BatchStatus = Literal["planned", "done", "split"]
 
 
@@ -534,13 +538,7 @@ class Store:
         )
 
     def _failed(self, stage: str) -> list[str]:
-        """An item's last word counts: failed, or recovered or dropped since."""
-        rows = self._con.execute(
-            "SELECT item_key FROM events WHERE stage = ? AND kind IN ('failed_item', 'recovered_item', 'dropped_item') "
-            "GROUP BY item_key HAVING arg_max(kind, event_id) = 'failed_item' ORDER BY item_key",
-            [stage],
-        ).fetchall()
-        return [r[0] for r in rows]
+        return [r[0] for r in self._con.execute(_FAILED, [stage]).fetchall()]
 
     @staticmethod
     def _batch_row(batch: Batch) -> Row:
@@ -585,7 +583,7 @@ class Reader:
 
     @property
     def schema_version(self) -> int:
-        return int(self.query("SELECT max(version) AS v FROM schema_version")[0]["v"])
+        return int(self.query("SELECT coalesce(max(version), 0) AS v FROM schema_version")[0]["v"])
 
     def tables(self) -> list[str]:
         """Tables and views of this run, as its own schema has them."""
@@ -618,6 +616,10 @@ class Reader:
             return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(_primary_key(self._con, name)) or 'ALL'}")
         finally:
             self._con.execute(f"SET threads = {os.cpu_count() or 1}")
+
+    def failed(self, stage: str) -> list[str]:
+        """As `Store.failed`."""
+        return [r["item_key"] for r in self.query(_FAILED, [stage])]
 
     def broken_rows(self, seal: Path, sealed: Mapping[str, TableSeal], at_most: int = 20) -> list[Broken]:
         """The first rows that are not as `Store.seal` found them; a table or column that is gone is one with an empty key."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.text import Text
+
 from harness import diff, log, seal
 from harness.diff import TOLERANCE, TableDrift, table_drift
 from harness.engine import Stage, collect
@@ -16,7 +18,7 @@ from harness.executor import Host, Inline, Outcome
 from harness.launch import Plan, surroundings
 from harness.listing import open_snapshot
 from harness.models import device
-from harness.recorded import prepare_again, told
+from harness.recorded import check_shape, prepare_again, told
 from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
 from harness.seal import Seal
 from harness.settings import Resolved
@@ -43,7 +45,7 @@ def command(
     log.print_out(f"Verifying {paths.run_id}")
     failed = skipped = 0
     for check in examine(paths, again, num_batches, seed):
-        log.print_out(f"{check.verdict:<4} {check.name:<14} {check.finding}".replace("[", "\\["))
+        log.print_out(Text(f"{check.verdict:<4} {check.name:<14} {' '.join(check.finding.split())}"))
         failed += check.verdict == "FAIL"
         skipped += check.verdict == "skip"
     left_out = f" ({skipped} left out)" if skipped else ""
@@ -62,6 +64,7 @@ def examine(
         yield Check("FAIL", "seal", _one_line(e))
     try:
         manifest = sealed.manifest if sealed else read_manifest(paths)
+        check_shape(manifest)
     except RunError as e:
         yield Check("FAIL", "manifest", _one_line(e))
         return
@@ -75,7 +78,7 @@ def examine(
     store = paths.live if is_running else paths.results
     try:
         with Reader(store) as reader:
-            yield from _of_schema(reader)
+            yield from _of_schema(reader, sealed)
             yield from _named(
                 "keys", _broken_keys(reader, manifest), "every row belongs to a prompt, a context and a stage"
             )
@@ -143,7 +146,10 @@ def _of_rows(paths: RunPaths, sealed: Seal | None) -> Iterator[Check]:
 # -- whether it hangs together
 
 
-def _of_schema(reader: Reader) -> Iterator[Check]:
+def _of_schema(reader: Reader, sealed: Seal | None) -> Iterator[Check]:
+    if sealed and reader.schema_version not in (sealed.schema, SCHEMA_VERSION):
+        yield Check("FAIL", "schema", f"version {reader.schema_version}, and it was sealed as {sealed.schema}")
+        return
     if reader.schema_version != SCHEMA_VERSION:
         yield Check("skip", "schema", f"version {reader.schema_version}, of another harness")
         return
@@ -199,7 +205,7 @@ def _broken_keys(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[str]:
         for row in reader.query(sql):
             yield f"{name}: {_values(row)}"
     if manifest.get("status") == "finished":
-        planned = [s["name"] for s in manifest["fingerprint_parts"]["stages"]]
+        planned = [s["name"] for s in (manifest.get("fingerprint_parts") or {}).get("stages") or ()]
         done = {r["stage"] for r in reader.query("SELECT stage FROM stages WHERE status <> 'running'")}
         yield from (f"stages: {name} was planned and is not there" for name in planned if name not in done)
         for name, count in (manifest.get("tables") or {}).items():
@@ -286,7 +292,8 @@ def _stage_again(
         return  # it writes no rows, or has not yet
     items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
     chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
-    gone = {b.batch_id: [k for k in b.keys if k not in items] for b in chosen}
+    last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there
+    gone = {b.batch_id: [k for k in b.keys if k not in items or last[k] != b.batch_id] for b in chosen}
     reserve = int(resolved.settings.batching.reserve_gb * 1e9)
     executor = Inline(device.CudaMemory(reserve) if plan.device == "cuda" else Host())
     given = ((b, [items[k] for k in b.keys if k in items]) for b in chosen)
@@ -302,18 +309,18 @@ def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Rea
     if outcome.error or outcome.out_of_memory:
         yield f"{where}: {outcome.error or 'out of memory'}"
         return
-    failed = {r["item_key"] for r in reader.query(
-        "SELECT item_key FROM events WHERE stage = ? AND kind = 'failed_item'", [batch.stage])}  # fmt: skip
-    result = collect(batch, outcome, gone)
-    for failure in result.failures:
-        if failure.key not in failed:
-            yield f"{where}: {failure.key} fails now: {failure.message}"
-    for table, rows in _rows_of(outcome, result, failed):
+    failed = set(reader.failed(batch.stage))
+    failing = {f.key: f.message for f in collect(batch, outcome, gone).failures}
+    yield from (f"{where}: {key} fails now: {told}" for key, told in failing.items() if key not in failed)
+    kept = [key for key in batch.keys if key not in gone]
+    yield from (f"{where}: {key} failed in the run and does not now" for key in kept if key in failed - failing.keys())
+    without = [key for key in batch.keys if key not in kept or key in failed]
+    for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}):
         drift = table_drift(table, reader.same_rows(table, rows))
         yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
 
 
-def _rows_of(outcome: Outcome, result: BatchResult, failed: set[str]) -> Iterator[tuple[str, list[Row]]]:
+def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterator[tuple[str, list[Row]]]:
     """What the batch would write, by table and columns; files by their hashes."""
     for rows in (result.rows, result.updates):
         for table, given in rows.items():
@@ -324,7 +331,7 @@ def _rows_of(outcome: Outcome, result: BatchResult, failed: set[str]) -> Iterato
     files = [
         {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
         for r in outcome.results
-        if r.key not in failed
+        if r.key not in without
         for a in r.artifacts
     ]
     if files:

@@ -30,7 +30,9 @@ class SingleToken:
 
     @classmethod
     def build(cls, given: Inputs) -> "SingleToken":
-        return cls(given.data_folder / "validated_single_token")
+        return cls(
+            (given.data_folder / "validated_single_token").resolve()
+        )  # a link, in the image, to where one may write
 
     def params(self) -> dict[str, Any]:
         return {}
