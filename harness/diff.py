@@ -24,7 +24,7 @@ DERIVED = ("statistics", "sanity", "artifacts")
 """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
 RANKS = ("top_ids", "top_neurons")
 """Orders of things that may be equally large; the sizes stand in columns of their own."""
-_HARDWARE = ("cpu", "cpu_capability", "gpus", "torch", "cuda", "cudnn", "driver", "python", "device", "threads",
+_HARDWARE = ("cpu", "cpu_capability", "blas", "gpus", "torch", "cuda", "cudnn", "driver", "python", "device", "threads",
              "cublas_workspace_config")  # fmt: skip
 
 Verdict = Literal["identical", "rounding", "apart"]

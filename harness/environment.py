@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from threadpoolctl import threadpool_info
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = Path(__file__).resolve().parent
@@ -79,6 +80,7 @@ def machine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": _blas(),
         "cpu_cores": os.cpu_count(),
         "ram_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
@@ -90,6 +92,12 @@ def machine() -> dict[str, Any]:
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ} or None,
     }
+
+
+def _blas() -> list[str]:
+    """Which kernels NumPy's linear algebra chose for this CPU: they decide the last bits of a fit."""
+    found = (lib for lib in threadpool_info() if lib["user_api"] == "blas")
+    return sorted({f"{lib['internal_api']} {lib.get('architecture')}, {lib['num_threads']} threads" for lib in found})
 
 
 def _gpu(index: int) -> dict[str, Any]:

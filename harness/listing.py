@@ -86,6 +86,8 @@ def open_snapshot(paths: RunPaths) -> Reader:
             if reader.schema_version == SCHEMA_VERSION:
                 return reader
             reader.close()
+    if not paths.results.exists():
+        return Reader(paths.live)  # all there is: a new, empty store must not take its place
     try:
         with locked(paths), Store(paths.results) as store:
             store.publish(paths.live)

@@ -130,4 +130,4 @@ def _code_told(code: Mapping[str, Any]) -> str:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -73,7 +73,7 @@ def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
         raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
     now = manifest if isinstance(manifest, dict) else {"": manifest}
     found = differences(sealed.manifest, now)
-    named = {d.key.split(".")[0] for d in found}
+    named = {".".join(parts[:n]) for d in found if (parts := d.key.split(".")) for n in range(1, len(parts) + 1)}
     # Leaves by dotted names do not tell 1 from true, a key with a dot from a nested one, or a list's order.
     return found + [
         Difference(key, sealed.manifest.get(key), now.get(key))

@@ -197,22 +197,23 @@ def leaves(tree: Any, names: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(sorted(found, key=lambda kv: order.get(kv[0], len(order))), columns=["key", "value"])
 
 
+_STAGE_COLUMNS = {
+    "status": "status", "items": "num_items", "failed": "num_failed", "rows": "num_rows", "batches": "num_batches",
+    "splits": "splits", "tokens": "tokens", "seconds": "seconds", "tokens_per_s": "tokens_per_s",
+}  # fmt: skip
+
+
 def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """stage, status, items, failed, batches, splits, tokens, seconds, peak_mb of every stage that ended, as the manifest has
-    them; a column is empty where an older harness did not write it.
+    """stage, status, items, failed, rows, batches, splits, tokens, seconds, tokens_per_s, peak_mb of every stage that ended,
+    as the manifest has them; a column is empty where an older harness did not write it.
     """
     rows = []
     for name, told in _mapping(manifest.get("stages")).items():
         report = _mapping(told)
         peak = report.get("peak_bytes")
-        rows.append({
-            "stage": name, "status": report.get("status"), "items": report.get("num_items"),
-            "failed": report.get("num_failed"), "batches": report.get("num_batches"), "splits": report.get("splits"),
-            "tokens": report.get("tokens"), "seconds": report.get("seconds"), "peak_mb": peak / 1e6 if peak else None,
-        })  # fmt: skip
-    return pd.DataFrame(
-        rows, columns=["stage", "status", "items", "failed", "batches", "splits", "tokens", "seconds", "peak_mb"]
-    )
+        found = {column: report.get(key) for column, key in _STAGE_COLUMNS.items()}
+        rows.append({"stage": name, **found, "peak_mb": peak / 1e6 if peak else None})
+    return pd.DataFrame(rows, columns=["stage", *_STAGE_COLUMNS, "peak_mb"])
 
 
 # -- two runs

@@ -141,9 +141,10 @@ def _manifest(entry: RunEntry) -> None:
     argv = manifest.get("argv")
     if isinstance(argv, list):
         st.code(shlex.join(map(str, argv)), language=None, wrap_lines=True)
-    what = {k: manifest.get(k) for k in ("run_id", "experiment", "created", "ended", "seconds", "status", "reason", "device",
-                                         "threads", "num_failed", "warnings", "resumed", "random_numbers")}  # fmt: skip
-    _leaves({k: v for k, v in what.items() if v not in (None, [], {})}, list(what))
+    names = ("run_id", "parent", "accepted_differences", "experiment", "created", "ended", "seconds", "status", "reason",
+             "device", "threads", "num_failed", "warnings", "resumed", "random_numbers")  # fmt: skip
+    what = {name: manifest.get(name) for name in names}
+    _leaves({k: v for k, v in what.items() if v not in (None, [], {})}, names)
     st.subheader("Identity")
     st.caption("The fingerprint is a hash of everything that decides results.")
     st.code(str(manifest.get("fingerprint")), language=None)
@@ -156,7 +157,8 @@ def _manifest(entry: RunEntry) -> None:
     st.subheader("Stages")
     st.dataframe(
         asked.stages(manifest), hide_index=True,
-        column_config={"peak_mb": _number("peak memory, MB", "%.0f"), "seconds": _number("seconds", "%.1f")},
+        column_config={"peak_mb": _number("peak memory, MB", "%.0f"), "seconds": _number("seconds", "%.1f"),
+                       "tokens_per_s": _number("tokens/s", "%.0f")},
     )  # fmt: skip
     if manifest.get("tables"):
         st.caption("Rows of each table")
