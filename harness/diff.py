@@ -15,7 +15,8 @@ from rich.table import Table
 
 from harness import log
 from harness.listing import open_snapshot
-from harness.run import ABSENT, Difference, RunPaths, differences, manifest_differences, read_manifest, state
+from harness.manifests import manifest_differences
+from harness.run import RunPaths, read_manifest, state
 from harness.store import MEASURED, Aligned, Reader, Row
 
 TOLERANCE = {"float64": 5e-5, "float32": 5e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -24,9 +25,6 @@ DERIVED = ("statistics", "sanity", "artifacts")
 """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
 RANKS = ("top_ids", "top_neurons")
 """Orders of things that may be equally large; the sizes stand in columns of their own."""
-_HARDWARE = ("cpu", "cpu_capability", "blas", "gpus", "torch", "cuda", "cudnn", "driver", "python", "device", "threads",
-             "cublas_workspace_config")  # fmt: skip
-
 Verdict = Literal["identical", "rounding", "apart"]
 
 
@@ -97,23 +95,6 @@ def verdict(drifts: Sequence[TableDrift], dtype: str) -> Verdict:
         c.scaled <= tolerance for d in judged for c in d.columns if c.column not in RANKS
     )
     return "rounding" if is_near else "apart"
-
-
-def environment_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """Everything that may change the last bits of a result: hardware, versions, batches. Empty: the bits must agree."""
-    found = []
-    for part, d in manifest_differences(one, other):
-        is_version = part == "packages" and ABSENT not in (d.old, d.new)  # what only one side has, neither side used
-        is_hardware = part == "machine" and d.key.split(".")[0] in _HARDWARE
-        if is_version or is_hardware or part == "numerics" or (part, d.key) == ("code", "source_sha256"):
-            found.append(d._replace(key=f"{part}.{d.key}"))
-    plans = [
-        {name: {"sizes": told.get("sizes") or [], "retried": told.get("retried") or 0} for name, told in stages.items()}
-        for stages in (one.get("stages") or {}, other.get("stages") or {})
-    ]
-    shared = plans[0].keys() & plans[1].keys()
-    batches = differences(*({name: plan[name] for name in shared} for plan in plans))
-    return found + [d._replace(key=f"stages.{d.key}") for d in batches]
 
 
 def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Table | str]:

@@ -17,13 +17,12 @@ from harness import environment, log, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
+from harness.manifests import Difference, bit_differences, differences
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
-    Difference,
     Manifest,
     RunPaths,
-    differences,
     find_run,
     fingerprint,
     list_runs,
@@ -161,7 +160,8 @@ def start(
             manifest = Manifest.reopen(paths)
             seal.remove(paths)
             store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
-            resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv}]
+            apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
+            resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
             manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
         logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
         sizes = origin.sizes if origin else {}

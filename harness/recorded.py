@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from harness import environment
 from harness.errors import HarnessError, RunError
 from harness.launch import Plan, prepare
-from harness.run import Difference, differences
+from harness.manifests import Difference, differences
 from harness.settings import Resolved
 
 _LOCAL = "paths."

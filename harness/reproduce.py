@@ -10,8 +10,9 @@ from rich.text import Text
 from harness import diff, launch, log
 from harness.errors import RunError
 from harness.listing import open_snapshot
+from harness.manifests import Difference, environment_differences
 from harness.recorded import prepare_again, told
-from harness.run import Difference, RunPaths, find_run, read_manifest, read_manifest_file, state
+from harness.run import RunPaths, find_run, read_manifest, read_manifest_file, state
 from harness.settings import Resolved
 
 _WITH_RESULTS = (0, 1)
@@ -64,7 +65,7 @@ def find(root: Path, wanted: str) -> tuple[dict[str, Any], RunPaths | None]:
 def _compare(was: Mapping[str, Any], original: RunPaths | None, again: RunPaths) -> bool:
     """Print how the results compare; whether they agree as well as they must."""
     now = read_manifest(again)
-    apart = diff.environment_differences(was, now)
+    apart = environment_differences(was, now)
     log.print_out(Text(_surroundings_told(apart)))
     if original is None:
         return _compare_hashes(was, now) or bool(apart)

@@ -38,66 +38,6 @@ def new_run_id(slug: str, digest: str, now: datetime) -> str:
     return f"{now:%Y%m%d-%H%M%S}-{clean or 'run'}-{digest[:8]}"
 
 
-class Difference(NamedTuple):
-    """One key on which two fingerprints, or two manifests, differ."""
-
-    key: str
-    old: Any
-    new: Any
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Every leaf on which two nested mappings differ, by dotted name."""
-    a, b = (dict(_leaves(json.loads(json.dumps(tree, default=str)))) for tree in (old, new))  # as the manifest has them
-    absent = object()
-    return [Difference(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k, absent) != b.get(k, absent)]
-
-
-ABSENT = "(absent)"
-"""Stands for the value of a key that one of two manifests does not have."""
-_PARTS = (
-    ("identity", "fingerprint_parts"), ("settings", "settings"), ("code", "code"), ("packages", "packages"),
-    ("numerics", "numerics"), ("machine", "machine"),
-)  # fmt: skip
-
-
-def manifest_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Difference]]:
-    """(part, difference) of every leaf on which two runs' manifests differ, what decides results first: `identity`,
-    `settings` (values, whatever their source), `code`, `packages`, `numerics`, `machine`."""
-    found = []
-    for part, name in _PARTS:
-        trees = [tree if isinstance(tree := m.get(name), Mapping) else {} for m in (old, new)]
-        if part == "settings":
-            trees = [{k: v.get("value") for k, v in t.items() if isinstance(v, Mapping)} for t in trees]
-        if part == "machine":  # what of it was used
-            trees = [
-                {**t, "device": m.get("device"), "threads": m.get("threads")}
-                for t, m in zip(trees, (old, new), strict=True)
-            ]
-        names = [{d.key for d in differences({}, tree)} for tree in trees]
-        found += [
-            (
-                part,
-                Difference(d.key, *(v if d.key in n else ABSENT for v, n in zip((d.old, d.new), names, strict=True))),
-            )
-            for d in differences(*trees)
-            if d.key
-        ]
-    return found
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list) and any(isinstance(v, Mapping) for v in tree):
-        for i, value in enumerate(tree):
-            name = value.get("name", i) if isinstance(value, Mapping) else i
-            yield from _leaves(value, f"{prefix}.{name}")
-    else:
-        yield prefix, tree
-
-
 @dataclass(frozen=True)
 class RunPaths:
     """The only place that knows what a run's files are called."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import RunError, StoreError
-from harness.run import Difference, RunPaths, differences, replacing
+from harness.manifests import ABSENT, Difference, differences
+from harness.run import RunPaths, replacing
 from harness.store import SCHEMA_VERSION, Reader, Store, TableSeal
 
 FORMAT = 1
@@ -76,7 +77,7 @@ def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
     named = {".".join(parts[:n]) for d in found if (parts := d.key.split(".")) for n in range(1, len(parts) + 1)}
     # Leaves by dotted names do not tell 1 from true, a key with a dot from a nested one, or a list's order.
     return found + [
-        Difference(key, sealed.manifest.get(key), now.get(key))
+        Difference(key, sealed.manifest.get(key, ABSENT), now.get(key, ABSENT))
         for key in sorted(sealed.manifest.keys() | now.keys())
         if key not in named and _sha256({"": sealed.manifest.get(key)}) != _sha256({"": now.get(key)})
     ]
@@ -112,7 +113,10 @@ def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
 
 
 def _told_key(key: str) -> str:
-    return ", ".join(f"{name}={value}" for name, value in json.loads(key).items())
+    try:
+        return ", ".join(f"{name}={value}" for name, value in json.loads(key).items())
+    except ValueError:  # whoever changed the store changed what makes its keys
+        return key
 
 
 def _sha256(content: Mapping[str, Any]) -> str:

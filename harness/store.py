@@ -359,7 +359,7 @@ class Store:
     def commit(self, batch: Batch, result: BatchResult) -> None:
         """The rows of a batch, its failures, and the mark that it is done: all of it or nothing."""
         failed = {f.key for f in result.failures}
-        num_rows = sum(map(len, result.rows.values()))
+        num_rows = sum(len(rows) for written in (result.rows, result.updates) for rows in written.values())
         with self._transaction():
             for table, values in result.replaced:
                 matching = " AND ".join(f"{column} = ?" for column in values)

@@ -17,6 +17,7 @@ from harness.errors import HarnessError, RunError, StoreError
 from harness.executor import Host, Inline, Outcome
 from harness.launch import Plan, surroundings
 from harness.listing import open_snapshot
+from harness.manifests import environment_differences
 from harness.models import device
 from harness.recorded import check_shape, prepare_again, told
 from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
@@ -70,12 +71,14 @@ def examine(
         return
     is_running = state(manifest) == "running"
     if sealed is None and not is_running and paths.results.exists():
-        open_snapshot(
-            paths
-        ).close()  # a killed run's last rows may stand in DuckDB's log of writes alone: this takes them in
+        # A killed run's last rows may stand in DuckDB's log of writes alone: this takes them in.
+        open_snapshot(paths).close()
     yield from _of_manifest(paths, manifest, sealed)
     yield from _of_rows(paths, sealed)
     store = paths.live if is_running else paths.results
+    if not (paths.results.exists() or paths.live.exists() or sealed or manifest.get("status") == "finished"):
+        yield Check("skip", "store", "the run has no results yet")
+        return
     try:
         with Reader(store) as reader:
             yield from _of_schema(reader, sealed)
@@ -102,12 +105,12 @@ def _find(root: Path, wanted: str) -> RunPaths:
 
 
 def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | None) -> Iterator[Check]:
-    if sealed is None:
+    if sealed is None and not paths.seal.exists():  # a damaged one was named already
         should = manifest.get("status") == "finished" and "table_sha256" in manifest
         yield Check("FAIL" if should else "skip", "seal",
                     f"{paths.seal.name} is missing: what rows and manifest were cannot be told" if should else
                     "there is none: the run is not finished, or was made by an older harness")  # fmt: skip
-    else:
+    elif sealed:
         try:
             changes = seal.changed_keys(sealed, paths)
             problems = [f"{d.key}: was {diff.shortened(d.old)}, is {diff.shortened(d.new)}" for d in changes]
@@ -260,7 +263,7 @@ def _measured_again(
         yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
         return
     here = surroundings(plan, resolved)
-    apart = diff.environment_differences(manifest, {**here, "stages": manifest.get("stages")})
+    apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
     tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype]
     how = (
         "bit for bit"
@@ -288,8 +291,11 @@ def _stage_again(
             "SELECT * FROM batches WHERE stage = ? AND status = 'done' ORDER BY batch_id", [stage.name]
         )
     ]
-    if not told_of or not told_of[0]["num_rows"] or not done:
-        return  # it writes no rows, or has not yet
+    if not told_of or not done:
+        return  # it was not reached
+    if not told_of[0]["num_rows"]:
+        yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
+        return
     items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
     chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
     last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -930,3 +931,35 @@ def test_without_the_condition_to_patch_nothing_is_patched_and_nothing_fails(tmp
                    "--paths.runs", tmp_path)  # fmt: skip
     assert told.code == 0, told.err
     assert query(only_run(tmp_path), "SELECT count(*) FROM patching") == [(0,)]
+
+
+# A signal before there is anything to lose
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [("run", "launch.prepare"), ("doctor", "doctor.examine"), ("sanity", "sanity.command")],
+)
+def test_a_signal_before_the_work_begins_ends_any_command_with_exit_3_and_no_traceback(
+    tmp_path: Path, command: str, where: str
+) -> None:
+    module, name = where.split(".")
+    code = (
+        "import sys, time\nfrom harness.cli import main\n"
+        f"from harness import {module}\n"
+        "def hang(*args, **kwargs):\n    print('begun', flush=True)\n    time.sleep(60)\n"
+        f"{module}.{name} = hang\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    args = [command, "--paths.runs", str(tmp_path / "runs")]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=DATA.parent
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 3, err
+    assert err.splitlines()[-1] == "harness: stopped; nothing is lost, type the same command again"
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "runs").exists()

@@ -718,3 +718,71 @@ def test_the_engine_needs_nothing_of_a_batch_result_but_what_it_says() -> None:
     with pytest.raises(OutOfRoom):
         Memory(room=1).scored([Item("a", 2.0)])
     assert Inline().accelerator.capacity_bytes() is None
+
+
+# -- batches cut as another run cut them
+
+
+def sizes_of(folder: Path, sizes: Sequence[int], max_tokens: int | None = 1_000, memory: Any = None) -> tuple[int, ...]:
+    """Run `MIXED` in `folder`, to be cut so; how it was cut, as the report tells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, reports = RunPaths(folder), []
+    stage = Fake(MIXED, memory.scored if memory else scored)
+    with Store(paths.results) as store:
+        limits = Limits(max_tokens, 0, {stage.name: sizes})
+        Engine(store, paths, Inline(memory or Host()), limits, Watcher(), StopSignal()).run([stage], reports.append)
+    return reports[0].sizes
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(1, len(MIXED) - 1)), data=st.data())
+def test_recorded_sizes_are_cut_again_whatever_the_budget_longest_items_first(
+    cuts: set[int], data: st.DataObject
+) -> None:
+    ends = [*sorted(cuts), len(MIXED)]
+    sizes = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+    budget = data.draw(st.sampled_from([1, 64, 100_000]))
+    with TemporaryDirectory() as folder:
+        assert sizes_of(Path(folder), sizes, budget) == tuple(sizes)
+        order = [
+            key
+            for *_, keys in sorted((b["batch_id"], b["keys"]) for b in rows_of(Path(folder), "batches"))
+            for key in keys
+        ]
+    assert order == sorted(MIXED, key=lambda k: (-MIXED[k], k))
+
+
+def test_recorded_sizes_are_cut_again_without_the_probes_that_measure_memory(tmp_path: Path) -> None:
+    gpu = Memory(base=1_000, per_token=10, capacity=10**9)
+    assert sizes_of(tmp_path, [10, 20], None, gpu) == (10, 20)
+    free = Memory(base=1_000, per_token=10, capacity=10**9)
+    assert sizes_of(tmp_path / "free", [], None, free) != (10, 20), "the control"
+
+
+@pytest.mark.parametrize("sizes", [[], [29], [10, 21], [31]])
+def test_sizes_of_another_number_of_items_are_left_alone(tmp_path: Path, sizes: list[int]) -> None:
+    assert sizes_of(tmp_path / "a", sizes, 64) == sizes_of(tmp_path / "b", (), 64)
+
+
+def test_a_batch_that_does_not_fit_any_more_is_split_and_the_split_sizes_are_what_is_recorded(tmp_path: Path) -> None:
+    small = Memory(room=200)
+    found = sizes_of(tmp_path / "small", [30], None, small)
+    assert len(found) > 1
+    assert sum(found) == len(MIXED)
+    assert sizes_of(tmp_path / "large", found) == found, "elsewhere the same batches, without running out"
+    assert not events_of(tmp_path / "large", "oom_split")
+    keys = [
+        [b["keys"] for b in rows_of(tmp_path / name, "batches") if b["status"] == "done"] for name in ("small", "large")
+    ]
+    assert sorted(keys[0]) == sorted(keys[1])
+
+
+def test_an_item_that_is_tried_again_is_counted_and_not_among_the_sizes(tmp_path: Path) -> None:
+    def refusing(items: Sequence[Item]) -> list[ItemResult]:
+        return [ItemResult.failed(r.key, "tired") if r.key == "k003" else r for r in scored(items)]
+
+    lengths = same_lengths(8)
+    (report,) = run_stages(tmp_path, Fake(lengths, refusing))
+    assert (report.sizes, report.retried) == ((4, 4), 0)
+    (report,) = run_stages(tmp_path, Fake(lengths), retry_failed=True)
+    assert (report.sizes, report.retried) == ((4, 4), 1)

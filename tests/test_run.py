@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 
 from harness import run
 from harness.errors import RunError
+from harness.manifests import ABSENT, Difference, differences
 from harness.run import (
-    Difference,
     Manifest,
     RunPaths,
-    differences,
     find_run,
     fingerprint,
     list_runs,
@@ -120,7 +119,7 @@ def test_differences_name_each_leaf_with_its_old_and_new_value() -> None:
     old = {"model": {"name": "a", "dtype": "float32"}, "seed": 0, "stages": [{"name": "psem", "version": 1}]}
     new = {"model": {"name": "b", "dtype": "float32"}, "seed": 0, "stages": [{"name": "psem", "version": 2}]}
     assert differences(old, new) == [Difference("model.name", "a", "b"), Difference("stages.psem.version", 1, 2)]
-    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [1, 2]}}) == [Difference("a.c", None, [1, 2])]
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": [1, 2]}}) == [Difference("a.c", ABSENT, [1, 2])]
     added = differences({"stages": []}, {"stages": [{"name": "lens", "version": 1}]})
     assert {"stages.lens.name", "stages.lens.version"} <= {d.key for d in added}
 

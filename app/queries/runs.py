@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from app import queries
-from harness import run
-from harness.run import RunEntry, RunPaths, differences
+from harness import manifests
+from harness.manifests import differences
+from harness.run import RunEntry, RunPaths
 
 LIST_COLUMNS = (
     "run", "status", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages", "reason",
@@ -222,7 +223,7 @@ def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
 def manifest_differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
     """part, key, this, other of every leaf on which two manifests differ: what decides results first (`identity`), then
     settings, code, packages, numerics, machine."""
-    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in run.manifest_differences(this, other)]
+    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in manifests.manifest_differences(this, other)]
     return pd.DataFrame(rows, columns=["part", "key", "this", "other"])
 
 

@@ -12,7 +12,8 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import runs as charts
 from app.queries import runs as asked
-from harness.run import ABSENT, RunPaths, list_runs, now_text, read_manifest
+from harness.manifests import ABSENT
+from harness.run import RunPaths, list_runs, now_text, read_manifest
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
 from tests.app.conftest import open_view
