@@ -158,11 +158,11 @@ def start(
                 store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
         else:
             manifest = Manifest.reopen(paths)
-            seal.remove(paths)
             store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
             apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
             resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
             manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
+            seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
         logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
         sizes = origin.sizes if origin else {}
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings, sizes)

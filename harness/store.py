@@ -449,6 +449,9 @@ class Store:
         columns = {name: tuple(self._schema(name).names) for name in TABLES}
         with replacing(path) as temporary, _disk_errors(), self._all_cores():
             self._con.execute(
+                "CHECKPOINT"
+            )  # a process that dies from here on leaves no row in DuckDB's log of writes alone
+            self._con.execute(
                 f"COPY ({_digests(self._con, columns)}) TO '{_quoted(temporary)}' (FORMAT parquet, COMPRESSION zstd)"
             )
             found = self._con.execute(
