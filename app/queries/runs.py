@@ -236,6 +236,17 @@ def shared_prompts(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[i
     return len(a & b), len(a - b), len(b - a)
 
 
+def equal_tables(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+    """Names of the measured tables that are the same in both runs, bit for bit, and of those that are not; None where one
+    does not say: it is not finished, or was made by an older harness."""
+    found = [_mapping(m.get("table_sha256")) for m in (this, other)]
+    if not all(found):
+        return None
+    names = sorted(found[0].keys() | found[1].keys())
+    same = [name for name in names if found[0].get(name) == found[1].get(name)]
+    return same, [name for name in names if name not in same]
+
+
 def results(paths: RunPaths) -> pd.DataFrame:
     """analysis, condition, measure, grouping, value, low, high, n of the analyses in `COMPARED`, calibration left out."""
     if "statistics" not in queries.tables(paths):

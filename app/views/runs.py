@@ -210,6 +210,13 @@ def _compare(view: frame.View | None, entry: RunEntry, entries: list[RunEntry]) 
         st.caption("Both have the same fingerprint: what decides results is the same.")
     if (shared := asked.shared_prompts(this, that)) is not None:
         st.caption(f"{shared[0]:,} prompts in both, {shared[1]:,} only in this, {shared[2]:,} only in the other.")
+    if (tables := asked.equal_tables(this, that)) is not None:
+        same, apart = tables
+        told = f"All {len(same)} measured tables are the same, bit for bit." if not apart else (
+            f"Bit for bit the same: {', '.join(same) or 'no table'}. Not the same: {', '.join(apart)}; "
+            "`harness diff` says by how much."
+        )  # fmt: skip
+        st.caption(told)
     if changes.empty:
         st.caption("The manifests say the same of identity, settings, packages, code and machine.")
     else:

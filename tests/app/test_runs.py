@@ -174,6 +174,13 @@ def test_differences_say_what_decides_results_first_and_what_only_one_run_has() 
     assert asked.manifest_differences(this, this).empty
 
 
+def test_tables_that_are_the_same_bits_are_told_from_those_that_are_not() -> None:
+    a, b = ({"table_sha256": h} for h in ({"psem": "1", "lens": "2"}, {"psem": "1", "lens": "3", "new": "4"}))
+    assert asked.equal_tables(a, a) == (["lens", "psem"], [])
+    assert asked.equal_tables(a, b) == (["psem"], ["lens", "new"])
+    assert asked.equal_tables(a, {}) is None
+
+
 def test_shared_prompts_are_counted_by_what_they_say() -> None:
     a, b = ({"prompts": {"row_hashes": h}} for h in ({"p": "1", "q": "2"}, {"p": "1", "q": "3", "r": "4"}))
     assert asked.shared_prompts(a, b) == (1, 1, 2)
