@@ -240,13 +240,10 @@ def _report(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
-    from harness import doctor, log
+    from harness import checks, doctor
 
-    checks = []
-    for check in doctor.examine(resolved):
-        log.print_out(f"{'ok  ' if check.ok else 'FAIL'} {check.name:<12} {check.finding}".replace("[", "\\["))
-        checks.append(check)
-    return 0 if all(c.ok for c in checks) else EnvironmentFault.exit_code
+    shown = checks.print_checks(doctor.examine(resolved))
+    return 0 if all(c.verdict == "ok" for c in shown) else EnvironmentFault.exit_code
 
 
 def _app(args: argparse.Namespace) -> int:

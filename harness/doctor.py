@@ -5,13 +5,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
 from harness import environment
+from harness.checks import Check
 from harness.errors import HarnessError
 from harness.launch import model_spec, prompts_path
 from harness.models import device
@@ -23,15 +23,6 @@ from harness.text.prompts import read_prompts
 from harness.text.words import word_forms
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. Only a failed check makes the doctor's exit code 4."""
-
-    name: str
-    ok: bool
-    finding: str
-
-
 def examine(resolved: Resolved) -> Iterator[Check]:
     """Every check, as it is made."""
     settings = resolved.settings
@@ -41,9 +32,9 @@ def examine(resolved: Resolved) -> Iterator[Check]:
     ]  # fmt: skip
     for name, check in checks:
         try:
-            yield Check(name, True, check(settings))
+            yield Check("ok", name, check(settings))
         except (HarnessError, OSError) as e:
-            yield Check(name, False, " ".join(str(e).split()))
+            yield Check("FAIL", name, str(e))
 
 
 def _code(settings: Settings) -> str:

@@ -6,6 +6,7 @@ against somebody who writes a new seal. Knows no stage and computes no measureme
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,9 +86,7 @@ def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON whose keys are each there once: of two, a reader would see the last."""
-    twice = (
-        [key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])] if len(dict(pairs)) != len(pairs) else []
-    )
+    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
     if twice:
         raise ValueError(f"the key {twice[0]!r} is there twice")
     return dict(pairs)

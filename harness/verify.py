@@ -1,41 +1,21 @@
 """`harness verify`: whether a run is still what it was, hangs together, and gives the same numbers when measured again."""
 
 import hashlib
-import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.text import Text
+from typing import Any
 
 from harness import diff, log, seal
-from harness.diff import TOLERANCE, TableDrift, table_drift
-from harness.engine import Stage, collect
-from harness.errors import HarnessError, RunError, StoreError
-from harness.executor import Host, Inline, Outcome
-from harness.launch import Plan, surroundings
+from harness.again import measured_again
+from harness.checks import Check, checks_of, print_checks
+from harness.errors import RunError, StoreError
 from harness.listing import open_snapshot
-from harness.manifests import environment_differences
-from harness.models import device
-from harness.recorded import check_shape, prepare_again, told
+from harness.recorded import check_shape
 from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
 from harness.seal import Seal
 from harness.settings import Resolved
-from harness.store import SCHEMA_VERSION, Batch, BatchResult, Reader, Row, Store
-
-_AT_MOST = 20
-"""Lines about one kind of trouble; the rest is counted."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding: `ok`, `FAIL`, or `skip` where something could not be looked at, with the reason."""
-
-    verdict: Literal["ok", "FAIL", "skip"]
-    name: str
-    finding: str
+from harness.store import SCHEMA_VERSION, Reader, Row, Store
 
 
 def command(
@@ -44,11 +24,8 @@ def command(
     """Print every check of a run; 1 where one failed. `again` gives the settings that a recorded run had."""
     paths = _find(root, wanted)
     log.print_out(f"Verifying {paths.run_id}")
-    failed = skipped = 0
-    for check in examine(paths, again, num_batches, seed):
-        log.print_out(Text(f"{check.verdict:<4} {check.name:<14} {' '.join(check.finding.split())}"))
-        failed += check.verdict == "FAIL"
-        skipped += check.verdict == "skip"
+    shown = print_checks(examine(paths, again, num_batches, seed))
+    failed, skipped = (sum(check.verdict == verdict for check in shown) for verdict in ("FAIL", "skip"))
     left_out = f" ({skipped} left out)" if skipped else ""
     log.print_out(f"{failed} checks failed{left_out}." if failed else f"Every check holds{left_out}.")
     return 1 if failed else 0
@@ -62,12 +39,12 @@ def examine(
     try:
         sealed = seal.read(paths)
     except RunError as e:
-        yield Check("FAIL", "seal", _one_line(e))
+        yield Check("FAIL", "seal", str(e))
     try:
         manifest = sealed.manifest if sealed else read_manifest(paths)
         check_shape(manifest)
     except RunError as e:
-        yield Check("FAIL", "manifest", _one_line(e))
+        yield Check("FAIL", "manifest", str(e))
         return
     is_running = state(manifest) == "running"
     if sealed is None and not is_running and paths.results.exists():
@@ -82,13 +59,13 @@ def examine(
     try:
         with Reader(store) as reader:
             yield from _of_schema(reader, sealed)
-            yield from _named(
+            yield from checks_of(
                 "keys", _broken_keys(reader, manifest), "every row belongs to a prompt, a context and a stage"
             )
-            yield from _named("files", _broken_files(paths, reader), _files_told(paths, reader))
-            yield from _measured_again(manifest, reader, again, num_batches, seed)
+            yield from checks_of("files", _broken_files(paths, reader), _files_told(paths, reader))
+            yield from measured_again(manifest, reader, again, num_batches, seed)
     except StoreError as e:
-        yield Check("FAIL", "store", _one_line(e))
+        yield Check("FAIL", "store", str(e))
 
 
 def _find(root: Path, wanted: str) -> RunPaths:
@@ -115,18 +92,18 @@ def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | No
             changes = seal.changed_keys(sealed, paths)
             problems = [f"{d.key}: was {diff.shortened(d.old)}, is {diff.shortened(d.new)}" for d in changes]
         except RunError as e:
-            problems = [_one_line(e)]
-        yield from _named("manifest", problems, f"as it was sealed, {manifest['ended']}")
+            problems = [str(e)]
+        yield from checks_of("manifest", problems, f"as it was sealed, {manifest['ended']}")
     parts = manifest.get("fingerprint_parts") or {}
     problems = []
     if fingerprint(parts) != manifest["fingerprint"]:
         problems.append("fingerprint: it is not that of fingerprint_parts")
     if manifest["run_id"] != paths.run_id:
         problems.append(f"run_id: {manifest['run_id']} lies in a folder called {paths.run_id}")
-    yield from _named("identity", problems, f"fingerprint {manifest['fingerprint'][:12]}")
+    yield from checks_of("identity", problems, f"fingerprint {manifest['fingerprint'][:12]}")
     expected = (manifest.get("code") or {}).get("diff_sha256")
     if expected:
-        yield from _named("code", _broken_diff(paths, expected), f"{paths.tree_diff.name} is the one that was saved")
+        yield from checks_of("code", _broken_diff(paths, expected), f"{paths.tree_diff.name} is the one that was saved")
 
 
 def _broken_diff(paths: RunPaths, expected: str) -> Iterator[str]:
@@ -143,7 +120,7 @@ def _of_rows(paths: RunPaths, sealed: Seal | None) -> Iterator[Check]:
     num_rows = sum(table.rows for table in sealed.tables.values())
     for name, store in (("rows", paths.results), ("snapshot", paths.live)):
         problems = seal.changed_rows(sealed, paths, store)
-        yield from _named(name, problems, f"{num_rows:,} rows of {len(sealed.tables)} tables as they were sealed")
+        yield from checks_of(name, problems, f"{num_rows:,} rows of {len(sealed.tables)} tables as they were sealed")
 
 
 # -- whether it hangs together
@@ -167,7 +144,7 @@ def _of_schema(reader: Reader, sealed: Seal | None) -> Iterator[Check]:
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
-    yield from _named("schema", problems, f"version {SCHEMA_VERSION}, {len(expected)} tables and views")
+    yield from checks_of("schema", problems, f"version {SCHEMA_VERSION}, {len(expected)} tables and views")
 
 
 def _told_definition(found: str | None, expected: str | None) -> str:
@@ -239,137 +216,5 @@ def _files_told(paths: RunPaths, reader: Reader) -> str:
     return f"{len(known)} artifacts as their rows say{extra}"
 
 
-# -- whether it comes out again
-
-
-def _measured_again(
-    manifest: Mapping[str, Any],
-    reader: Reader,
-    again: Callable[[Mapping[str, Any]], Resolved],
-    num_batches: int,
-    seed: int,
-) -> Iterator[Check]:
-    if not num_batches:
-        yield Check("skip", "again", "no batch was asked for")
-        return
-    try:
-        resolved = again(manifest)
-        plan, changes = prepare_again(manifest, resolved)
-    except HarnessError as e:
-        yield Check("skip", "again", _one_line(e))
-        return
-    decisive = [d for d in changes if d.key != "code"]
-    if decisive:
-        yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
-        return
-    here = surroundings(plan, resolved)
-    apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
-    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype]
-    how = (
-        "bit for bit"
-        if not apart
-        else f"within {tolerance:g}, since here is not as there: {diff.shortened(told(apart), 200)}"
-    )
-    yield Check("ok", "again", f"up to {num_batches} batches a stage, sample {seed}; rows must agree {how}")
-    for stage in plan.stages:
-        try:
-            yield from _stage_again(
-                stage, plan, resolved, reader, num_batches, random.Random(f"{seed} {stage.name}"), tolerance
-            )
-        except HarnessError as e:
-            yield Check("FAIL", f"again {stage.name}", _one_line(e))
-
-
-def _stage_again(
-    stage: Stage, plan: Plan, resolved: Resolved, reader: Reader, num_batches: int, rng: random.Random, tolerance: float
-) -> Iterator[Check]:
-    """Some of a stage's batches, computed as the run computed them, each beside its rows."""
-    told_of = reader.query("SELECT num_rows FROM stages WHERE stage = ?", [stage.name])
-    done = [
-        Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"])
-        for r in reader.query(
-            "SELECT * FROM batches WHERE stage = ? AND status = 'done' ORDER BY batch_id", [stage.name]
-        )
-    ]
-    if not told_of or not done:
-        return  # it was not reached
-    if not told_of[0]["num_rows"]:
-        yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
-        return
-    items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
-    chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
-    last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there
-    gone = {b.batch_id: [k for k in b.keys if k not in items or last[k] != b.batch_id] for b in chosen}
-    reserve = int(resolved.settings.batching.reserve_gb * 1e9)
-    executor = Inline(device.CudaMemory(reserve) if plan.device == "cuda" else Host())
-    given = ((b, [items[k] for k in b.keys if k in items]) for b in chosen)
-    for outcome in executor.map(stage.setup, stage.run, given):
-        batch: Batch = outcome.token
-        problems = list(_problems_again(outcome, batch, gone[batch.batch_id], reader, tolerance))
-        told = f"batch {batch.batch_id} of {len(done)}, {len(batch.keys)} items: the same rows"
-        yield from _named(f"again {stage.name}", problems, told)
-
-
-def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Reader, tolerance: float) -> Iterator[str]:
-    where = f"batch {batch.batch_id}"
-    if outcome.error or outcome.out_of_memory:
-        yield f"{where}: {outcome.error or 'out of memory'}"
-        return
-    failed = set(reader.failed(batch.stage))
-    failing = {f.key: f.message for f in collect(batch, outcome, gone).failures}
-    yield from (f"{where}: {key} fails now: {told}" for key, told in failing.items() if key not in failed)
-    kept = [key for key in batch.keys if key not in gone]
-    yield from (f"{where}: {key} failed in the run and does not now" for key in kept if key in failed - failing.keys())
-    without = [key for key in batch.keys if key not in kept or key in failed]
-    for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}):
-        drift = table_drift(table, reader.same_rows(table, rows))
-        yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
-
-
-def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterator[tuple[str, list[Row]]]:
-    """What the batch would write, by table and columns; files by their hashes."""
-    for rows in (result.rows, result.updates):
-        for table, given in rows.items():
-            alike: dict[tuple[str, ...], list[Row]] = {}
-            for row in given:
-                alike.setdefault(tuple(row), []).append(row)
-            yield from ((table, group) for group in alike.values())
-    files = [
-        {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
-        for r in outcome.results
-        if r.key not in without
-        for a in r.artifacts
-    ]
-    if files:
-        yield "artifacts", files
-
-
-def _apart(drift: TableDrift, tolerance: float) -> Iterator[str]:
-    if drift.only_other:
-        yield f"{drift.table}: {drift.only_other} rows of it are not in the run"
-    if tolerance and drift.table in diff.DERIVED:
-        return
-    for c in drift.columns:
-        if tolerance and c.column in diff.RANKS:
-            continue
-        if c.scaled > tolerance:
-            size = f", by up to {c.max_abs:.2e}" if c.max_abs is not None else ""
-            yield f"{drift.table}.{c.column}: {c.num_rows} of {drift.num_rows} rows are not the same{size}; furthest: {c.worst}"
-
-
-def _named(name: str, problems: Iterator[str] | Sequence[str], fine: str) -> Iterator[Check]:
-    """A failed check for each of the first problems, or one that holds."""
-    found = list(problems)
-    yield from (Check("FAIL", name, problem) for problem in found[:_AT_MOST])
-    if len(found) > _AT_MOST:
-        yield Check("FAIL", name, f"and {len(found) - _AT_MOST} more")
-    if not found:
-        yield Check("ok", name, fine)
-
-
 def _values(row: Row) -> str:
     return ", ".join(str(v) for v in row.values())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -29,6 +29,7 @@ COMMANDS = (
     "verify",
     "reproduce",
     "recorded",
+    "again",
     "diff",
     "bench",
     "doctor",
