@@ -164,7 +164,7 @@ def start(
             manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
             seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
         logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
-        sizes = origin.sizes if origin else {}
+        sizes = manifest.get("recorded_sizes") or {}
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings, sizes)
     if code in (0, 1):
         with Reader(paths.live) as reader:
@@ -363,6 +363,7 @@ def _manifest(
         "experiment": plan.experiment,
         "parent": origin.run_id if origin else None,
         "accepted_differences": [d._asdict() for d in origin.accepted] if origin else [],
+        "recorded_sizes": dict(origin.sizes) if origin else {},
         "fingerprint": plan.fingerprint,
         "fingerprint_parts": plan.parts,
         "argv": argv,

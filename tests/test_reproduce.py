@@ -442,6 +442,20 @@ def test_the_same_command_goes_on_with_a_stopped_reproduction_and_a_plain_run_is
     assert f"Run {ordinary.name} is finished already" in told.out
 
 
+def test_a_stopped_reproduction_is_cut_as_recorded_by_whoever_goes_on_with_it(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    other_budget = ("--batching.max_tokens", "auto")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psem.Psem, "run", stopping(1))
+        assert reproduce(recorded.run / "manifest.json", tmp_path, *other_budget).code == 3
+    begun = only_run(tmp_path)
+    told = harness(*recorded.args, "--paths.runs", tmp_path, *other_budget, "--resume", begun.name)
+    assert told.code == 0, told.err
+    assert sizes(begun) == sizes(recorded.run)
+    assert rows(begun) == rows(recorded.run)
+
+
 def test_an_unfinished_run_is_reproduced_as_far_as_it_can_be_compared(recorded: Recorded, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psem.Psem, "run", stopping(2))
