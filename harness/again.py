@@ -12,9 +12,9 @@ from harness.engine import Stage, collect
 from harness.errors import HarnessError
 from harness.executor import Host, Inline, Outcome
 from harness.launch import Plan, surroundings
-from harness.manifests import environment_differences
+from harness.manifests import environment_differences, shortened, told
 from harness.models import device
-from harness.recorded import prepare_again, told
+from harness.recorded import prepare_again
 from harness.settings import Resolved
 from harness.store import Batch, BatchResult, Reader, Row
 
@@ -50,7 +50,7 @@ def measured_again(
     how = (
         "bit for bit"
         if not apart
-        else f"within {tolerance:g}, since here is not as there: {diff.shortened(told(apart), 200)}"
+        else f"within {tolerance:g}, since here is not as there: {shortened(told(apart), 200)}"
     )
     yield Check("ok", "again", f"up to {num_batches} batches a stage, sample {seed}; rows must agree {how}")
     for stage in plan.stages:

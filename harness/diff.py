@@ -15,7 +15,7 @@ from rich.table import Table
 
 from harness import log
 from harness.listing import open_snapshot
-from harness.manifests import manifest_differences
+from harness.manifests import manifest_differences, shortened
 from harness.run import RunPaths, read_manifest, state
 from harness.store import MEASURED, Aligned, Reader, Row
 
@@ -173,12 +173,6 @@ def render_results(drifts: Sequence[TableDrift]) -> Iterator[Table | str]:
             table.add_row(d.table if n == 0 else "", *counts, c.column, apart, *sizes, escape(c.worst))
     yield table
     yield f"Equal, bit for bit: {', '.join(equal) or 'no table'}."
-
-
-def shortened(value: Any, most: int = 80) -> str:
-    """A manifest's value as text that fits a line."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _column_drift(name: str, rows: Aligned) -> ColumnDrift | None:

@@ -17,7 +17,7 @@ from harness import environment, log, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
-from harness.manifests import Difference, bit_differences, differences
+from harness.manifests import Difference, bit_differences, differences, shortened
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
@@ -164,8 +164,7 @@ def start(
             manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
             seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
         logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
-        sizes = manifest.get("recorded_sizes") or {}
-        code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings, sizes)
+        code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
         with Reader(paths.live) as reader:
             log.print_out(*summary.render(summary.summarise(reader), read_manifest(paths)))
@@ -175,12 +174,13 @@ def start(
 
 def _execute(
     plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: Manifest, retry_failed: bool,
-    warnings: log.WarningCount, sizes: Mapping[str, Sequence[int]],
+    warnings: log.WarningCount,
 ) -> int:  # fmt: skip
     """Run the stages; leave a manifest that tells the truth however it ends."""
     accelerator = device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
     given = settings.batching.max_tokens
-    limits = Limits(given if isinstance(given, int) else None, int(settings.runtime.reserve_disk_gb * 1e9), sizes)
+    reserve_disk_bytes, sizes = int(settings.runtime.reserve_disk_gb * 1e9), manifest.get("recorded_sizes") or {}
+    limits = Limits(given if isinstance(given, int) else None, reserve_disk_bytes, sizes)
     start = time.perf_counter()
     reports: dict[str, Any] = dict(manifest.get("stages") or {})
 
@@ -292,7 +292,9 @@ def _choose_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> t
         manifest = read_manifest(paths)
         if manifest["fingerprint"] != plan.fingerprint:
             changes = differences(manifest.get("fingerprint_parts", {}), plan.parts)
-            told = "; ".join(f"{c.key}: was {_short(c.old)}, now {_short(c.new)}" for c in changes) or "its format"
+            told = (
+                "; ".join(f"{c.key}: was {shortened(c.old)}, now {shortened(c.new)}" for c in changes) or "its format"
+            )
             raise RunError(
                 f"run {paths.run_id} cannot be continued with other settings: {told}; it was started by "
                 f"`{' '.join(manifest.get('argv', []))}`; use its settings, or --resume new"
@@ -407,11 +409,6 @@ def _say_rejections(prompt_set: PromptSet) -> None:
 
 def _hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager

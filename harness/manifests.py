@@ -4,7 +4,7 @@ Pure functions on what a manifest's JSON says; opens no file.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ABSENT = "(absent)"
@@ -79,6 +79,17 @@ def environment_differences(one: Mapping[str, Any], other: Mapping[str, Any]) ->
     shared = plans[0].keys() & plans[1].keys()
     batches = differences(*({name: plan[name] for name in shared} for plan in plans))
     return [*bit_differences(one, other), *resumed, *(d._replace(key=f"stages.{d.key}") for d in batches)]
+
+
+def told(changes: Sequence[Difference], most: int = 300) -> str:
+    """One line that names each, its values cut to `most` characters."""
+    return "; ".join(f"{d.key}: was {shortened(d.old, most)}, is {shortened(d.new, most)}" for d in changes)
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A manifest's value as text that fits a line."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """A recorded run made ready to be measured again: the settings it had, and what of it is not as it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -88,11 +88,6 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
     return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
 
 
-def told(changes: Sequence[Difference]) -> str:
-    """One line that names each."""
-    return "; ".join(f"{d.key}: was {_short(d.old)}, is {_short(d.new)}" for d in changes)
-
-
 def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
     found = []
     for change in differences(manifest.get("fingerprint_parts") or {}, plan.parts):
@@ -126,8 +121,3 @@ def _code_told(code: Mapping[str, Any]) -> str:
     commit = str(code.get("git_commit") or "unknown")[:12]
     dirty = " with uncommitted changes" if code.get("git_dirty") else ""
     return f"commit {commit}{dirty}, sources {str(code.get('source_sha256') or 'not recorded')[:12]}"
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -10,8 +10,8 @@ from rich.text import Text
 from harness import diff, launch, log
 from harness.errors import RunError
 from harness.listing import open_snapshot
-from harness.manifests import Difference, environment_differences
-from harness.recorded import prepare_again, told
+from harness.manifests import Difference, environment_differences, told
+from harness.recorded import prepare_again
 from harness.run import RunPaths, find_run, read_manifest, read_manifest_file, state
 from harness.settings import Resolved
 

@@ -109,6 +109,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """Hash of one of a run's files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(paths: RunPaths) -> dict[str, Any]:
     """A run's manifest as it stands. Raises RunError when it is missing or not readable."""
     return read_manifest_file(paths.manifest)

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.errors import RunError, StoreError
 from harness.manifests import ABSENT, Difference, differences
-from harness.run import RunPaths, replacing
+from harness.run import RunPaths, file_sha256, replacing
 from harness.store import SCHEMA_VERSION, Reader, Store, TableSeal
 
 FORMAT = 1
@@ -37,7 +37,7 @@ def write(paths: RunPaths, tables: Mapping[str, TableSeal], manifest: Mapping[st
         "format": FORMAT,
         "manifest": manifest,
         "tables": {name: asdict(table) for name, table in tables.items()},
-        "row_digests_sha256": _file_sha256(paths.row_digests),
+        "row_digests_sha256": file_sha256(paths.row_digests),
         "duckdb": Store.LIBRARY,
         "schema": SCHEMA_VERSION,
     }
@@ -95,7 +95,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
     """One line for each of the first rows of `store` (the results, or their snapshot) that are not as they were sealed."""
     try:
-        found = _file_sha256(paths.row_digests)
+        found = file_sha256(paths.row_digests)
     except OSError as e:
         yield f"{paths.row_digests.name}: cannot be read: {e.strerror}"
         return
@@ -122,8 +122,3 @@ def _sha256(content: Mapping[str, Any]) -> str:
     """Of the content as it reads after a round trip through the file."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

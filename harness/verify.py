@@ -1,18 +1,18 @@
 """`harness verify`: whether a run is still what it was, hangs together, and gives the same numbers when measured again."""
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import diff, log, seal
+from harness import log, seal
 from harness.again import measured_again
 from harness.checks import Check, checks_of, print_checks
 from harness.errors import RunError, StoreError
 from harness.listing import open_snapshot
+from harness.manifests import told
 from harness.recorded import check_shape
-from harness.run import RunPaths, find_run, fingerprint, read_manifest, state
+from harness.run import RunPaths, file_sha256, find_run, fingerprint, read_manifest, state
 from harness.seal import Seal
 from harness.settings import Resolved
 from harness.store import SCHEMA_VERSION, Reader, Row, Store
@@ -89,8 +89,7 @@ def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | No
                     "there is none: the run is not finished, or was made by an older harness")  # fmt: skip
     elif sealed:
         try:
-            changes = seal.changed_keys(sealed, paths)
-            problems = [f"{d.key}: was {diff.shortened(d.old)}, is {diff.shortened(d.new)}" for d in changes]
+            problems = [told([change], most=80) for change in seal.changed_keys(sealed, paths)]
         except RunError as e:
             problems = [str(e)]
         yield from checks_of("manifest", problems, f"as it was sealed, {manifest['ended']}")
@@ -108,7 +107,7 @@ def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | No
 
 def _broken_diff(paths: RunPaths, expected: str) -> Iterator[str]:
     try:
-        if hashlib.sha256(paths.tree_diff.read_bytes()).hexdigest() != expected:
+        if file_sha256(paths.tree_diff) != expected:
             yield f"{paths.tree_diff.name}: it was changed"
     except OSError as e:
         yield f"{paths.tree_diff.name}: cannot be read: {e.strerror}"
@@ -198,8 +197,7 @@ def _broken_files(paths: RunPaths, reader: Reader) -> Iterator[str]:
     for row in reader.query("SELECT path, sha256, bytes FROM artifacts ORDER BY path"):
         file = paths.artifacts / row["path"]
         try:
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = file_sha256(file)
         except OSError as e:
             yield f"{paths.artifacts.name}/{row['path']}: cannot be read: {e.strerror}"
             continue
