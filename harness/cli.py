@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, disk_full
-from harness.settings import SHORT_FLAGS, Resolved, describe, field_names, nearest, resolve
+from harness.settings import SHORT_FLAGS, PathSettings, Resolved, describe, field_names, nearest, resolve
+from harness.terminal import plain
 
 _BENCHED = ("psem", "samples", "attention", "mechanism", "patching")
 
@@ -37,29 +38,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As Ctrl-C. In a container this is process 1, which the kernel would let ignore a signal it does not handle.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        parser = _parser()
-        args, rest = parser.parse_known_args(given)
-        if rest:
-            (args.parser if hasattr(args, "parser") else parser).error(f"unrecognized arguments: {' '.join(rest)}")
-        if not hasattr(args, "act"):
-            parser.print_help()
-            return 0
-        args.argv = ["harness", *given]
-        return args.act(args)
+        code = _act(given)
     except HarnessError as e:
-        print(f"harness: {' '.join(str(e).split())}", file=sys.stderr)
+        _say(str(e))
         return e.exit_code
     except KeyboardInterrupt:
-        print("harness: stopped; nothing is lost, type the same command again", file=sys.stderr)
+        _say("stopped; nothing is lost, type the same command again")
         return Stopped.exit_code
-    except BrokenPipeError:  # `harness runs | head`
+    except BrokenPipeError:  # `harness --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        if (fault := disk_full(e)) is not None:
-            print(f"harness: {fault}", file=sys.stderr)
-            return fault.exit_code
-        raise
+        if (fault := disk_full(e)) is None:
+            raise
+        _say(str(fault))
+        return fault.exit_code
+    return code
+
+
+def _act(given: list[str]) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(given)
+    if rest:
+        (args.parser if hasattr(args, "parser") else parser).error(f"unrecognized arguments: {' '.join(rest)}")
+    if not hasattr(args, "act"):
+        parser.print_help()
+        return 0
+    args.argv = ["harness", *given]
+    code = args.act(args)
+    return _unless_lost(code) if args.act in _PRINTERS else code
+
+
+def _unless_lost(code: int) -> int:
+    """The exit code of a command that is there to print: that of the machine where it could not. That nobody read on
+    (`harness runs | head`) is no failure."""
+    from harness import log
+
+    lost = log.lost_output()
+    if lost is None or isinstance(lost, BrokenPipeError) or code:
+        return code
+    _say(f"nothing more could be printed: {lost.strerror or lost}")
+    return EnvironmentFault.exit_code
+
+
+def _say(text: str) -> None:
+    """One line on stderr, whatever is in the text, and whether or not there is a stderr."""
+    with suppress(OSError):
+        print(f"harness: {plain(' '.join(text.split()))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
     export.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
+    export.add_argument(
+        "--safe",
+        action="store_true",
+        help="with csv: an apostrophe before text that a spreadsheet would take for a formula",
+    )
     verify = command(
         "verify", _verify, "whether a run is still what it was, and gives the same numbers again; exit 1 where not"
     )
@@ -192,7 +222,7 @@ def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     from harness import listing
 
-    listing.export(root, args.run, args.to, args.format)
+    listing.export(root, args.run, args.to, args.format, is_safe=args.safe)
     return 0
 
 
@@ -200,7 +230,8 @@ def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
     """The settings that a recorded run had, under those that this command gives."""
     from harness.recorded import settings_of
 
-    return resolve(_flags(args), args.config, recorded=settings_of(manifest), recorded_by=f"run {manifest['run_id']}")
+    recorded = settings_of(manifest, PathSettings().state_folder)
+    return resolve(_flags(args), args.config, recorded=recorded, recorded_by=f"run {manifest['run_id']}")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -269,6 +300,9 @@ def _sanity(args: argparse.Namespace) -> int:
     from harness import sanity
 
     return sanity.command(resolved, args.num_prompts)
+
+
+_PRINTERS = (_runs, _show, _diff)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -15,8 +15,9 @@ from loguru import logger
 
 from harness.errors import EnvironmentFault, Stopped, disk_full
 from harness.executor import Executor, Item, ItemResult, Outcome
+from harness.files import replacing
 from harness.plan import Budget, batch_of, halves, place
-from harness.run import RunPaths, replacing
+from harness.run import RunPaths
 from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Failure, Row, Store
 

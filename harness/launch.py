@@ -8,29 +8,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loguru import logger
 
-from harness import environment, log, seal, stages, summary
+from harness import environment, log, own, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
+from harness.files import replacing
 from harness.manifests import Difference, bit_differences, differences, shortened
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
     Manifest,
     RunPaths,
+    choosing,
     find_run,
     fingerprint,
     list_runs,
     locked,
+    new_run,
     new_run_id,
     now_text,
     read_manifest,
-    replacing,
 )  # fmt: skip
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
 from harness.stages.inputs import Inputs
@@ -144,32 +147,51 @@ def start(
     _say_rejections(plan.prompt_set)
     if settings.runtime.device == "auto" and device.is_gpu_unused(plan.device):
         logger.warning("torch sees no GPU: computing on the CPU; in a container add `--gpus all`, see `harness doctor`")
-    paths, is_new = _choose_run(settings.paths.runs, plan, resume, origin)
-    if not is_new and not retry_failed and _finished(paths):
-        return Ended(paths, _report_finished(paths))
     with ExitStack() as stack:
-        stack.enter_context(locked(paths))
+        with choosing(_root(settings.paths.runs)):
+            found = _find_run(settings.paths.runs, plan, resume, origin)
+            if found is not None and not retry_failed and _finished(found):
+                return Ended(found, _report_finished(found))
+            if found is None:
+                manifest = _manifest(plan, resolved, argv or [], here, origin)
+                run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
+                lay = partial(_lay, plan, manifest)
+                paths = stack.enter_context(new_run(settings.paths.runs, run_id, lay))
+            else:
+                paths = found
+                stack.enter_context(locked(paths))
         warnings = log.to_file(paths.log)
         store = stack.enter_context(Store(paths.results))
-        if is_new:
-            manifest = Manifest.create(paths, _manifest(plan, resolved, argv or [], here, origin))
-            _write_diff(paths)
-            for r in plan.prompt_set.rejections:
-                store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
-        else:
-            manifest = Manifest.reopen(paths)
-            store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
-            apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
-            resumed = [*manifest.get("resumed", []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
-            manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
-            seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
-        logger.info("run {} ({}), {}", paths.run_id, "new" if is_new else "continued", _describe(plan))
+        manifest = Manifest.reopen(paths)
+        if found is not None:
+            _go_on(paths, store, manifest, here, argv)
+        logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
         with Reader(paths.live) as reader:
             log.print_out(*summary.render(summary.summarise(reader), read_manifest(paths)))
         log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
+    if lost := log.lost_output():
+        logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
     return Ended(paths, code)
+
+
+def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> None:
+    """What a new run has from its first moment: its manifest, a store with what was refused, and a snapshot of it."""
+    Manifest.create(paths, content, run_id)
+    _write_diff(paths)
+    with Store(paths.results) as store:
+        for r in plan.prompt_set.rejections:
+            store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
+        store.publish(paths.live)
+
+
+def _go_on(paths: RunPaths, store: Store, manifest: Manifest, here: Mapping[str, Any], argv: list[str] | None) -> None:
+    store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
+    apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
+    resumed = [*(manifest.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
+    manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
+    seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
 
 
 def _execute(
@@ -274,6 +296,8 @@ def prompts_path(settings: Settings) -> Path:
 def model_spec(settings: Settings, where: str) -> ModelSpec:
     """What to load, with the bundled demo model's folder in place of its name."""
     demo = settings.paths.data_folder / "models" / "demo"
+    if settings.model.trust_remote_code:
+        logger.warning("{}: its own Python may run here: trusted on this command line", settings.model.name)
     name = str(demo) if settings.model.name == DEMO_MODEL else settings.model.name
     return ModelSpec(
         name,
@@ -285,46 +309,51 @@ def model_spec(settings: Settings, where: str) -> ModelSpec:
     )
 
 
-def _choose_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> tuple[RunPaths, bool]:
-    """The run to work on, and whether it is new. A run that repeats another one goes on only as that."""
+def _root(root: Path) -> Path:
+    """The folder of runs, made where it is missing."""
+    if "?" in str(root.resolve()):
+        raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _unwritable(root, e) from e
+    return root
+
+
+def _unwritable(root: Path, error: OSError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"paths.runs: cannot write to {root}: {error.strerror}; set paths.runs to a writable folder, or in a container "
+        'run as its owner: --user "$(id -u):$(id -g)"'
+    )
+
+
+def _find_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> RunPaths | None:
+    """The run to go on with; None where a new one is to be made. A run that repeats another one goes on only as that."""
     if resume not in ("auto", "new"):
         paths = find_run(root, resume)
         manifest = read_manifest(paths)
         if manifest["fingerprint"] != plan.fingerprint:
-            changes = differences(manifest.get("fingerprint_parts", {}), plan.parts)
+            changes = differences(manifest.get("fingerprint_parts") or {}, plan.parts)
             told = (
                 "; ".join(f"{c.key}: was {shortened(c.old)}, now {shortened(c.new)}" for c in changes) or "its format"
             )
             raise RunError(
                 f"run {paths.run_id} cannot be continued with other settings: {told}; it was started by "
-                f"`{' '.join(manifest.get('argv', []))}`; use its settings, or --resume new"
+                f"`{' '.join(manifest.get('argv') or [])}`; use its settings, or --resume new"
             )
-        return paths, False
-    if resume == "auto":
-        parent = origin.run_id if origin else None
-        same = [
-            e
-            for e in list_runs(root)
-            if e.manifest and e.manifest["fingerprint"] == plan.fingerprint and e.manifest.get("parent") == parent
-        ]
-        unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
-        if unfinished or (same and origin is None):
-            return (unfinished or same)[0].paths, False
-    if "?" in str(root.resolve()):
-        raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
-    run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
-    paths, n = RunPaths(root / run_id), 1
-    while paths.folder.exists():  # a second run in the same second
-        n += 1
-        paths = RunPaths(root / f"{run_id}-{n}")
-    try:
-        paths.folder.mkdir(parents=True)
-    except OSError as e:
-        raise EnvironmentFault(
-            f"paths.runs: cannot write to {root}: {e.strerror}; set paths.runs to a writable folder, or in a container "
-            'run as its owner: --user "$(id -u):$(id -g)"'
-        ) from e
-    return paths, True
+        return paths
+    if resume == "new":
+        return None
+    parent = origin.run_id if origin else None
+    same = [
+        e
+        for e in list_runs(root)
+        if e.manifest and e.manifest["fingerprint"] == plan.fingerprint and e.manifest.get("parent") == parent
+    ]
+    unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
+    if unfinished or (same and origin is None):
+        return (unfinished or same)[0].paths
+    return None
 
 
 def _finished(paths: RunPaths) -> bool:
@@ -361,6 +390,7 @@ def _manifest(
     plan: Plan, resolved: Resolved, argv: list[str], here: Mapping[str, Any], origin: Origin | None
 ) -> dict[str, Any]:
     identity: ModelIdentity = plan.inputs.identity
+    values = {name: value for name, value, _ in resolved.rows()}
     return {
         "experiment": plan.experiment,
         "parent": origin.run_id if origin else None,
@@ -370,6 +400,7 @@ def _manifest(
         "fingerprint_parts": plan.parts,
         "argv": argv,
         "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
+        "given_here": own.mark(values, resolved.settings.paths.state_folder),
         **here,
         "random_numbers": noise.RULE,
         "model": {**{k: v for k, v in asdict(identity).items() if k != "about"}, **identity.about},

@@ -2,16 +2,17 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loguru import logger
 from rich.markup import escape
 from rich.table import Table
 
 from harness import log, summary
-from harness.errors import EnvironmentFault, RunError, StoreError
-from harness.run import RunPaths, find_run, list_runs, locked, read_manifest, state
-from harness.store import SCHEMA_VERSION, Reader, Store
+from harness.errors import EnvironmentFault, RunError, StoreError, disk_full
+from harness.files import read_regular, replacing, sweep
+from harness.run import MANIFEST_BYTES, RunPaths, find_run, is_held, list_runs, read_manifest, state
+from harness.store import Format, Reader, open_copy
 
 
 def print_runs(root: Path) -> None:
@@ -60,46 +61,53 @@ def print_run(root: Path, wanted: str) -> None:
     reader.close()
 
 
-def export(root: Path, wanted: str, to: Path, form: Literal["parquet", "csv", "jsonl"]) -> None:
-    """Every table and view of a run as one file each, and its manifest beside them."""
+def export(root: Path, wanted: str, to: Path, form: Format, *, is_safe: bool = False) -> None:
+    """Every table and view of a run as one file each, and its manifest beside them; with `is_safe`, for spreadsheets."""
+    if is_safe and form != "csv":
+        raise RunError(f"--safe: quotes cells of CSV files for spreadsheets; expected --format csv, found {form}")
     paths = find_run(root, wanted)
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise EnvironmentFault(f"--to: cannot write to {to}: {e.strerror}") from e
-    reader = open_snapshot(paths)
-    # `attention` again with a row a head: a hundred times as many rows, and nothing that is not in `attention`.
-    names = [name for name in reader.tables() if name != "attention_heads"]
-    rows = {name: reader.export(name, to / f"{name}.{form}", form) for name in names}
-    (to / "manifest.json").write_text(paths.manifest.read_text("utf-8"), "utf-8")
-    log.print_out(f"{paths.run_id}: {len(rows)} tables and views, {sum(rows.values()):,} rows, in {to}")
-    reader.close()
+    sweep(to, only_dead=True)
+    with open_snapshot(paths) as reader:
+        # `attention` again with a row a head: a hundred times as many rows, and nothing that is not in `attention`.
+        names = [name for name in reader.tables() if name != "attention_heads"]
+        done = [reader.export(name, to / f"{name}.{form}", form, is_safe=is_safe) for name in names]
+    with replacing(to / "manifest.json") as temporary:
+        temporary.write_bytes(read_regular(paths.manifest, MANIFEST_BYTES))
+    log.print_out(
+        f"{escape(paths.run_id)}: {len(done)} tables and views, {sum(d.num_rows for d in done):,} rows, in {escape(str(to))}"
+    )
+    if is_safe:
+        log.print_out(
+            f"{sum(d.num_defused for d in done):,} cells that a spreadsheet would take for formulas begin with an apostrophe now."
+        )
 
 
-def open_snapshot(paths: RunPaths) -> Reader:
-    """The run's snapshot. Where nobody computes the run, one is published first: a killed run's last rows count too."""
+def open_snapshot(paths: RunPaths, *, threads: int | None = None) -> Reader:
+    """The rows of a run as they stand, for reading alone: of a killed run the last ones too. Nothing of the run is written,
+    and nobody who goes on with it is kept waiting."""
     if not paths.results.exists() and not paths.live.exists():
         raise RunError(f"run {paths.run_id} has no results yet")
-    if paths.live.exists() and read_manifest(paths).get("status") == "finished":
-        with suppress(StoreError):  # a snapshot that cannot be read is made again
-            reader = Reader(paths.live)  # it published after its last row
-            if reader.schema_version == SCHEMA_VERSION:
-                return reader
-            reader.close()
+    if paths.live.exists() and (read_manifest(paths).get("status") in _PUBLISHED or is_held(paths)):
+        with suppress(StoreError):  # a snapshot that cannot be read: the store may be sound
+            return Reader(paths.live, threads=threads)
     if not paths.results.exists():
-        return Reader(paths.live)  # all there is: a new, empty store must not take its place
+        return Reader(paths.live, threads=threads)
     try:
-        with locked(paths), Store(paths.results) as store:
-            store.publish(paths.live)
-    except RunError:
-        logger.info("the run is being computed: showing its snapshot")
+        reader = open_copy(paths.results, threads=threads)
     except (StoreError, OSError) as e:
         if not paths.live.exists():
-            raise
-        reader = Reader(paths.live)
-        logger.warning("the snapshot could not be renewed ({}); showing the one that is there", e)
-        return reader
-    return Reader(paths.live)
+            raise disk_full(e) or StoreError(f"{paths.results}: cannot be read: {e}") from e
+        reader = Reader(paths.live, threads=threads)
+        logger.warning("the last rows of the run cannot be read ({}); showing its snapshot", e)
+    return reader or Reader(paths.live, threads=threads)
+
+
+_PUBLISHED = ("finished", "interrupted")
+"""A run that ended so has published after its last row."""
 
 
 def _facts(manifest: dict[str, Any], reader: Reader) -> list[tuple[str, str]]:

@@ -6,15 +6,45 @@ Called by entry points only.
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from harness.terminal import Steady, plain
 
 _PLAIN_EVERY_S = 10.0
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Plain(RenderHook):
+    """Lets no control character through that Rich itself has not made."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [r if isinstance(r, Control) else _PlainText(r) for r in renderables]
+
+
+class _PlainText:
+    def __init__(self, thing: ConsoleRenderable):
+        self._thing = thing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._thing, options):
+            yield segment if segment.control else Segment(plain(segment.text), segment.style)
+
+
+def _console(stream: Steady, **options: Any) -> Console:
+    made = Console(file=stream, highlight=False, **options)
+    made.push_render_hook(_Plain())
+    return made
+
+
+console = _console(Steady(lambda: sys.stderr), soft_wrap=True)
+_stdout = Steady(lambda: sys.stdout)
 
 
 class WarningCount:
@@ -112,16 +142,17 @@ def _bar() -> Progress:
     )  # fmt: skip
 
 
-class _Out(Console):
-    """A console that lets `harness runs | head` end as other commands do; Rich's own exits with 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def print_out(*objects: object) -> None:
-    """The result of a command, on stdout, one object after the other: logs and bars stay on stderr."""
-    is_terminal = sys.stdout.isatty()
-    out = _Out(file=sys.stdout, highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 140)
+    """The result of a command, on stdout, one object after the other: logs and bars stay on stderr.
+
+    Nothing is raised where nobody can read it any more; `lost_output` tells.
+    """
+    is_terminal = _stdout.isatty()
+    out = _console(_stdout, soft_wrap=not is_terminal, width=None if is_terminal else 140)
     for thing in objects:
         out.print(thing)
+
+
+def lost_output() -> OSError | None:
+    """Why results cannot be printed any more; None while they can."""
+    return _stdout.lost

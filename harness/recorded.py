@@ -1,75 +1,31 @@
 """A recorded run made ready to be measured again: the settings it had, and what of it is not as it was."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from harness import environment
+from harness import environment, own
 from harness.errors import HarnessError, RunError
 from harness.launch import Plan, prepare
-from harness.manifests import Difference, differences
+from harness.manifests import Difference, differences, shortened
 from harness.settings import Resolved
 
+_TRUST = "model.trust_remote_code"
 _LOCAL = "paths."
 """Settings that say where things are on the machine that ran it."""
 
 
-class _Setting(BaseModel):
-    value: Any
+def settings_of(manifest: Mapping[str, Any], state: Path) -> dict[str, Any]:
+    """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had.
 
-
-class _StagePart(BaseModel):
-    name: str
-
-
-class _Parts(BaseModel):
-    stages: list[_StagePart] = []
-
-
-class _StageReport(BaseModel):
-    sizes: list[int] | None = None
-
-
-class _Prompts(BaseModel):
-    row_hashes: dict[str, str] | None = None
-
-
-class _Shape(BaseModel):
-    """What is read here and in what rests on this; the rest of a manifest is its own affair."""
-
-    settings: dict[str, _Setting] | None = None
-    fingerprint_parts: _Parts | None = None
-    stages: dict[str, _StageReport] | None = None
-    prompts: _Prompts | None = None
-    code: dict[str, Any] | None = None
-    packages: dict[str, Any] | None = None
-    numerics: dict[str, Any] | None = None
-    machine: dict[str, Any] | None = None
-    model: dict[str, Any] | None = None
-    tables: dict[str, int] | None = None
-    table_sha256: dict[str, str] | None = None
-
-
-def check_shape(manifest: Mapping[str, Any]) -> None:
-    """Raises RunError where a part that is read here is not of the kind that a manifest has: a hand may have been in it."""
-    try:
-        _Shape.model_validate(manifest)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RunError(f"the manifest of {manifest['run_id']} is damaged: {where}: {first['msg'].lower()}") from e
-
-
-def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had."""
-    check_shape(manifest)
-    recorded = manifest.get("settings")
-    if not recorded:
-        raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
-    values = {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
+    Not among them: trust in a model's code, which is given anew or not at all, and paths that this user, whose state is
+    in `state`, did not give.
+    """
+    values = _recorded(manifest)
+    values = {name: value for name, value in values.items() if name not in (_TRUST, *_strange_paths(manifest, state))}
     if manifest.get("device") == "cpu" and manifest.get("threads"):
-        values["runtime.threads"] = manifest["threads"]
+        values["runtime.threads"] = min(manifest["threads"], os.cpu_count() or 1)
     revision = (manifest.get("model") or {}).get("revision")
     if revision not in (None, "local", "random"):
         values["model.revision"] = revision
@@ -79,13 +35,31 @@ def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan, list[Difference]]:
     """The plan of a recorded run, from settings that rest on `settings_of`, and what is not as it was: model, data or code.
 
-    Raises HarnessError where something is not there at all.
+    Raises HarnessError where something is not there at all, or has to be named by this user.
     """
+    for name, path in _strange_paths(manifest, resolved.settings.paths.state_folder).items():
+        if name not in resolved.sources:
+            raise RunError(
+                f"run {manifest['run_id']} records {name} = {shortened(path)}, a path that this user did not give: what a run's "
+                f"folder names is not opened; say where it is with {own.FLAGS[name]} PATH"
+            )
     try:
         plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))
     except HarnessError as e:
         raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
     return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
+
+
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = manifest.get("settings")
+    if not recorded:
+        raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
+    return {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
+
+
+def _strange_paths(manifest: Mapping[str, Any], state: Path) -> dict[str, str]:
+    values = _recorded(manifest)
+    return {} if own.is_own(values, manifest.get("given_here"), state) else own.recorded_paths(values)
 
 
 def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:

@@ -16,10 +16,11 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness import figures
-from harness.errors import EnvironmentFault
+from harness.errors import EnvironmentFault, RunError
 from harness.figures import FigureData
+from harness.files import replacing, sweep
 from harness.listing import open_snapshot
-from harness.run import RunPaths, now_text, read_manifest, replacing, state
+from harness.run import RunPaths, now_text, read_manifest, state
 from harness.stats import BIN_NAMES, Estimate
 from harness.store import Reader, Row
 from harness.summary import Summary, summarise
@@ -90,12 +91,15 @@ def write(paths: RunPaths, to: Path | None = None) -> Path:
     Each file takes the place of an older one whole. Raises EnvironmentFault where the folder cannot be written.
     """
     folder = to or paths.report
+    if to is None and any(path.is_symlink() for path in (folder, folder / "figures")):
+        raise RunError(f"{folder}: expected a folder of the run's own, found a link; name one with --to")
     manifest = read_manifest(paths)
     with open_snapshot(paths) as reader:
         data = figures.gather(reader)
         content = _content(reader, manifest, data)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
+        sweep(folder, only_dead=True)
         content["figures"] = _write_figures(folder / "figures", data)
         page = folder / "report.html"
         with replacing(page) as temporary:

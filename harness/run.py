@@ -7,19 +7,36 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
-from harness.errors import RunError
+from harness.errors import EnvironmentFault, RunError
+from harness.files import (
+    NotRegular,
+    open_regular,
+    read_regular,
+    refuse_special,
+    refuse_strange,
+    replacing,
+    sweep,
+    sync_folder,
+)
+from harness.manifests import check_shape
 
 FORMAT = 1
 """Version of what the fingerprint hashes."""
 HEARTBEAT_S = 5.0
+MANIFEST_BYTES = 64_000_000
+"""No manifest is longer: one of 100,000 prompts has 9 MB."""
+LOCK_PATIENCE_S = 1.0
+"""How long a run that is held is waited for: a reader that asks whether it is held holds it for a moment itself."""
 STALE_AFTER_S = 30.0
 """A run whose heartbeat is older than this is not running any more, whatever its manifest says."""
 
@@ -56,6 +73,11 @@ class RunPaths:
     def results(self) -> Path:
         """The store; its writer alone opens it."""
         return self.folder / "results.duckdb"
+
+    @property
+    def spill(self) -> Path:
+        """Where its writer keeps what does not fit into memory; gone when it ends."""
+        return self.folder / "results.duckdb.tmp"
 
     @property
     def live(self) -> Path:
@@ -96,25 +118,6 @@ class RunPaths:
         return self.folder / "working_tree.diff"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place, whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of one of a run's files."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(paths: RunPaths) -> dict[str, Any]:
     """A run's manifest as it stands. Raises RunError when it is missing or not readable."""
     return read_manifest_file(paths.manifest)
@@ -123,13 +126,16 @@ def read_manifest(paths: RunPaths) -> dict[str, Any]:
 def read_manifest_file(path: Path) -> dict[str, Any]:
     """The manifest in a file, wherever it lies. Raises RunError when it is missing or no manifest."""
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(read_regular(path, MANIFEST_BYTES))
     except FileNotFoundError as e:
         raise RunError(f"{path.parent}: expected a {path.name}, found none; it is no run") from e
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise RunError(f"{path}: cannot be read as a manifest: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
         raise RunError(f"{path}: not readable as JSON: {e}") from e
     if not isinstance(manifest, dict) or "run_id" not in manifest or "fingerprint" not in manifest:
         raise RunError(f"{path}: expected a manifest with run_id and fingerprint, found something else")
+    check_shape(manifest)
     return manifest
 
 
@@ -156,10 +162,10 @@ class Manifest:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def create(cls, paths: RunPaths, content: dict[str, Any]) -> "Manifest":
-        """Write the first manifest of a new run, with the status `running`."""
+    def create(cls, paths: RunPaths, content: dict[str, Any], run_id: str | None = None) -> "Manifest":
+        """Write the first manifest of a new run, with the status `running`. Its `run_id` is that of the folder it will have."""
         paths.log.parent.mkdir(parents=True, exist_ok=True)
-        manifest = cls(paths, {"run_id": paths.run_id, "created": now_text(), **content})
+        manifest = cls(paths, {"run_id": run_id or paths.run_id, "created": now_text(), **content})
         manifest.update(status="running", heartbeat=now_text())
         return manifest
 
@@ -215,24 +221,115 @@ def now_text() -> str:
 
 
 @contextmanager
-def locked(paths: RunPaths) -> Iterator[None]:
-    """Holds the run for this process. Raises RunError when another one holds it; the kernel frees it at any death."""
+def locked(paths: RunPaths, patience_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
+    """Holds the run for this process, and removes what a killed one left half written in it.
+
+    Raises RunError when another one holds it, also after `patience_s`; the kernel frees it at any death.
+    """
     paths.folder.mkdir(parents=True, exist_ok=True)
-    with paths.lock.open("a+") as file:
+    with _lock_file(paths) as file:
+        _hold(file, paths, patience_s)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            file.seek(0)
+            refuse_strange(paths.folder)  # what is written by name must not land elsewhere
+        except NotRegular as e:
             raise RunError(
-                f"run {paths.run_id} is being computed by another process ({file.read().strip() or 'unknown'}); "
-                f"watch it with `harness show {paths.run_id}`"
+                f"{e.filename}: {e.strerror}; a run's folder holds files and folders of its own alone"
             ) from e
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
-        for left in paths.folder.glob(".*.tmp*"):  # by a process that was killed while it wrote
+        for owned in (paths.artifacts, paths.log.parent):
+            sweep(owned)
+        sweep(paths.report, only_dead=True)  # a page may be made of a run that goes on
+        for left in paths.folder.glob(".*.tmp*"):
             left.unlink(missing_ok=True)
+        shutil.rmtree(paths.spill, ignore_errors=True)
         yield
+
+
+def is_held(paths: RunPaths) -> bool:
+    """Whether a process computes this run now. Holds it for no longer than it takes to ask."""
+    try:
+        with open_regular(paths.lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever made, or none can be on this file system
+        return False
+    return False
+
+
+def _lock_file(paths: RunPaths) -> TextIO:
+    try:
+        refuse_special(paths.lock)  # through a link, another file would be emptied
+        number = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except NotRegular as e:
+        raise RunError(f"{paths.lock}: {e.strerror}; a run's folder is to be taken as it was made") from e
+    except OSError as e:
+        raise EnvironmentFault(f"{paths.lock}: cannot be written: {e.strerror}") from e
+    return os.fdopen(number, "a+")
+
+
+def _hold(file: TextIO, paths: RunPaths, patience_s: float) -> None:
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            if time.monotonic() < give_up:
+                time.sleep(0.02)
+                continue
+            file.seek(0)
+            raise RunError(
+                f"run {paths.run_id} is being computed by another process ({file.read(200).strip() or 'unknown'}); "
+                f"watch it with `harness show {paths.run_id}`"
+            ) from e
+        return
+
+
+@contextmanager
+def choosing(root: Path) -> Iterator[None]:
+    """Among processes that start runs under `root`, one at a time chooses which, or makes a new one.
+
+    Sweeps what was left of folders that were being made. Where the file system has no locks, nothing is held.
+    """
+    number = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        for left in root.glob(f".*{_ASIDE}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def new_run(root: Path, run_id: str, lay: Callable[[RunPaths, str], None]) -> Iterator[RunPaths]:
+    """A new run, held for this process. Its folder is made aside, filled by `lay` with all that a run has from its first
+    moment, and appears whole: `lay` gets the paths to write to and the id that the run will have.
+    """
+    name, n = run_id, 1
+    while (root / name).exists():  # a second run in the same second
+        n += 1
+        name = f"{run_id}-{n}"
+    aside = RunPaths(root / f".{name}{_ASIDE}")
+    try:
+        with locked(aside):
+            lay(aside, name)
+            sync_folder(aside.folder)
+            paths = RunPaths(root / name)
+            aside.folder.rename(paths.folder)
+            sync_folder(root)
+            yield paths
+    finally:
+        shutil.rmtree(aside.folder, ignore_errors=True)
+
+
+_ASIDE = ".making"
 
 
 class RunEntry(NamedTuple):
@@ -264,7 +361,8 @@ class RunEntry(NamedTuple):
 def list_runs(root: Path) -> list[RunEntry]:
     """Every run under `root`, newest first; a broken one is an entry with its reason."""
     entries = []
-    for folder in sorted((p for p in root.glob("*") if p.is_dir()), key=lambda p: p.name, reverse=True):
+    folders = (p for p in root.glob("*") if not p.name.startswith(".") and p.is_dir())
+    for folder in sorted(folders, key=lambda p: p.name, reverse=True):
         paths = RunPaths(folder)
         try:
             entries.append(RunEntry(paths, read_manifest(paths), None))

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import RunError, StoreError
+from harness.files import file_sha256, open_regular, read_regular, replacing, sha256
 from harness.manifests import ABSENT, Difference, differences
-from harness.run import RunPaths, file_sha256, replacing
+from harness.run import MANIFEST_BYTES, RunPaths
 from harness.store import SCHEMA_VERSION, Reader, Store, TableSeal
 
 FORMAT = 1
@@ -55,7 +56,7 @@ def remove(paths: RunPaths) -> None:
 def read(paths: RunPaths) -> Seal | None:
     """The run's seal; None where it has none. Raises RunError for one that is damaged."""
     try:
-        content = json.loads(paths.seal.read_text("utf-8"))
+        content = json.loads(read_regular(paths.seal, 2 * MANIFEST_BYTES))
         claimed = content.pop("sha256")
         if _sha256(content) != claimed:
             raise RunError(f"{paths.seal}: the seal itself was changed: its own sha256 does not fit")
@@ -70,7 +71,7 @@ def read(paths: RunPaths) -> Seal | None:
 def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
     """Every key of the manifest that is not as it was sealed. Raises RunError where the manifest cannot be read at all."""
     try:
-        manifest = json.loads(paths.manifest.read_text("utf-8"), object_pairs_hook=_once)
+        manifest = json.loads(read_regular(paths.manifest, MANIFEST_BYTES), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as e:
         raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
     now = manifest if isinstance(manifest, dict) else {"": manifest}
@@ -95,20 +96,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
     """One line for each of the first rows of `store` (the results, or their snapshot) that are not as they were sealed."""
     try:
-        found = file_sha256(paths.row_digests)
+        digests = open_regular(paths.row_digests)
     except OSError as e:
         yield f"{paths.row_digests.name}: cannot be read: {e.strerror}"
         return
-    if found != sealed.row_digests_sha256:
-        yield f"{paths.row_digests.name}: the seal itself was changed: its sha256 is {found[:12]}…"
-        return
-    try:
-        with Reader(store) as reader:
-            for row in reader.broken_rows(paths.row_digests, sealed.tables):
-                where = f" {_told_key(row.key)}" if row.key else ""
-                yield f"{store.name}: {row.table}{where}: {row.how}"
-    except StoreError as e:
-        yield str(e)
+    with digests:
+        found = sha256(digests)
+        if found != sealed.row_digests_sha256:
+            yield f"{paths.row_digests.name}: the seal itself was changed: its sha256 is {found[:12]}…"
+            return
+        try:
+            with Reader(store) as reader:
+                for row in reader.broken_rows(digests, sealed.tables):
+                    where = f" {_told_key(row.key)}" if row.key else ""
+                    yield f"{store.name}: {row.table}{where}: {row.how}"
+        except StoreError as e:
+            yield str(e)
 
 
 def _told_key(key: str) -> str:

@@ -80,7 +80,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """`auto`: the checkpoint's own, the same on every device."""
     trust_remote_code: bool = False
-    """Run Python that comes with a checkpoint."""
+    """Run Python that comes with a checkpoint. Only as a flag, beside `--model` in the same command."""
 
 
 class DataSettings(Section):
@@ -219,6 +219,12 @@ class PathSettings(Section):
     """Hugging Face's cache; unset leaves its own default."""
 
     @property
+    def state_folder(self) -> Path:
+        """What this user keeps from one command to the next, outside of any run (XDG Base Directory Specification)."""
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(home) / "harness"
+
+    @property
     def data_folder(self) -> Path:
         """The data folder in effect."""
         if self.data is not None:
@@ -292,9 +298,29 @@ def resolve(
         _put(tree, name, value, source)
         sources = {n: s for n, s in sources.items() if not n.startswith(name + ".")} | {name: source}
     try:
-        return Resolved(Settings(**tree), sources)
+        resolved = Resolved(Settings(**tree), sources)
     except ValidationError as e:
         raise _refusal(e, sources) from e
+    _check_trust(resolved)
+    return resolved
+
+
+def _check_trust(resolved: Resolved) -> None:
+    """Running a model's own Python is for this call to allow, and for this model: no file or variable that came with
+    something else can."""
+    if not resolved.settings.model.trust_remote_code:
+        return
+    trust, name = (resolved.sources.get(n, "default") for n in (_TRUST, "model.name"))
+    if not trust.startswith("flag: "):
+        raise SettingsError(f"{_TRUST} ({trust}): {_TRUST_RULE}")
+    if not name.startswith("flag: "):
+        raise SettingsError(f"--{_TRUST}: expected --model beside it, found the model from {name}: {_TRUST_RULE}")
+
+
+_TRUST = "model.trust_remote_code"
+_TRUST_RULE = (
+    "trust is given on the command line, to a model that is named there: --model NAME --model.trust_remote_code true"
+)
 
 
 def field_names() -> list[str]:

@@ -18,7 +18,8 @@ class StopNow(BaseException):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a clean end: the batch in progress may finish, or is dropped after a few seconds.
+    """Turns SIGINT, SIGTERM and SIGHUP (a terminal or connection that closed) into a clean end: the batch in progress may
+    finish, or is dropped after a few seconds.
 
     A commit is never interrupted. A second signal drops the batch at once. Only the main thread can catch signals;
     elsewhere (tests, notebooks) this does nothing.
@@ -34,7 +35,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # under nohup: a terminal that closes is no reason to stop
                 self._old[number] = signal.signal(number, self._on_signal)
             self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         except ValueError:  # not the main thread

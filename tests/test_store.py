@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import store as store_module
 from harness.errors import EnvironmentFault, StoreError
 from harness.executor import Item, ItemResult
 from harness.run import RunPaths
-from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store
+from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store, schema, writer
 from tests.fakes import Fake, measured, plan_of, run_stages, same_lengths, scored
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,9 @@ def test_a_fresh_file_has_every_table_and_view_and_a_second_opening_changes_noth
 
 
 def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, sql))
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, sql))
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    monkeypatch.setattr(schema, "expected", lru_cache(schema.expected.__wrapped__))
 
 
 ADDED = "CREATE TABLE added (a INTEGER PRIMARY KEY); ALTER TABLE psem ADD COLUMN extra DOUBLE;"
@@ -107,9 +108,9 @@ def test_a_crash_inside_the_first_migration_leaves_a_file_that_opens(tmp_path: P
     """Killed after the tables were made and before they were committed, and again just after."""
     path = tmp_path / "results.duckdb"
     code = (
-        "import os, signal, sys, pathlib\nfrom harness import store\n"
+        "import os, signal, sys, pathlib\nfrom harness.store import Store, schema\n"
         "class Clock:\n    def now(*_):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "store.datetime = Clock()\nstore.Store(pathlib.Path(sys.argv[1]))\n"
+        "schema.datetime = Clock()\nStore(pathlib.Path(sys.argv[1]))\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == -signal.SIGKILL
     with Store(path) as store:
@@ -499,8 +500,8 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_last_one(store: Store, mon
     store.publish(live)
     put(store, psem=[psem("b", 0.5)])
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_database", lambda: "no such database")
-        with pytest.raises(Exception, match="no such database"):
+        patch.setattr(writer, "DATABASE", "nowhere")
+        with pytest.raises(Exception, match="nowhere"):
             store.publish(live)
     with Reader(live) as reader:
         assert num_psem(reader) == 1
@@ -532,7 +533,7 @@ def test_paths_with_quotes_and_spaces_work(name: str, tmp_path: Path) -> None:
         store.publish(folder / "live.duckdb")
     with Reader(folder / "live.duckdb") as reader:
         assert num_psem(reader) == 1
-        assert reader.export("psem", folder / f"{name}.csv", "csv") == 1
+        assert reader.export("psem", folder / f"{name}.csv", "csv").num_rows == 1
     assert (folder / f"{name}.csv").exists()
 
 
@@ -610,9 +611,9 @@ def tricky(store: Store) -> list[Row]:
 def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path: Path) -> None:
     rows = tricky(store)
     with Reader(store.path.with_name("live.duckdb")) as reader:
-        assert reader.export("completions", tmp_path / "t.parquet", "parquet") == 2
-        assert reader.export("completions", tmp_path / "t.jsonl", "jsonl") == 2
-        assert reader.export("suppression", tmp_path / "view.jsonl", "jsonl") == 0
+        assert reader.export("completions", tmp_path / "t.parquet", "parquet").num_rows == 2
+        assert reader.export("completions", tmp_path / "t.jsonl", "jsonl").num_rows == 2
+        assert reader.export("suppression", tmp_path / "view.jsonl", "jsonl").num_rows == 0
     assert pq.read_table(tmp_path / "t.parquet").to_pylist() == rows
     lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text("utf-8").splitlines()]
     narrow = {
@@ -624,8 +625,8 @@ def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path
 def test_an_export_to_csv_holds_every_value(store: Store, tmp_path: Path) -> None:
     rows = tricky(store)
     with Reader(store.path.with_name("live.duckdb")) as reader:
-        assert reader.export("completions", tmp_path / "t.csv", "csv") == 2
-        assert reader.export("psem", tmp_path / "psem.csv", "csv") == 2
+        assert reader.export("completions", tmp_path / "t.csv", "csv").num_rows == 2
+        assert reader.export("psem", tmp_path / "psem.csv", "csv").num_rows == 2
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     for line, row in zip(lines, rows, strict=True):
@@ -642,7 +643,7 @@ def test_an_empty_table_is_exported_with_its_columns(store: Store, tmp_path: Pat
     store.publish(store.path.with_name("live.duckdb"))
     with Reader(store.path.with_name("live.duckdb")) as reader:
         for form in ("parquet", "csv", "jsonl"):
-            assert reader.export("lens", tmp_path / f"lens.{form}", form) == 0
+            assert reader.export("lens", tmp_path / f"lens.{form}", form).num_rows == 0
     assert pq.read_table(tmp_path / "lens.parquet").schema.names[:2] == ["prompt_id", "condition"]
     assert (tmp_path / "lens.csv").read_text().startswith("prompt_id,condition,")
     assert (tmp_path / "lens.jsonl").read_text().strip() in ("", "[]")
@@ -653,7 +654,7 @@ def test_the_machinery_can_be_exported_too(store: Store, tmp_path: Path) -> None
     store.publish(store.path.with_name("live.duckdb"))
     with Reader(store.path.with_name("live.duckdb")) as reader:
         for form in ("parquet", "csv", "jsonl"):
-            assert reader.export("events", tmp_path / f"events.{form}", form) == 1
+            assert reader.export("events", tmp_path / f"events.{form}", form).num_rows == 1
             assert "hello" in (tmp_path / f"events.{form}").read_bytes().decode("utf-8", "replace")
 
 

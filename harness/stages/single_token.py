@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from harness.engine import Tables
 from harness.executor import Item, ItemResult
-from harness.run import replacing
+from harness.files import replacing
 from harness.stages.inputs import Inputs
 
 

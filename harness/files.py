@@ -1,0 +1,169 @@
+"""Files laid down whole and taken up with care: what lies in a folder that somebody else filled may be anything.
+
+Knows nothing of runs. Uses the standard library alone.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe without a writer would be waited for
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.wal)?")
+
+
+class NotRegular(OSError):
+    """Something that is no regular file stands where one was expected."""
+
+    def __init__(self, path: object, kind: str):
+        super().__init__(errno.EINVAL, f"expected a regular file, found {kind}", str(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file opened for reading; never a link, pipe, socket or device. Raises NotRegular, or OSError as `open` does."""
+    return _checked(path, None)
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """As `open_regular`, for a name relative to `folder`, given by whoever filled it: no step of the way is a link.
+
+    Raises NotRegular for an absolute name, one that steps upwards, and one that leaves the folder by a link.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise NotRegular(name, "a name that leaves its folder")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        for part in parts[:-1]:
+            try:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
+            except OSError as e:
+                if e.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise NotRegular(name, "a link or file where a folder should be") from e
+                raise
+            os.close(at)
+            at = below
+        return _checked(Path(parts[-1]), at)
+    finally:
+        os.close(at)
+
+
+def _checked(path: Path, folder_fd: int | None) -> BinaryIO:
+    kind = os.stat(path, dir_fd=folder_fd, follow_symlinks=False).st_mode
+    if not stat.S_ISREG(kind):  # asked before it is opened: opening a device may do something
+        raise NotRegular(path, _KINDS.get(stat.S_IFMT(kind), "something else"))
+    try:
+        number = os.open(path, _FLAGS, dir_fd=folder_fd)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise NotRegular(path, "a link") from e
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise NotRegular(path, "something else")
+    return os.fdopen(number, "rb")
+
+
+def refuse_special(path: Path) -> None:
+    """Raises NotRegular where something other than a regular file has this name; nothing there is fine."""
+    with suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not stat.S_ISREG(kind):
+            raise NotRegular(path, _KINDS.get(stat.S_IFMT(kind), "something else"))
+
+
+def refuse_strange(folder: Path) -> None:
+    """Raises NotRegular where a folder or one below it holds anything but regular files and folders."""
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(where) / name
+            kind = stat.S_IFMT(path.lstat().st_mode)
+            if kind not in (stat.S_IFREG, stat.S_IFDIR):
+                raise NotRegular(path, _KINDS.get(kind, "something else"))
+
+
+def read_regular(path: Path, at_most: int) -> bytes:
+    """The whole content of a regular file of at most so many bytes. Raises OSError for a larger one."""
+    with open_regular(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"expected at most {at_most:,} bytes, found more", str(path))
+    return content
+
+
+def sha256(file: BinaryIO) -> str:
+    """Hash of what an open file holds."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a regular file."""
+    with open_regular(path) as file:
+        return sha256(file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes its place, whole and for good, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # written through, a link that somebody laid there would lead elsewhere
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary.with_name(f"{temporary.name}.wal").unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power, where its file system lets folders be synced."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sweep(folder: Path, *, only_dead: bool = False) -> int:
+    """Remove what processes that were killed inside `replacing` left in a folder and below; how many files.
+
+    The caller knows that nobody else writes there. With `only_dead` others may: what a process of this machine that is
+    still alive has begun stays.
+    """
+    if folder.is_symlink():
+        return 0
+    found = [
+        Path(where) / name
+        for where, _, names in os.walk(folder)
+        for name in names
+        if _LEFTOVER.fullmatch(name) and not (only_dead and _is_alive(name))
+    ]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def _is_alive(name: str) -> bool:
+    number = int(name.removesuffix(".wal").split(".")[-2])
+    if number == os.getpid():
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
