@@ -1,6 +1,5 @@
 """`harness runs`, `harness show` and `harness export`: what is on disk, for people and for other programs."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from harness import log, summary
 from harness.errors import EnvironmentFault, RunError, StoreError, disk_full
 from harness.files import read_regular, replacing, sweep
 from harness.run import MANIFEST_BYTES, RunPaths, find_run, is_held, list_runs, read_manifest, state
-from harness.store import Format, Reader, open_copy
+from harness.store import AlteredStore, Format, Reader, open_copy
 
 
 def print_runs(root: Path) -> None:
@@ -92,8 +91,12 @@ def open_snapshot(paths: RunPaths, *, threads: int | None = None) -> Reader:
     if not paths.results.exists() and not paths.live.exists():
         raise RunError(f"run {paths.run_id} has no results yet")
     if paths.live.exists() and (read_manifest(paths).get("status") in _PUBLISHED or is_held(paths)):
-        with suppress(StoreError):  # a snapshot that cannot be read: the store may be sound
+        try:
             return Reader(paths.live, threads=threads)
+        except AlteredStore:
+            raise
+        except StoreError as e:
+            logger.warning("{}; reading the store itself", e)
     if not paths.results.exists():
         return Reader(paths.live, threads=threads)
     try:

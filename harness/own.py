@@ -48,7 +48,7 @@ def _is_path(name: str, value: str) -> bool:
         return value != BUNDLED_PROMPTS
     if value == DEMO_MODEL or value.startswith("random:"):
         return False
-    return not _HUB_ID.fullmatch(value) or Path(value).exists()
+    return value.startswith(".") or not _HUB_ID.fullmatch(value) or Path(value).exists()
 
 
 def _mark(paths: Mapping[str, str], key: bytes) -> str:

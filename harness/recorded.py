@@ -37,12 +37,14 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
 
     Raises HarnessError where something is not there at all, or has to be named by this user.
     """
-    for name, path in _strange_paths(manifest, resolved.settings.paths.state_folder).items():
-        if name not in resolved.sources:
-            raise RunError(
-                f"run {manifest['run_id']} records {name} = {shortened(path)}, a path that this user did not give: what a run's "
-                f"folder names is not opened; say where it is with {own.FLAGS[name]} PATH"
-            )
+    strange = _strange_paths(manifest, resolved.settings.paths.state_folder)
+    asked = [name for name in strange if name not in resolved.sources]
+    if asked:
+        named = " and ".join(f"{name} = {shortened(strange[name])}" for name in asked)
+        raise RunError(
+            f"run {manifest['run_id']} records {named}, which this user did not give: no path that a run's folder names is opened; "
+            "say where it is with " + " ".join(f"{own.FLAGS[name]} PATH" for name in asked)
+        )
     try:
         plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))
     except HarnessError as e:

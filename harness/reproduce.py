@@ -29,6 +29,8 @@ def command(
     difference of results is no failure.
     """
     plan, changes = prepare_again(manifest, resolved)
+    if original is not None:
+        open_snapshot(original).close()  # what cannot be compared with is refused before anything is computed
     run_id = str(manifest["run_id"])
     if changes and not accept:
         raise RunError(

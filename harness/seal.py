@@ -16,7 +16,7 @@ from harness.errors import RunError, StoreError
 from harness.files import file_sha256, open_regular, read_regular, replacing, sha256
 from harness.manifests import ABSENT, Difference, differences
 from harness.run import MANIFEST_BYTES, RunPaths
-from harness.store import SCHEMA_VERSION, Reader, Store, TableSeal
+from harness.store import SCHEMA_VERSION, AlteredStore, Reader, Store, TableSeal
 
 FORMAT = 1
 
@@ -110,6 +110,8 @@ def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
                 for row in reader.broken_rows(digests, sealed.tables):
                     where = f" {_told_key(row.key)}" if row.key else ""
                     yield f"{store.name}: {row.table}{where}: {row.how}"
+        except AlteredStore as e:
+            yield f"{store.name}: nothing of it is read: {e.problems[0]}"
         except StoreError as e:
             yield str(e)
 

@@ -33,7 +33,11 @@ class Steady(io.TextIOBase):
 
     def __init__(self, stream: Callable[[], TextIO]):
         self._stream = stream
-        self.lost: OSError | None = None
+        self._lost: tuple[TextIO, OSError] | None = None
+
+    @property
+    def lost(self) -> OSError | None:
+        return self._lost[1] if self._lost is not None and self._lost[0] is self._stream() else None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -65,7 +69,7 @@ class Steady(io.TextIOBase):
                 self._lose(e)
 
     def _lose(self, error: OSError) -> None:
-        self.lost = error
+        self._lost = (self._stream(), error)
         with suppress(OSError, ValueError):  # or Python would try once more at its end, and exit with 120
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())

@@ -6,15 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
+
+import pytest
 
 from harness.engine import Engine, Limits, StageReport
 from harness.errors import Stopped
 from harness.executor import Accelerator, Host, Inline, Item, ItemResult
 from harness.run import RunPaths
 from harness.stop import StopSignal
-from harness.store import MACHINERY, TABLES, Row, Store
+from harness.store import MACHINERY, SCHEMA_VERSION, TABLES, Row, Store, schema
 
 MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
 
@@ -206,3 +209,10 @@ def sleepy_run(folder: Path, seconds: float) -> NoReturn:
         print(e, flush=True)
         sys.exit(e.exit_code)
     sys.exit(0)
+
+
+def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
+    """A later harness, whose schema has one migration more."""
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, sql))
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    monkeypatch.setattr(schema, "expected", lru_cache(schema.expected.__wrapped__))

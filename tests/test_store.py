@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from hypothesis import strategies as st
 from harness.errors import EnvironmentFault, StoreError
 from harness.executor import Item, ItemResult
 from harness.run import RunPaths
-from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store, schema, writer
-from tests.fakes import Fake, measured, plan_of, run_stages, same_lengths, scored
+from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store, writer
+from tests.fakes import Fake, measured, plan_of, run_stages, same_lengths, scored, with_migration
 
 ROOT = Path(__file__).parents[1]
 BATCH = Batch("scores", 0, ("a", "b"), 10)
@@ -63,12 +62,6 @@ def test_a_fresh_file_has_every_table_and_view_and_a_second_opening_changes_noth
         assert second.query("SELECT version, epoch_us(applied) AS t FROM schema_version") == applied
         assert [r["version"] for r in applied] == list(range(1, SCHEMA_VERSION + 1))
         assert second.table("psem")[0]["p_sem"] == 0.5
-
-
-def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, sql))
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
-    monkeypatch.setattr(schema, "expected", lru_cache(schema.expected.__wrapped__))
 
 
 ADDED = "CREATE TABLE added (a INTEGER PRIMARY KEY); ALTER TABLE psem ADD COLUMN extra DOUBLE;"

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 
 from app import queries
 from app.frame import View
 from app.queries import layers
-from harness.errors import HarnessError
+from harness.artifacts import open_tensors
 from harness.run import RunPaths
 
 MEASURES = {
@@ -132,12 +131,8 @@ def head_rows(paths: RunPaths, prompt_id: str, condition: str, step: str, layer:
     )  # fmt: skip
     if found.empty:
         return None
-    path = paths.artifacts / found["path"][0]
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_slice(step)[layer] if step in file.keys() else None  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as e:
-        raise HarnessError(f"{path}: the rows of its heads cannot be read: {e}") from e
+    with open_tensors(paths.artifacts, found["path"][0]) as file:
+        return file.get_slice(step)[layer] if step in file.keys() else None  # noqa: SIM118 - not a mapping
 
 
 def spans(paths: RunPaths, prompt_id: str, condition: str) -> dict[str, tuple[int, int]]:
