@@ -263,6 +263,14 @@ class PathSettings(Section):
     hf_home: Path | None = None
     """Hugging Face's cache; unset leaves its own default."""
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_a_path(cls, value: Path | None) -> Path | None:
+        """The system refuses such a name wherever it is first used, and nowhere with the name of the setting."""
+        if value and (len(os.fsencode(value)) > 4_000 or any(len(os.fsencode(part)) > 255 for part in value.parts)):
+            raise ValueError("expected a path of at most 4000 bytes, 255 a name")
+        return value
+
     @property
     def data_folder(self) -> Path:
         """The data folder in effect."""

@@ -129,9 +129,20 @@ def check(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return line
 
 
+OPEN: dict[str, str] = {}
+"""Cases that do not hold yet, with the cause. Filled at the end of this file, read when a test begins."""
+
+
 def cases(table: list[Case]) -> pytest.MarkDecorator:
     assert len({c.name for c in table}) == len(table), "each case has a name of its own"
     return pytest.mark.parametrize("case", table, ids=lambda c: c.name)
+
+
+@pytest.fixture(autouse=True)
+def _open_ones(request: pytest.FixtureRequest) -> None:
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    if isinstance(case, Case) and case.name in OPEN:
+        request.applymarker(pytest.mark.xfail(reason=OPEN[case.name], strict=False))
 
 
 def say(*args: object) -> Hand:
@@ -147,7 +158,7 @@ def flag(name: str, *flags: object, told: str, code: int = 2) -> Case:
     return Case(name, say("run", *flags), code, told)
 
 
-LONG = "x" * 1_000_000
+LONG = "x" * 100_000
 DEEP = "[" * 100_000
 DIGITS = "9" * 40
 NOT_UTF8 = "\udcff\udcfe"  # as the interpreter hands over bytes that are no UTF-8
@@ -156,17 +167,17 @@ ARGUMENTS = [
     Case("no command but an empty text", say(""), 2, "invalid choice: ''"),
     Case("a command with a space", say(" run"), 2, "invalid choice: ' run'"),
     Case("a command that is not UTF-8", say(NOT_UTF8), 2, "invalid choice"),
-    Case("a command of a million letters", say(LONG), 2, "invalid choice"),
+    Case("a command of a hundred thousand letters", say(LONG), 2, "invalid choice"),
     flag("an empty experiment", "", told="no experiment ''"),
     flag("an experiment behind --", "--", "--limit", told="no experiment '--limit'"),
     flag("an experiment that is not UTF-8", NOT_UTF8, told="no experiment"),
-    flag("an experiment of a million letters", LONG, told="no experiment"),
+    flag("an experiment of a hundred thousand letters", LONG, told="no experiment"),
     flag("an experiment with a path", "../gravity", told="no experiment '../gravity'.*did you mean 'gravity'"),
     flag("an experiment with a line end", "gravity\n", told="no experiment"),
-    flag("a flag of a million letters", f"--{LONG}", told="no such argument"),
+    flag("a flag of a hundred thousand letters", f"--{LONG}", told="no such argument"),
     flag("a flag that is not UTF-8", f"--{NOT_UTF8}", told="no such argument"),
     flag("a flag of two dashes and a space", "-- ", told="no experiment|no such argument"),
-    flag("a model of a million letters", "--model", LONG, told="model.name"),
+    flag("a model of a hundred thousand letters", "--model", LONG, told="model.name"),
     flag("a model path of five thousand letters", "--model", "/" + "m" * 5_000, told="model.name"),
     flag("a model that is not UTF-8", "--model", NOT_UTF8, told="model.name"),
     flag("a model that is a web address", "--model", "https://example.org/model", told="model.name: no folder"),
@@ -193,8 +204,8 @@ ARGUMENTS = [
     flag("settings of nothing", "--config", "", told="--config"),
     flag("settings that are not UTF-8", "--config", NOT_UTF8, told="--config: no file"),
     flag("runs that are not UTF-8", "--paths.runs", NOT_UTF8, told="paths.runs"),
-    flag("runs with a name of five thousand letters", "--paths.runs", "r" * 5_000, told="paths.runs", code=4),
-    Case("a list of runs with a name of five thousand letters", say("runs", "--paths.runs", "r" * 5_000), 2, "r{100}"),
+    flag("runs with a name of five thousand letters", "--paths.runs", "r" * 5_000, told="paths.runs"),
+    Case("a list of runs with a name of five thousand letters", say("runs", "--paths.runs", "r" * 5_000), 2, "paths.runs"),
     flag("a data folder that is not there", "--paths.data", "/no/such", "--prompts", "bundled", told="no such file"),
     flag("a data folder that is a file", "--paths.data", "prompts.jsonl", told="config.json|no folder"),
     flag("a data folder that is not UTF-8", "--paths.data", NOT_UTF8, told="paths.data"),
@@ -243,7 +254,7 @@ ARGUMENTS = [
     flag("stages in a table", "--stages", '{"psem": 1}', told="experiment.stages"),
     flag("stages apart by spaces", "--stages", "psem greedy", told="no stage 'psem greedy'"),
     flag("a stage that is not UTF-8", "--stages", NOT_UTF8, told="experiment.stages"),
-    flag("a stage of a million letters", "--stages", LONG, told="no stage"),
+    flag("a stage of a hundred thousand letters", "--stages", LONG, told="no stage"),
     flag("a stage with a terminal's escape", "--stages", "\x1b[31mred", told="experiment.stages"),
     flag("conditions cut short", "--experiment.conditions", '{"a": ', told="experiment.conditions.*JSON"),
     flag("conditions nested without end", "--experiment.conditions", DEEP, told="experiment.conditions"),
@@ -282,4 +293,262 @@ ARGUMENTS = [
 
 @cases(ARGUMENTS)
 def test_arguments(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, here, monkeypatch)
+
+
+# Settings files
+
+
+def toml(name: str, content: str | bytes, told: str) -> Case:
+    """`harness run --config` with a file of this content."""
+
+    def hand(here: Path) -> list[object]:
+        path = here / "settings.toml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["run", "--config", path]
+
+    return Case(name, hand, 2, told)
+
+
+def put(name: str, make: Callable[[Path], object], option: str, told: str, *more: object, code: int = 2) -> Case:
+    """`harness run` with a path that `make` makes of something that is no file to read, or a bad one."""
+    suffix = {"--config": ".toml", "--prompts": ".jsonl"}[option]
+
+    def hand(here: Path) -> list[object]:
+        path = here / f"given{suffix}"
+        make(path)
+        return ["run", option, path, *more]
+
+    return Case(name, hand, code, told)
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+
+
+def sparse(path: Path, size: int = 10_000_000_000) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a named pipe": (os.mkfifo, "pipe|no such file"), "a folder": (Path.mkdir, "older"),
+    "a socket": (socket_at, "socket|no such file"), "a link to /dev/zero": (link_to("/dev/zero"), "device|no such file"),
+    "a link to /dev/stdin": (link_to("/dev/stdin"), "device|pipe|empty|no such file|at most|regular"),
+    "a link to itself": (lambda p: p.symlink_to(p.name), "symbolic links|no such file|no file"),
+    "a link to nothing": (link_to("/no/such/file"), "no such file|no file"),
+    "a file that cannot be read": (link_to("/proc/self/mem"), "rror"),
+    "a file of ten gigabytes of nothing": (sparse, "at most"),
+}
+TEMPLATE = "[experiment.conditions]\nx = {}\n"
+
+SETTINGS_FILES = [
+    *(put(f"settings that are {name}", make, "--config", f"--config.*({told})") for name, (make, told) in KINDS.items()),
+    toml("settings in JSON", '{"model": {"name": "demo"}}', "not a TOML file"),
+    toml("settings in YAML", "model:\n  name: demo\n", "not a TOML file"),
+    toml("settings of NULs", b"\0" * 100, "not a TOML file"),
+    toml("settings in UTF-16", "[model]\n".encode("utf-16"), "not a TOML file"),
+    toml("settings in Latin-1", b"[model]\nname = 'm\xe9'\n", "not a TOML file.*0xe9"),
+    toml("settings that are a compressed file", gzip.compress(b"[model]\n"), "not a TOML file"),
+    toml("settings nested without end", "[model]\nname = " + DEEP, "not a TOML file"),
+    toml("settings of a table in a table in a table", "[" + ".".join("a" * 5_000) + "]\nb = 1\n", "no such setting|not a TOML"),
+    toml("settings with a number of five thousand digits", "[runtime]\nseed = " + "9" * 5_000, "not a TOML file"),
+    toml("settings with a section twice", "[model]\n[model]\n", "not a TOML file.*twice"),
+    toml("settings with a key twice behind a mark", b"\xef\xbb\xbf[model]\nname='a'\nname='b'\n", "not a TOML file.*line 3"),
+    toml("settings with a table over a value", "[model]\nname = 'a'\n[model.name]\nx = 1\n", "not a TOML file"),
+    toml("settings cut short", "[model]\nname = 'de", "not a TOML file"),
+    toml("settings with a list of tables", "[[model]]\nname = 'demo'\n", "expected tables such as .model."),
+    toml("settings with a section of text", "model = 'demo'\n", "expected tables such as .model."),
+    toml("a section without a name", "['']\na = 1\n", "no such setting"),
+    toml("an unknown section", "[modle]\nname = 'demo'\n", "modle.name.*did you mean 'model.name'"),
+    toml("an unknown key in a section of a section", "[experiment.select]\nmin_p = 1\n", "did you mean 'experiment.select.min_p0'"),
+    toml("an unknown key far below a plain setting", "[model.name.deep]\nx = 1\n", "model.name"),
+    toml("a dotted key in quotes", '["experiment.select"]\nmin_p9 = 1\n', "no such setting"),
+    toml("a key of a thousand letters", f"[model]\n{'k' * 1_000} = 1\n", "no such setting"),
+    toml("a key with an escape", '[model]\n"\\u001b[31m" = 1\n', "no such setting"),
+    toml("a name of a model that is a number", "[model]\nname = 3\n", "model.name.*string.*found 3"),
+    toml("a name of a model that is a list", "[model]\nname = ['demo']\n", "model.name"),
+    toml("a name of a model with a NUL", '[model]\nname = "a\\u0000b"\n', "model.name.*NUL"),
+    toml("trust that is a number", "[model]\ntrust_remote_code = 2\n", "model.trust_remote_code"),
+    toml("a dtype that is a truth value", "[model]\ndtype = true\n", "model.dtype"),
+    toml("prompts that are a table", "[data.prompts]\na = 1\n", "data.prompts"),
+    toml("a limit that is a truth value", "[data]\nlimit = true\n", "data.limit.*found True"),
+    toml("a limit that is a fraction", "[data]\nlimit = 2.5\n", "data.limit"),
+    toml("a limit that is a date", "[data]\nlimit = 1979-05-27\n", "data.limit"),
+    toml("samples that are a truth value", "[experiment]\nnum_samples = true\n", "experiment.num_samples.*found True"),
+    toml("a temperature that is inf", "[experiment]\ntemperature = inf\n", "experiment.temperature"),
+    toml("a mass that is a truth value", "[experiment]\ntop_p = true\n", "experiment.top_p.*found True"),
+    toml("stages that are numbers", "[experiment]\nstages = [1, 2]\n", "experiment.stages"),
+    toml("a section that is a number", "[experiment]\nselect = 3\n", "experiment.select"),
+    toml("a batch that is a truth value", "[batching]\nmax_tokens = true\n", "batching.max_tokens.*found True"),
+    toml("a reserve that is text", "[batching]\nreserve_gb = 'much'\n", "batching.reserve_gb"),
+    toml("a seed that is a truth value", "[runtime]\nseed = true\n", "runtime.seed.*found True"),
+    toml("a seed that is a table", "[runtime.seed]\nroot = 1\n", "runtime.seed"),
+    toml("runs that are a number", "[paths]\nruns = 3\n", "paths.runs"),
+    toml("runs with a NUL", '[paths]\ndata = "a\\u0000b"\n', "paths.data.*NUL"),
+    toml("conditions that are a number", "[experiment]\nconditions = 3\n", "experiment.conditions"),
+    toml("a condition that is a list", TEMPLATE.format("['{question}']"), "experiment.conditions"),
+    toml("a condition that is a truth value", TEMPLATE.format("true"), "experiment.conditions"),
+    toml("a condition of a condition", "[experiment.conditions.x.y]\ntext = '{question}'\n", "experiment.conditions"),
+    toml("a condition without a text", "[experiment.conditions.x]\nnegation = 'no'\n", "experiment.conditions"),
+    toml("a condition with a line end for a name", '[experiment.conditions]\n"a\\nb" = "{question}"\n', "experiment.conditions"),
+    toml("a template of nothing", TEMPLATE.format("''"), "question. once"),
+    toml("a template that looks inside", TEMPLATE.format("'{question.__class__}'"), "found '{question.__class__}'"),
+    toml("a template that looks inside another field", TEMPLATE.format("'{question} {target.__init__.__globals__}'"), "__globals__"),
+    toml("a template with an index", TEMPLATE.format("'{question} {target[0]}'"), "alone in braces"),
+    toml("a template with a conversion", TEMPLATE.format("'{question!r}'"), "alone in braces"),
+    toml("a template with a width", TEMPLATE.format("'{question:>1000000000}'"), "alone in braces"),
+    toml("a template with a number", TEMPLATE.format("'{0} {question}'"), "no field .0."),
+    toml("a template with nothing in braces", TEMPLATE.format("'{}'"), "question. once"),
+    toml("a template with a brace left open", TEMPLATE.format("'{question'"), "alone in braces"),
+    toml("a template with a space in braces", TEMPLATE.format("'{ question }'"), "alone in braces"),
+    toml("a template with percent signs", TEMPLATE.format("'%(question)s'"), "question. once"),
+    toml("a negation of nothing", "[experiment.conditions.x]\ntext = '{question}'\nnegation = ''\n", "negation"),
+]  # fmt: skip
+
+
+@cases(SETTINGS_FILES)
+def test_settings_files(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, here, monkeypatch)
+
+
+# Environment variables
+
+
+def variable(name: str, value: str, told: str, *command: object, code: int = 2) -> Case:
+    return Case(f"{name}={ascii(value[:20])}", say(*(command or ("run",))), code, told, {name: value})
+
+
+VARIABLES = [
+    variable("HARNESS_", "1", "HARNESS_: no such setting"),
+    variable("HARNESS___", "1", "HARNESS___: no such setting"),
+    variable("HARNESS_MODEL", "demo", "HARNESS_MODEL: no such setting"),
+    variable("HARNESS_MODEL__NAME__DEEP", "x", "HARNESS_MODEL__NAME__DEEP: no such setting"),
+    variable("HARNESS_Model__Nam", "x", "no such setting"),
+    variable("HARNESS_MODEL__NAME", "", "model.name: no folder ''"),
+    variable("HARNESS_MODEL__NAME", NOT_UTF8, "model.name.*UTF-8"),
+    variable("HARNESS_MODEL__TRUST_REMOTE_CODE", "sure", "model.trust_remote_code"),
+    variable("HARNESS_RUNTIME__SEED", "", "runtime.seed.*env: HARNESS_RUNTIME__SEED"),
+    variable("HARNESS_RUNTIME__SEED", "1e3", "runtime.seed"),
+    variable("HARNESS_EXPERIMENT__CONDITIONS__X", "no field", "question. once"),
+    variable("HARNESS_EXPERIMENT__CONDITIONS____TEXT", "{question}", "experiment.conditions"),
+    variable("HARNESS_EXPERIMENT__TEMPLATES", "[]", "experiment.templates"),
+    variable("HARNESS_EXPERIMENT__TOP_P", LONG, "experiment.top_p"),
+    variable("HARNESS_DATA__LIMIT", "٣", "data.limit.*env: HARNESS_DATA__LIMIT", "runs"),
+    variable("MODEL_PATH", "/no/such/model", "no folder '/no/such/model'"),
+    variable("HF_HOME", "h" * 300, "paths.hf_home.*env: HF_HOME", "runs"),
+]
+
+
+@cases(VARIABLES)
+def test_environment_variables(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, here, monkeypatch)
+
+
+def test_aliases_of_nothing_are_not_set(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL_PATH", "DATA_ROOT", "OUTPUT_ROOT", "HF_HOME"):
+        monkeypatch.setenv(name, "")
+    assert harness("runs").code == 0
+
+
+# Prompt files
+
+HEADER = b"category,question,target\n"
+GOOD = {"category": "a", "question": "b", "target": "cd"}
+
+
+def prompts(name: str, content: bytes | Callable[[], bytes], told: str, suffix: str = ".jsonl") -> Case:
+    """`harness run --prompts` with a file of this content."""
+
+    def hand(here: Path) -> list[object]:
+        path = here / f"given{suffix}"
+        path.write_bytes(content if isinstance(content, bytes) else content())
+        return ["run", "--prompts", path]
+
+    return Case(name, hand, 2, told)
+
+
+def line(**fields: object) -> bytes:
+    return json.dumps({**GOOD, **fields}).encode() + b"\n"
+
+
+def parquet(columns: dict[str, Any] | None = None, **more: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({**{k: [v] for k, v in GOOD.items()}, **(columns or {}), **more}), out)
+    return out.getvalue()
+
+
+def lying_footer(length: int) -> bytes:
+    """A whole file whose footer says that it is that long."""
+    return parquet()[:-8] + struct.pack("<I", length) + b"PAR1"
+
+
+def bomb(num_rows: int, word: str) -> bytes:
+    """A few thousand bytes that are unpacked to num_rows times the word."""
+    columns = {name: pa.array([word]).take(pa.array([0] * num_rows)).dictionary_encode() for name in GOOD}
+    return parquet(columns)
+
+
+PROMPT_FILES = [
+    *(put(f"prompts that are {name}", make, "--prompts", told) for name, (make, told) in KINDS.items()),
+    prompts("prompts of only a mark in CSV", b"\xef\xbb\xbf", "no row|empty", ".csv"),
+    prompts("prompts compressed under a plain name", gzip.compress(line() * 100)[:-9], "UTF-8"),
+    prompts("prompts that are a picture", b"\x89PNG\r\n\x1a\n" + bytes(100), "UTF-8"),
+    prompts("prompts of NULs alone", bytes(10_000), "NUL"),
+    prompts("prompts in objects without end", b'{"a":' * 50_000, "line 1.*cannot be read|not valid JSON"),
+    prompts("prompts nested in a field", line(question=[[["a"]]]), "field 'question': expected text, found a list"),
+    prompts("prompts with a number out of range", b'{"category": "a", "question": 1e999, "target": "cd"}\n', "the number inf"),
+    prompts("prompts with NaN for a target", b'{"category": "a", "question": "b", "target": NaN}\n', "number nan"),
+    prompts("prompts with a field of a megabyte", line(question="word " * 200_000), "1,000,000 characters, expected at most"),
+    prompts("prompts with a target of a megabyte", line(target="w" * 1_000_000), "1,000,000 characters, expected at most"),
+    prompts("prompts with an id of a megabyte", line(prompt_id="w" * 1_000_000), "1,000,000 characters, expected at most"),
+    prompts("prompts with one line of a megabyte that is no JSON", b"x" * 1_000_000, "not valid JSON"),
+    prompts("prompts with a target of zero-width letters", line(target="\u200b\u200b"), "target_not_alphabetic"),
+    prompts("prompts with a target turned around", line(target="\u202ecd"), "target_not_alphabetic"),
+    prompts("prompts with an escape for a target", line(target="\x1b[31m"), "target_not_alphabetic"),
+    prompts("prompts with an escape for a field", b'{"\\u001b[2J": 1}\n', "missing field"),
+    prompts("prompts with half a surrogate pair in an id", b'{"prompt_id": "\\udfff", ' + line()[1:], "surrogate"),
+    prompts("prompts with an id of nothing but a NUL", line(prompt_id="\0"), "a NUL"),
+    prompts("prompts with a raw line end in a text", b'{"category": "a\nb"}', "line 1"),
+    prompts("prompts with ids that differ in spaces alone", line(prompt_id="a") + line(prompt_id=" a ", question="e"), "already the id"),
+    prompts("prompts with comments", b"// prompts\n" + line(), "line 1.*not valid JSON"),
+    prompts("prompts with single quotes", str(GOOD).encode() + b"\n", "not valid JSON"),
+    prompts("prompts with a field of ten megabytes in CSV", HEADER + b"a," + b"b" * 10_000_000 + b",cd\n", "field larger|at most", ".csv"),
+    prompts("prompts with quotes unbalanced in CSV", HEADER + b'a,"b"",cd\n', "close every quote", ".csv"),
+    prompts("prompts with a quote inside a cell in CSV", HEADER + b'a,"b" or c,cd\n', "not valid CSV", ".csv"),
+    prompts("prompts with a formula in CSV", HEADER + b'a,b,"=HYPERLINK(1)"\n', "target_not_alphabetic", ".csv"),
+    prompts("prompts that call a program in CSV", HEADER + b"a,b,=cmd|' /C calc'!A0\n", "target_not_alphabetic", ".csv"),
+    prompts("prompts of a hundred thousand columns", b"a," * 100_000 + b"\n", "missing column|occurs twice", ".csv"),
+    prompts("prompts apart by tabs", HEADER.replace(b",", b"\t"), "put commas", ".csv"),
+    prompts("prompts with old line ends in JSON", line().replace(b"\n", b"\r") * 2, "line 1"),
+    prompts("Parquet cut in the middle", lambda: parquet()[:200], "not a whole Parquet file", ".parquet"),
+    prompts("Parquet with a footer of four gigabytes", lambda: lying_footer(2**32 - 1), "not a whole Parquet file", ".parquet"),
+    prompts("Parquet with a footer of nothing", lambda: lying_footer(0), "not a whole Parquet file", ".parquet"),
+    prompts("Parquet with a footer elsewhere", lambda: lying_footer(7), "not a whole Parquet file", ".parquet"),
+    prompts("Parquet that is encrypted", lambda: parquet()[:-4] + b"PARE", "not a whole Parquet file", ".parquet"),
+    prompts("Parquet with nested columns", lambda: parquet(question=[{"text": "b"}]), "column of text, found struct", ".parquet"),
+    prompts("Parquet with lists of lists", lambda: parquet(alternatives=[[["a"]]]), "column of text, found list", ".parquet"),
+    prompts("Parquet with a map", lambda: parquet(target=pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))),
+            "column of text, found map", ".parquet"),
+    prompts("Parquet with times", lambda: parquet(category=pa.array([2**62], pa.timestamp("ns"))), "found timestamp", ".parquet"),
+    prompts("Parquet with truth values", lambda: parquet(target=[True]), "found bool", ".parquet"),
+    prompts("Parquet of no columns", lambda: _no_columns(), "missing column", ".parquet"),
+    prompts("Parquet that is unpacked to gigabytes", lambda: bomb(5_000, "w" * 1_000_000), "once it is unpacked|at most", ".parquet"),
+    prompts("Parquet of too many rows", lambda: bomb(6_000_000, "w"), "6,000,000 rows, expected at most", ".parquet"),
+]  # fmt: skip
+
+
+def _no_columns() -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({}), out)
+    return out.getvalue()
+
+
+@cases(PROMPT_FILES)
+def test_prompt_files(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, here, monkeypatch)
