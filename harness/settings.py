@@ -473,6 +473,7 @@ def _shortened(value: object) -> str:
 
 
 def _cut(text: str) -> str:
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: _MOST_SHOWN + 1])
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
 
 

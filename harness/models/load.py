@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 _MOST_CHAT_STEPS = 1_000_000
 """Lines of a chat template's program, and of what it calls; those that people publish take some hundreds."""
+
+
+@lru_cache(maxsize=4)
+def _check_template(template: object) -> None:
+    """Raises ValueError for powers: one step of `9 ** 9 ** 9` takes longer than anybody waits, and no prompt needs it."""
+    if not isinstance(template, str):
+        raise ValueError(f"expected text, found {type(template).__name__}")
+    if any((kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)):
+        raise ValueError("it raises a number to a power (**)")
 
 
 @contextmanager
@@ -156,6 +166,7 @@ class Codec:
             raise ModelError("experiment.chat needs a tokenizer with a chat template; this one has none: turn chat off")
         message = [{"role": "user", "content": text}]
         try:
+            _check_template(self.tokenizer.chat_template)
             with at_most_steps(_MOST_CHAT_STEPS):
                 return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
         except Exception as e:  # a template is a program of somebody else's: it may fail in any way
@@ -303,7 +314,11 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
         raise ModelError(
             f"{identity.name}: the tokenizer gives the id {largest}, the model has {size}; they do not belong together"
         )
+    if not codec.encode("Answer", add_special_tokens=False):
+        raise ModelError(f"{identity.name}: its tokenizer gives no token for a word; fetch or copy it again")
     for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(f"{identity.name}: its weight {name} holds {parameter.dtype}, expected numbers with a fraction")
         if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"{identity.name}: its weight {name} holds NaN or infinity; fetch or copy it again")
     probe = _probe_ids(size, config, model.device)
