@@ -45,7 +45,7 @@ def read_json_object(path: Path, at_most: int) -> dict[str, Any]:
     except RecursionError as e:
         raise ValueError("nested too deep to be read") from e
     if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        raise ValueError(f"expected a JSON object, found {type(content).__name__}")  # noqa: TRY004
     return content
 
 

@@ -202,11 +202,14 @@ class SanitySettings(Section):
 class ExperimentSettings(Section):
     """What is measured: conditions, stages, sampling."""
 
-    conditions: Annotated[
-        tuple[str, ...] | dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)
-    ] = ("baseline", "negative")
+    conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = (
+        "baseline",
+        "negative",
+    )
     """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
-    templates: Annotated[dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = Field(default_factory=dict)
+    templates: Annotated[dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = Field(
+        default_factory=dict
+    )
     """Own templates by name, for `conditions` to name."""
     chat: bool = False
     """Wrap every prompt in the model's chat template instead of completing raw text."""
@@ -469,7 +472,11 @@ def _refusal(error: ValidationError, sources: Mapping[str, str]) -> SettingsErro
 
 
 def _shortened(value: object) -> str:
-    return ascii(_cut(str(value) if isinstance(value, Path) else value)) if isinstance(value, str | Path) else _cut(repr(value))
+    return (
+        ascii(_cut(str(value) if isinstance(value, Path) else value))
+        if isinstance(value, str | Path)
+        else _cut(repr(value))
+    )
 
 
 def _cut(text: str) -> str:

@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -30,10 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.models.load import load_codec, shared
-from tests.test_cli import ROWS, Told, prompt_file
+from tests.test_cli import Told, prompt_file
 from tests.tiny import build_model, byte_tokenizer
 
-LIMIT_S = 20
+LIMIT_S = 300
 """Far beyond what any case takes on a busy machine; a case that waits for ever ends here."""
 MOST_CHARACTERS = 2_000
 Hand = Callable[[Path], list[object]]
@@ -341,8 +340,10 @@ def link_to(target: str) -> Callable[[Path], None]:
 
 
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a named pipe": (os.mkfifo, "pipe|no such file"), "a folder": (Path.mkdir, "older"),
-    "a socket": (socket_at, "socket|no such file"), "a link to /dev/zero": (link_to("/dev/zero"), "device|no such file"),
+    "a named pipe": (os.mkfifo, "pipe|no such file"),
+    "a folder": (Path.mkdir, "older"),
+    "a socket": (socket_at, "socket|no such file"),
+    "a link to /dev/zero": (link_to("/dev/zero"), "device|no such file"),
     "a link to /dev/stdin": (link_to("/dev/stdin"), "device|pipe|empty|no such file|at most|regular"),
     "a link to itself": (lambda p: p.symlink_to(p.name), "symbolic links|no such file|no file"),
     "a link to nothing": (link_to("/no/such/file"), "no such file|no file"),
@@ -370,7 +371,7 @@ SETTINGS_FILES = [
     toml("settings with a section of text", "model = 'demo'\n", "expected tables such as .model."),
     toml("a section without a name", "['']\na = 1\n", "no such setting"),
     toml("an unknown section", "[modle]\nname = 'demo'\n", "modle.name.*did you mean 'model.name'"),
-    toml("an unknown key in a section of a section", "[experiment.select]\nmin_p = 1\n", "did you mean 'experiment.select.min_p0'"),
+    toml("an unknown key in a section of a section", "[experiment.select]\nmin_p = 1\n", "did you mean .*select.min_p0"),
     toml("an unknown key far below a plain setting", "[model.name.deep]\nx = 1\n", "model.name"),
     toml("a dotted key in quotes", '["experiment.select"]\nmin_p9 = 1\n', "no such setting"),
     toml("a key of a thousand letters", f"[model]\n{'k' * 1_000} = 1\n", "no such setting"),
@@ -404,7 +405,7 @@ SETTINGS_FILES = [
     toml("a condition with a line end for a name", '[experiment.conditions]\n"a\\nb" = "{question}"\n', "experiment.conditions"),
     toml("a template of nothing", TEMPLATE.format("''"), "question. once"),
     toml("a template that looks inside", TEMPLATE.format("'{question.__class__}'"), "found '{question.__class__}'"),
-    toml("a template that looks inside another field", TEMPLATE.format("'{question} {target.__init__.__globals__}'"), "__globals__"),
+    toml("a template that looks inside a target", TEMPLATE.format("'{question} {target.__init__.__globals__}'"), "__globals__"),
     toml("a template with an index", TEMPLATE.format("'{question} {target[0]}'"), "alone in braces"),
     toml("a template with a conversion", TEMPLATE.format("'{question!r}'"), "alone in braces"),
     toml("a template with a width", TEMPLATE.format("'{question:>1000000000}'"), "alone in braces"),
@@ -426,7 +427,7 @@ def test_settings_files(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def variable(name: str, value: str, told: str, *command: object, code: int = 2) -> Case:
-    return Case(f"{name}={ascii(value[:20])}", say(*(command or ("run",))), code, told, {name: value})
+    return Case(f"{name}={value[:20]!a}", say(*(command or ("run",))), code, told, {name: value})
 
 
 VARIABLES = [
@@ -520,10 +521,10 @@ PROMPT_FILES = [
     prompts("prompts with half a surrogate pair in an id", b'{"prompt_id": "\\udfff", ' + line()[1:], "surrogate"),
     prompts("prompts with an id of nothing but a NUL", line(prompt_id="\0"), "a NUL"),
     prompts("prompts with a raw line end in a text", b'{"category": "a\nb"}', "line 1"),
-    prompts("prompts with ids that differ in spaces alone", line(prompt_id="a") + line(prompt_id=" a ", question="e"), "already the id"),
+    prompts("prompts with ids that differ in spaces alone", line(prompt_id="a") + line(prompt_id=" a ", question="e"), "already"),
     prompts("prompts with comments", b"// prompts\n" + line(), "line 1.*not valid JSON"),
     prompts("prompts with single quotes", str(GOOD).encode() + b"\n", "not valid JSON"),
-    prompts("prompts with a field of ten megabytes in CSV", HEADER + b"a," + b"b" * 10_000_000 + b",cd\n", "field larger|at most", ".csv"),
+    prompts("prompts with a field of ten megabytes in CSV", HEADER + b"a," + b"b" * 10_000_000 + b",cd\n", "field larger", ".csv"),
     prompts("prompts with quotes unbalanced in CSV", HEADER + b'a,"b"",cd\n', "close every quote", ".csv"),
     prompts("prompts with a quote inside a cell in CSV", HEADER + b'a,"b" or c,cd\n', "not valid CSV", ".csv"),
     prompts("prompts with a formula in CSV", HEADER + b'a,b,"=HYPERLINK(1)"\n', "target_not_alphabetic", ".csv"),
@@ -543,7 +544,7 @@ PROMPT_FILES = [
     prompts("Parquet with times", lambda: parquet(category=pa.array([2**62], pa.timestamp("ns"))), "found timestamp", ".parquet"),
     prompts("Parquet with truth values", lambda: parquet(target=[True]), "found bool", ".parquet"),
     prompts("Parquet of no columns", lambda: _no_columns(), "missing column", ".parquet"),
-    prompts("Parquet that is unpacked to gigabytes", lambda: bomb(5_000, "w" * 1_000_000), "once it is unpacked|at most", ".parquet"),
+    prompts("Parquet that is unpacked to gigabytes", lambda: bomb(5_000, "w" * 1_000_000), "once it is unpacked", ".parquet"),
     prompts("Parquet of too many rows", lambda: bomb(6_000_000, "w"), "6,000,000 rows, expected at most", ".parquet"),
 ]  # fmt: skip
 
@@ -723,7 +724,7 @@ MODEL_FOLDERS = [
     model("a config that is a text", write("config.json", '"llama"'), "expected a JSON object, found str"),
     model("a config nested without end", write("config.json", NEST), "config.json.*nested"),
     model("a config that is not UTF-8", write("config.json", b'{"model_type": "\xff"}'), "config.json"),
-    model("a config with a number of five thousand digits", write("config.json", '{"hidden_size": ' + "9" * 5_000 + "}"), "config.json"),
+    model("a config with five thousand digits", write("config.json", '{"hidden_size": ' + "9" * 5_000 + "}"), "config.json"),
     model("a config of no model type", write("config.json", '{"hidden_size": 8}'), "config.json.*model_type"),
     model("a config of an unknown model type", edit(model_type="no-such-model"), "config.json.*no-such-model"),
     model("a config whose model type is a path", edit(model_type="../../x"), "config.json"),
@@ -792,7 +793,7 @@ MODEL_FOLDERS = [
     model("an index with a whole path", sharded({"lm_head.weight": "/etc/passwd"}), "/etc/passwd"),
     model("an index of a pickle", sharded({"lm_head.weight": "evil.bin"}), "evil.bin"),
     model("an index of numbers", sharded({"lm_head.weight": 3}), "index.json"),
-    model("an index of a shard that is missing", sharded({"lm_head.weight": "model-2.safetensors"}), "model-2.safetensors.*missing"),
+    model("an index of a shard that is missing", sharded({"lm_head.weight": "model-2.safetensors"}), "model-2.*missing"),
     model("an index of nothing", sharded({}), "model"),
     model("an index that is a list", lambda f: (sharded({})(f), write("model.safetensors.index.json", "[]")(f)), "index.json"),
     model("an adapter of another model", adapter, "an adapter of 'someone/else'"),
@@ -803,8 +804,8 @@ MODEL_FOLDERS = [
     model("a tokenizer of nothing", write("tokenizer.json", ""), "tokenizer"),
     model("a tokenizer nested without end", write("tokenizer.json", NEST), "tokenizer"),
     model("a tokenizer of an unknown kind", edit("tokenizer.json", model={"type": "Evil", "vocab": {}}), "tokenizer"),
-    model("a tokenizer without a vocabulary", edit("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
-          "tokenizer|model"),
+    model("a tokenizer without a vocabulary",
+          edit("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]), "tokenizer"),
     model("a tokenizer with an id beyond the model", gaps, "the tokenizer gives the id 1000000"),
     model("a tokenizer of two hundred thousand words", huge_vocabulary, "the tokenizer has 200\\d\\d\\d ids"),
     model("a tokenizer's settings that are no JSON", write("tokenizer_config.json", "{"), "tokenizer_config.json"),
@@ -812,7 +813,7 @@ MODEL_FOLDERS = [
     model("a tokenizer's settings nested without end", write("tokenizer_config.json", NEST), "tokenizer_config.json.*nested"),
     model("generation settings that are no JSON", write("generation_config.json", "{"), "generation_config.json"),
     model("generation settings that are a list", write("generation_config.json", "[3]"), "generation_config.json"),
-    model("generation settings that are a named pipe", become("generation_config.json", os.mkfifo), "generation_config.json.*pipe"),
+    model("generation settings that are a named pipe", become("generation_config.json", os.mkfifo), "pipe"),
     model("generation settings that end with text", edit("generation_config.json", eos_token_id="x"), "eos_token_id"),
     *(model(f"a chat template that {kind}", write("chat_template.jinja", text), "chat template", *CHAT) for kind, text in [
         ("is no template", "{% for %}"), ("is cut short", "{{ messages"),
@@ -852,7 +853,9 @@ def test_the_model_that_those_cases_change_is_measured_as_it_is(here: Path, chec
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two small stages; cases change a copy."""
     folder = tmp_path_factory.mktemp("finished")
-    told = harness("run", "--prompts", prompt_file(folder), "--paths.runs", folder / "runs", "--stages", "greedy,detect")
+    told = harness(
+        "run", "--prompts", prompt_file(folder), "--paths.runs", folder / "runs", "--stages", "greedy,detect"
+    )
     assert told.code == 0, told.err
     (run,) = (folder / "runs").iterdir()
     return run
@@ -905,7 +908,8 @@ RUNS = [
         ("the folder above", "../.."), ("a whole path", "/etc"), ("nothing", ""), ("a slash", "/"),
         ("a path into a run", "one/logs"), ("a name that is not UTF-8", NOT_UTF8),
     ]),
-    *(runs(f"{command} of the latest of no folder", "no run", *told_to(command, "latest"), change=no_runs) for command in COMMANDS),
+    *(runs(f"{command} of the latest of no folder", "no run", *told_to(command, "latest"), change=no_runs)
+      for command in COMMANDS),
     *(runs(f"{command} of the latest in a file", "no run|folder", *told_to(command, "latest"), change=a_file_of_runs)
       for command in COMMANDS),
     runs("show of a dot", NO_RUN, "show", "."), runs("show of two dots", NO_RUN, "show", ".."),
@@ -918,7 +922,8 @@ RUNS = [
     runs("a difference with a path", NO_RUN, "diff", "one", "../../etc"),
     runs("reproducing a file that is no manifest", "expected a manifest|JSON", "reproduce", "prompts.jsonl"),
     runs("reproducing a list", "expected a manifest", "reproduce", "RUN/x.json"),
-    *(runs(f"show of a manifest that is {name}", "manifest", "show", "one", change=write("manifest.json", text)) for name, text in [
+    *(runs(f"show of a manifest that is {name}", "manifest", "show", "one", change=write("manifest.json", text))
+      for name, text in [
         ("a list", "[]"), ("a text", '"run"'), ("null", "null"), ("not UTF-8", b'{"run_id": "\xff"}'),
         ("nested without end", NEST), ("a number of five thousand digits", "9" * 5_000),
         ("without a fingerprint", '{"run_id": "one"}'), ("compressed", gzip.compress(b"{}")),
@@ -927,7 +932,8 @@ RUNS = [
          change=become("manifest.json", lambda p: sparse(p, 10**8))),
     *(runs(f"reproducing settings with {name}", told, "reproduce", "one", change=set_keys(settings={key: {"value": value}}))
       for name, key, value, told in [
-        ("a seed of text", "runtime.seed", "x", "runtime.seed"), ("a seed of forty digits", "runtime.seed", 10**40, "runtime.seed"),
+        ("a seed of text", "runtime.seed", "x", "runtime.seed"),
+        ("a seed of forty digits", "runtime.seed", 10**40, "runtime.seed"),
         ("a million samples", "experiment.num_samples", 10**6, "num_samples"),
         ("a template that looks inside", "experiment.conditions", {"x": "{question.__class__}"}, "alone in braces"),
         ("prompts at /dev/zero", "data.prompts", "/dev/zero", "no such file"),

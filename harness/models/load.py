@@ -51,9 +51,9 @@ _MOST_CHAT_STEPS = 1_000_000
 
 @lru_cache(maxsize=4)
 def _check_template(template: object) -> None:
-    """Raises ValueError for powers: one step of `9 ** 9 ** 9` takes longer than anybody waits, and no prompt needs it."""
+    """Raises ValueError for powers (and TypeError for what is no text): one step of `9 ** 9 ** 9` takes longer than anybody waits, and no prompt needs it."""
     if not isinstance(template, str):
-        raise ValueError(f"expected text, found {type(template).__name__}")
+        raise TypeError(f"expected text, found {type(template).__name__}")
     if any((kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)):
         raise ValueError("it raises a number to a power (**)")
 
@@ -166,11 +166,15 @@ class Codec:
             raise ModelError("experiment.chat needs a tokenizer with a chat template; this one has none: turn chat off")
         message = [{"role": "user", "content": text}]
         try:
-            _check_template(self.tokenizer.chat_template)
+            templates: Any = self.tokenizer.chat_template  # one, or some by name
+            for template in templates.values() if isinstance(templates, dict) else [templates]:
+                _check_template(template)
             with at_most_steps(_MOST_CHAT_STEPS):
                 return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
         except Exception as e:  # a template is a program of somebody else's: it may fail in any way
-            raise ModelError(f"the model's chat template cannot be used: {_one_line(e)}; turn experiment.chat off") from e
+            raise ModelError(
+                f"the model's chat template cannot be used: {_one_line(e)}; turn experiment.chat off"
+            ) from e
 
     def chat_context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `context`, for a text that already holds the template's own specials."""
@@ -318,7 +322,9 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
         raise ModelError(f"{identity.name}: its tokenizer gives no token for a word; fetch or copy it again")
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
-            raise ModelError(f"{identity.name}: its weight {name} holds {parameter.dtype}, expected numbers with a fraction")
+            raise ModelError(
+                f"{identity.name}: its weight {name} holds {parameter.dtype}, expected numbers with a fraction"
+            )
         if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"{identity.name}: its weight {name} holds NaN or infinity; fetch or copy it again")
     probe = _probe_ids(size, config, model.device)
@@ -376,15 +382,18 @@ def _identify_random(spec: ModelSpec) -> ModelIdentity:
 
 def _resolve(spec: ModelSpec) -> tuple[Path, str]:
     """The local folder of a name and its revision; an id is fetched from the hub, or found in its cache when offline."""
+    folder = Path(spec.name)
     try:
-        folder = Path(spec.name).expanduser()
+        folder = folder.expanduser()
         is_folder = bool(spec.name) and folder.is_dir()
     except (OSError, RuntimeError):  # a name too long to be one, a person who has no home
         is_folder = False
     if is_folder:
         _check_no_revision(spec)
         return folder, "local"
-    if spec.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]{1,200}(/[\w.-]{1,200})?", spec.name, re.ASCII):
+    if spec.name.startswith((".", "/", "~")) or not re.fullmatch(
+        r"[\w.-]{1,200}(/[\w.-]{1,200})?", spec.name, re.ASCII
+    ):
         shown = repr(spec.name if len(spec.name) <= 200 else f"{spec.name[:199]}…")
         raise ModelError(f"model.name: no folder {shown}; give a folder, a hub id (owner/name) or random:<shape>")
     path = _snapshot(spec)
@@ -437,15 +446,21 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"{path}: cannot be read: {e.strerror}") from e
     if (folder / "adapter_config.json").exists():
         base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(f"{folder}: an adapter of {base!r}, expected a whole model; merge it into its base model and save that")
+        raise ModelError(
+            f"{folder}: an adapter of {base!r}, expected a whole model; merge it into its base model and save that"
+        )
     for path in sorted(folder.glob("*.safetensors.index.json")):
         named = _read_json(path).get("weight_map")
         for name in named.values() if isinstance(named, dict) else [named]:
             # Only what lies in the folder is hashed, and nothing else may decide results.
             if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
-                raise ModelError(f"{path}: expected names of safetensors files in the same folder, found {_shown(name)}")
+                raise ModelError(
+                    f"{path}: expected names of safetensors files in the same folder, found {_shown(name)}"
+                )
             if not (folder / name).exists():
-                raise ModelError(f"{folder}: {path.name} names the weight file {_shown(name)}, which is missing; fetch it again")
+                raise ModelError(
+                    f"{folder}: {path.name} names the weight file {_shown(name)}, which is missing; fetch it again"
+                )
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         _read_json(folder / name)
 
@@ -464,10 +479,14 @@ def _read_config(folder: Path, spec: ModelSpec) -> object:
     raw = _read_json(folder / "config.json")
     _check_numbers(folder, raw)
     if raw.get("quantization_config"):
-        raise ModelError(f"{folder}: quantised weights (quantization_config), which are not supported; use the unquantised model")
+        raise ModelError(
+            f"{folder}: quantised weights (quantization_config), which are not supported; use the unquantised model"
+        )
     named = raw.get("transformers_weights")
     if named is not None and not (isinstance(named, str) and re.fullmatch(r"[^/]+\.safetensors", named)):
-        raise ModelError(f"{folder}: config.json names {_shown(named)} as its weights; expected a safetensors file of this folder")
+        raise ModelError(
+            f"{folder}: config.json names {_shown(named)} as its weights; expected a safetensors file of this folder"
+        )
     _check_stop_ids(folder, raw.get("eos_token_id"))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
@@ -497,13 +516,13 @@ def _check_stop_ids(folder: Path, ids: object) -> None:
             raise ModelError(f"{folder}: eos_token_id: expected a token id or a list of them, found {_shown(found)}")
 
 
-def _check_promises(folder: Path, config: object, file_to_numels: Mapping[str, Sequence[int]]) -> None:
+def _check_promises(folder: Path, config: Any, file_to_numels: Mapping[str, Sequence[int]]) -> None:
     """Raises ModelError where config.json describes a model that its weight files are far too small for.
 
     Transformers would make what is missing, of any size, before it says that it was.
     """
     numels = [n for found in file_to_numels.values() for n in found]
-    decoder: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    decoder = config.get_text_config(decoder=True)
     layers, width, vocabulary = (
         value if isinstance(value := getattr(decoder, name, None), int) else 0
         for name in ("num_hidden_layers", "hidden_size", "vocab_size")

@@ -49,7 +49,9 @@ class Template:
         where = f"experiment.conditions.{name}"
         fields = _PLACEHOLDER.findall(self.text)
         if (trick := _TRICK.search(self.text)) is not None:
-            raise SettingsError(f"{where}: expected a field's name alone in braces, as {{question}}, found {trick[0]!r}")
+            raise SettingsError(
+                f"{where}: expected a field's name alone in braces, as {{question}}, found {trick[0]!r}"
+            )
         for unknown in sorted(set(fields) - set(FIELDS)):
             raise SettingsError(
                 f"{where}: no field {{{unknown}}}; a template may use {', '.join(f'{{{f}}}' for f in FIELDS)}"
