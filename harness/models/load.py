@@ -51,7 +51,7 @@ _MOST_CHAT_STEPS = 1_000_000
 
 @lru_cache(maxsize=4)
 def _check_template(template: object) -> None:
-    """Raises ValueError for powers (and TypeError for what is no text): one step of `9 ** 9 ** 9` takes longer than anybody waits, and no prompt needs it."""
+    """Raises ValueError for powers, TypeError for what is no text: one step of `9 ** 9 ** 9` takes longer than anybody waits."""
     if not isinstance(template, str):
         raise TypeError(f"expected text, found {type(template).__name__}")
     if any((kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)):
