@@ -485,7 +485,7 @@ def line(**fields: object) -> bytes:
 
 def parquet(columns: dict[str, Any] | None = None, **more: Any) -> bytes:
     out = io.BytesIO()
-    pq.write_table(pa.table({**{k: [v] for k, v in GOOD.items()}, **(columns or {}), **more}), out)
+    pq.write_table(pa.table({**{k: [v] for k, v in GOOD.items()}, **(columns or {}), **more}), out, store_schema=False)
     return out.getvalue()
 
 

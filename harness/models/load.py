@@ -298,7 +298,13 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
     except Exception as e:  # transformers fails in any way on a configuration that is not what it expects
         raise ModelError(f"{spec.name}: cannot be loaded: {_one_line(e)}") from e
     model.requires_grad_(False)
-    return assemble(model, load_codec(spec, identity), identity)
+    codec = load_codec(spec, identity)
+    try:
+        return assemble(model, codec, identity)
+    except (HarnessError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # weights of another kind than the configuration says fail anywhere in a forward
+        raise ModelError(f"{spec.name}: its parts cannot be told apart and checked: {_one_line(e)}") from e
 
 
 def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> LM:
