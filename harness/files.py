@@ -1,20 +1,23 @@
-"""Files laid down whole and taken up with care: what lies in a folder that somebody else filled may be anything.
+"""Files laid down whole and taken up with care: what somebody else wrote may be anything.
 
-Knows nothing of runs. Uses the standard library alone.
+A named pipe would wait for ever, a device such as /dev/zero never ends, a sparse file of ten gigabytes costs its author
+nothing, and a link leads elsewhere. A file that a person names may be reached by links (`read_regular`); one that a run's
+folder names may not (`open_regular`, `open_inside`). Knows nothing of runs. Uses the standard library alone.
 """
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe without a writer would be waited for
@@ -91,13 +94,57 @@ def refuse_strange(folder: Path) -> None:
                 raise NotRegular(path, _KINDS.get(kind, "something else"))
 
 
+def check_regular(path: Path, at_most: int | None = None) -> None:
+    """Raises OSError, its `strerror` fit for a message, unless `path` (links followed) is a regular file of that size."""
+    try:
+        found = path.stat()
+    except ValueError as e:  # a NUL or half of a surrogate pair in the name
+        raise OSError(errno.EINVAL, f"no name of a file ({e})", str(path)) from e
+    _check(found, path, at_most)
+
+
 def read_regular(path: Path, at_most: int) -> bytes:
-    """The whole content of a regular file of at most so many bytes. Raises OSError for a larger one."""
+    """All bytes of a regular file (links followed) of at most that many. Raises OSError for anything else, before a byte is
+    read."""
+    check_regular(path, at_most)
+    with os.fdopen(os.open(path, _FLAGS & ~os.O_NOFOLLOW), "rb") as file:
+        return _read(file, path, at_most)
+
+
+def read_unlinked(path: Path, at_most: int) -> bytes:
+    """As `read_regular`, for a file that no link may stand for."""
     with open_regular(path) as file:
-        content = file.read(at_most + 1)
-    if len(content) > at_most:
-        raise OSError(errno.EFBIG, f"expected at most {at_most:,} bytes, found more", str(path))
+        return _read(file, path, at_most)
+
+
+def read_json_object(path: Path, at_most: int) -> dict[str, Any]:
+    """The JSON object in a regular file. Raises OSError as `read_regular`, ValueError for any other content."""
+    try:
+        content = json.loads(read_regular(path, at_most))
+    except RecursionError as e:
+        raise ValueError("nested too deep to be read") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, found {type(content).__name__}")  # noqa: TRY004
     return content
+
+
+def _read(file: BinaryIO, path: Path, at_most: int) -> bytes:
+    _check(os.fstat(file.fileno()), path, at_most)  # another file may have taken its place since
+    content = file.read(at_most + 1)  # what grows while it is read, or says it is empty, as /proc does, ends too
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"more than {at_most:,} bytes; {_too_large(at_most)}", str(path))
+    return content
+
+
+def _check(found: os.stat_result, path: Path, at_most: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise NotRegular(path, _KINDS.get(stat.S_IFMT(found.st_mode), "something else"))
+    if at_most is not None and found.st_size > at_most:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes; {_too_large(at_most)}", str(path))
+
+
+def _too_large(at_most: int) -> str:
+    return f"expected at most {at_most:,} bytes"
 
 
 def sha256(file: BinaryIO) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from harness import log, summary
 from harness.errors import EnvironmentFault, RunError, StoreError, disk_full
-from harness.files import read_regular, replacing, sweep
+from harness.files import read_unlinked, replacing, sweep
 from harness.run import MANIFEST_BYTES, RunPaths, find_run, is_held, list_runs, read_manifest, state
 from harness.store import AlteredStore, Format, Reader, open_copy
 
@@ -75,7 +75,7 @@ def export(root: Path, wanted: str, to: Path, form: Format, *, is_safe: bool = F
         names = [name for name in reader.tables() if name != "attention_heads"]
         done = [reader.export(name, to / f"{name}.{form}", form, is_safe=is_safe) for name in names]
     with replacing(to / "manifest.json") as temporary:
-        temporary.write_bytes(read_regular(paths.manifest, MANIFEST_BYTES))
+        temporary.write_bytes(read_unlinked(paths.manifest, MANIFEST_BYTES))
     log.print_out(
         f"{escape(paths.run_id)}: {len(done)} tables and views, {sum(d.num_rows for d in done):,} rows, in {escape(str(to))}"
     )

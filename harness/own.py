@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.files import read_regular, replacing
+from harness.files import read_unlinked, replacing
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL
 
 FLAGS = {"model.name": "--model", "data.prompts": "--prompts"}
@@ -63,6 +63,6 @@ def _key(state: Path, *, make: bool) -> bytes | None:
             with replacing(path) as temporary:
                 temporary.touch(mode=0o600)
                 temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
-        key = read_regular(path, _KEY_BYTES)
+        key = read_unlinked(path, _KEY_BYTES)
         return key if len(key) == _KEY_BYTES else None
     return None

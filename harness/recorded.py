@@ -42,8 +42,9 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
     if asked:
         named = " and ".join(f"{name} = {shortened(strange[name])}" for name in asked)
         raise RunError(
-            f"run {manifest['run_id']} records {named}, which this user did not give: no path that a run's folder names is opened; "
-            "say where it is with " + " ".join(f"{own.FLAGS[name]} PATH" for name in asked)
+            f"run {manifest['run_id']} records {named}, which this user did not give: "
+            "no path that a run's folder names is opened; say where it is with "
+            + " ".join(f"{own.FLAGS[name]} PATH" for name in asked)
         )
     try:
         plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))

@@ -21,7 +21,7 @@ from harness.errors import EnvironmentFault, RunError
 from harness.files import (
     NotRegular,
     open_regular,
-    read_regular,
+    read_unlinked,
     refuse_special,
     refuse_strange,
     replacing,
@@ -126,7 +126,7 @@ def read_manifest(paths: RunPaths) -> dict[str, Any]:
 def read_manifest_file(path: Path) -> dict[str, Any]:
     """The manifest in a file, wherever it lies. Raises RunError when it is missing or no manifest."""
     try:
-        manifest = json.loads(read_regular(path, MANIFEST_BYTES))
+        manifest = json.loads(read_unlinked(path, MANIFEST_BYTES))
     except FileNotFoundError as e:
         raise RunError(f"{path.parent}: expected a {path.name}, found none; it is no run") from e
     except OSError as e:

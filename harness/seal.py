@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import RunError, StoreError
-from harness.files import file_sha256, open_regular, read_regular, replacing, sha256
+from harness.files import file_sha256, open_regular, read_unlinked, replacing, sha256
 from harness.manifests import ABSENT, Difference, differences
 from harness.run import MANIFEST_BYTES, RunPaths
 from harness.store import SCHEMA_VERSION, AlteredStore, Reader, Store, TableSeal
@@ -56,7 +56,7 @@ def remove(paths: RunPaths) -> None:
 def read(paths: RunPaths) -> Seal | None:
     """The run's seal; None where it has none. Raises RunError for one that is damaged."""
     try:
-        content = json.loads(read_regular(paths.seal, 2 * MANIFEST_BYTES))
+        content = json.loads(read_unlinked(paths.seal, 2 * MANIFEST_BYTES))
         claimed = content.pop("sha256")
         if _sha256(content) != claimed:
             raise RunError(f"{paths.seal}: the seal itself was changed: its own sha256 does not fit")
@@ -71,7 +71,7 @@ def read(paths: RunPaths) -> Seal | None:
 def changed_keys(sealed: Seal, paths: RunPaths) -> list[Difference]:
     """Every key of the manifest that is not as it was sealed. Raises RunError where the manifest cannot be read at all."""
     try:
-        manifest = json.loads(read_regular(paths.manifest, MANIFEST_BYTES), object_pairs_hook=_once)
+        manifest = json.loads(read_unlinked(paths.manifest, MANIFEST_BYTES), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as e:
         raise RunError(f"{paths.manifest}: not readable as JSON: {e}") from e
     now = manifest if isinstance(manifest, dict) else {"": manifest}

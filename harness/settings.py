@@ -8,17 +8,28 @@ touches no disk.
 import difflib
 import json
 import os
+import re
 import tomllib
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from harness.errors import SettingsError
+from harness.files import read_regular
 
 PREFIX = "HARNESS_"
 ALIASES = {
@@ -39,6 +50,9 @@ SHORT_FLAGS = {
 }
 DEMO_MODEL = "demo"
 BUNDLED_PROMPTS = "bundled"
+MOST_FILE_BYTES = 1_000_000
+"""A settings file is read whole; a thousand long templates fit in this."""
+_MOST_SHOWN = 200  # characters of a found value are enough to recognise it in a one-line message
 
 
 def _words(value: object) -> object:
@@ -47,16 +61,35 @@ def _words(value: object) -> object:
         text = value.strip()
         if text.startswith(("[", "{")):
             try:
-                return json.loads(text)
-            except json.JSONDecodeError as e:
+                return json.loads(text, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"expected a JSON list or table, or names separated by commas: {e}") from e
         return [part.strip() for part in text.split(",") if part.strip()]
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON table whose keys are each there once: json would keep the last of two and say nothing."""
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"the key {key!r} is there twice")
+    return dict(pairs)
+
+
 def _number(value: object) -> object:
     """Text that is a number, as flags and the environment give it."""
-    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value.strip()) else value
+
+
+def _named(templates: Any) -> Any:
+    """Names of conditions go into keys, tables and figures: a bar would make two keys one."""
+    for name in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"[\w.][\w. -]{0,63}", name):
+            raise ValueError(
+                "expected names of conditions of at most 64 letters, digits, spaces and . _ -, "
+                f"found the name {_shortened(name)}"
+            )
+    return templates
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
@@ -68,6 +101,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: object, info: Any) -> object:
+        """No truth value for a number, which Python would take for 0 or 1, and no text that no file could hold."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("expected no truth value")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError("expected text in UTF-8 without a NUL")
+        return value
 
 
 class ModelSettings(Section):
@@ -88,7 +131,7 @@ class DataSettings(Section):
 
     prompts: str = BUNDLED_PROMPTS
     """A JSONL, CSV or Parquet file; `bundled` is data/prompts/gravity.jsonl."""
-    limit: Annotated[Annotated[int, Field(ge=1)] | Literal["auto", "all"], BeforeValidator(_number)] = "auto"
+    limit: Annotated[Annotated[int, Field(ge=1, le=10**9)] | Literal["auto", "all"], BeforeValidator(_number)] = "auto"
     """Prompts to use, taken in turn from the categories, or `all`; `auto`: 250 of the bundled set, all of any other."""
 
     @property
@@ -159,23 +202,28 @@ class SanitySettings(Section):
 class ExperimentSettings(Section):
     """What is measured: conditions, stages, sampling."""
 
-    conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words)] = ("baseline", "negative")
+    conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = (
+        "baseline",
+        "negative",
+    )
     """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
-    templates: Annotated[dict[str, Condition], BeforeValidator(_words)] = Field(default_factory=dict)
+    templates: Annotated[dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = Field(
+        default_factory=dict
+    )
     """Own templates by name, for `conditions` to name."""
     chat: bool = False
     """Wrap every prompt in the model's chat template instead of completing raw text."""
     stages: Names = ()
     """Stages to run; what they need is added. Empty: all that are not optional."""
-    num_samples: Annotated[int, Field(ge=1)] = 16
+    num_samples: Annotated[int, Field(ge=1, le=100_000)] = 16
     """Sampled completions a prompt and condition."""
     sample_conditions: Names = ()
     """Conditions to sample under. Empty: all of `conditions`."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Sample from the smallest set of tokens that holds this probability; 1 is off."""
-    max_new_tokens_greedy: Annotated[int, Field(ge=1)] = 8
-    max_new_tokens_samples: Annotated[int, Field(ge=1)] = 10
+    max_new_tokens_greedy: Annotated[int, Field(ge=1, le=100_000)] = 8
+    max_new_tokens_samples: Annotated[int, Field(ge=1, le=100_000)] = 10
     stop_at_newline: bool = True
     """Off lets the model run on past its answer, as the paper did."""
     select: SelectSettings = SelectSettings()
@@ -187,9 +235,9 @@ class ExperimentSettings(Section):
 class BatchingSettings(Section):
     """How much is computed at once; decides no result."""
 
-    max_tokens: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_number)] = "auto"
+    max_tokens: Annotated[Annotated[int, Field(ge=1, le=10**12)] | Literal["auto"], BeforeValidator(_number)] = "auto"
     """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 8192 on a CPU."""
-    reserve_gb: Annotated[float, Field(ge=0)] = 6.0
+    reserve_gb: Annotated[float, Field(ge=0, le=1e6)] = 6.0
     """GPU memory to leave free, in GB."""
 
 
@@ -198,13 +246,13 @@ class RuntimeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` without a GPU is an error, `auto` says what it chose."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Root of every random number."""
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads for torch; unset leaves torch's own choice."""
     executor: Literal["inline"] = "inline"
     """Who computes the batches."""
-    reserve_disk_gb: Annotated[float, Field(ge=0)] = 0.5
+    reserve_disk_gb: Annotated[float, Field(ge=0, le=1e6)] = 0.5
     """Disk to leave free, in GB; a run that would cross it stops, resumable."""
 
 
@@ -217,6 +265,14 @@ class PathSettings(Section):
     """The data folder; unset: ./data, or the one this installation came with."""
     hf_home: Path | None = None
     """Hugging Face's cache; unset leaves its own default."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_a_path(cls, value: Path | None) -> Path | None:
+        """The system refuses such a name wherever it is first used, and nowhere with the name of the setting."""
+        if value and (len(os.fsencode(value)) > 4_000 or any(len(os.fsencode(part)) > 255 for part in value.parts)):
+            raise ValueError("expected a path of at most 4000 bytes, 255 a name")
+        return value
 
     @property
     def state_folder(self) -> Path:
@@ -339,6 +395,8 @@ def describe(name: str) -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean X?` for a name close to a known one."""
+    if len(name) > _MOST_SHOWN:  # close to none, and to find that out takes time that grows with its length
+        return ""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -359,23 +417,27 @@ def _file_values(path: Path | None) -> Iterator[tuple[str, Any, str]]:
     if path is None:
         return
     try:
-        tree = tomllib.loads(path.read_text("utf-8"))
+        # A mark at the start, as some editors write it, is no content.
+        tree = tomllib.loads(read_regular(path, MOST_FILE_BYTES).decode("utf-8-sig"))
+        leaves = list(_toml_leaves(tree))
     except FileNotFoundError as e:
         raise SettingsError(f"--config: no file {str(path)!r}") from e
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise SettingsError(f"--config: {path} is not a TOML file: {e}") from e
+    except OSError as e:
+        raise SettingsError(f"--config: {_shortened(path)} is not a TOML file: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:  # no TOML, a number of 5,000 digits, a nest without end
+        raise SettingsError(f"--config: {path} is not a TOML file: {str(e)[:_MOST_SHOWN]}") from e
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise SettingsError(f"{path}: expected tables such as [model]; found the plain value {section!r}")
-        for name, value in _toml_leaves(values, section):
-            yield name, value, f"file: {path}"
+            raise SettingsError(f"{path}: expected tables such as [model]; found the plain value {_shortened(section)}")
+    for name, value in leaves:
+        yield name, value, f"file: {path}"
 
 
-def _toml_leaves(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _toml_leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        name = f"{prefix}.{key}"
+        name = f"{prefix}{key}"
         if isinstance(value, dict) and name not in field_names():
-            yield from _toml_leaves(value, name)
+            yield from _toml_leaves(value, f"{name}.")
         else:
             yield name, value
 
@@ -398,11 +460,11 @@ def _check_name(name: str, source: str) -> None:
             f"{source.removeprefix('run: ')} was made by another version of harness: it records the setting {name!r}, "
             f"which this one does not have{nearest(name, known)}"
         )
-    spoken = source.removeprefix("flag: ").removeprefix("env: ")
+    spoken = _cut(source.removeprefix("flag: ").removeprefix("env: "))
     if source.startswith("env: "):
         variables = [PREFIX + k.upper().replace(".", "__") for k in known]
         raise SettingsError(f"{spoken}: no such setting{nearest(spoken, variables)}")
-    spoken = f"{source.removeprefix('file: ')}: [{name}]" if source.startswith("file: ") else spoken
+    spoken = f"{source.removeprefix('file: ')}: [{_cut(name)}]" if source.startswith("file: ") else spoken
     raise SettingsError(f"{spoken}: no such setting{nearest(name, known)}")
 
 
@@ -430,9 +492,22 @@ def _refusal(error: ValidationError, sources: Mapping[str, str]) -> SettingsErro
     found = first.get("input")
     where = f" ({source})" if source else ""
     if first["type"] == "extra_forbidden":
-        return SettingsError(f"{'.'.join(parts)}{where}: no such setting{nearest('.'.join(parts), known)}")
+        return SettingsError(f"{_cut('.'.join(parts))}{where}: no such setting{nearest('.'.join(parts), known)}")
     expected = first["msg"].removeprefix("Value error, ")
-    return SettingsError(f"{name}{where}: {expected[:1].lower()}{expected[1:]}; found {found!r}")
+    return SettingsError(f"{_cut(name)}{where}: {_cut(expected[:1].lower() + expected[1:])}; found {_shortened(found)}")
+
+
+def _shortened(value: object) -> str:
+    return (
+        ascii(_cut(str(value) if isinstance(value, Path) else value))
+        if isinstance(value, str | Path)
+        else _cut(repr(value))
+    )
+
+
+def _cut(text: str) -> str:
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: _MOST_SHOWN + 1])
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

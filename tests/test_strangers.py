@@ -290,7 +290,7 @@ def in_a_linked_folder(path: Path) -> None:
 
 
 SPECIAL: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
+    "a named pipe": os.mkfifo,
     "a socket": socket_at,
     "a link": lambda path: path.symlink_to("/etc/hostname"),
     "a folder": lambda path: path.mkdir(),

@@ -8,12 +8,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -22,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from harness.errors import EnvironmentFault, ModelError
+from harness.errors import EnvironmentFault, HarnessError, ModelError
+from harness.files import check_regular, read_json_object
 from harness.models import attend, shapes
 from harness.models.anatomy import Anatomy, close, dissect
 from harness.text.words import Vocabulary
@@ -33,7 +37,44 @@ RANDOM = "random:"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
                     "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 _HUB_FILES = [*_TOKENIZER_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_MOST_TEXT_BYTES = 256_000_000
+"""Of a checkpoint's files but its weights; the largest tokenizers known are a tenth of this."""
+_MOST_INTEGER = 10**12
+_MOST_PARTS = 10_000
+"""Layers, heads or experts of a configuration: a thousand times what there is, and little enough to be counted out."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+_MOST_CHAT_STEPS = 1_000_000
+"""Lines of a chat template's program, and of what it calls; those that people publish take some hundreds."""
+
+
+@lru_cache(maxsize=4)
+def _check_template(template: object) -> None:
+    """Raises ValueError for powers, TypeError for what is no text: one step of `9 ** 9 ** 9` takes longer than anybody waits."""
+    if not isinstance(template, str):
+        raise TypeError(f"expected text, found {type(template).__name__}")
+    if any((kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)):
+        raise ValueError("it raises a number to a power (**)")
+
+
+@contextmanager
+def at_most_steps(limit: int) -> Iterator[None]:
+    """Lets the block run that many lines of Python and no more, then raises TimeoutError in it: no clock decides."""
+    left, before = limit, sys.gettrace()
+
+    def step(frame: object, event: str, arg: object) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise TimeoutError(f"it has not come to an end in {limit:,} steps")
+        return step
+
+    sys.settrace(step)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 @dataclass(frozen=True)
@@ -88,6 +129,11 @@ class Codec:
     def __len__(self) -> int:
         return len(self.tokenizer)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of its vocabulary, added tokens among them."""
+        return max(self.tokenizer.get_vocab().values(), default=-1)
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
@@ -119,7 +165,16 @@ class Codec:
         if not self.tokenizer.chat_template:
             raise ModelError("experiment.chat needs a tokenizer with a chat template; this one has none: turn chat off")
         message = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
+        try:
+            templates: Any = self.tokenizer.chat_template  # one, or some by name
+            for template in templates.values() if isinstance(templates, dict) else [templates]:
+                _check_template(template)
+            with at_most_steps(_MOST_CHAT_STEPS):
+                return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
+        except Exception as e:  # a template is a program of somebody else's: it may fail in any way
+            raise ModelError(
+                f"the model's chat template cannot be used: {_one_line(e)}; turn experiment.chat off"
+            ) from e
 
     def chat_context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `context`, for a text that already holds the template's own specials."""
@@ -176,6 +231,7 @@ def identify(spec: ModelSpec) -> ModelIdentity:
     if spec.name.startswith(RANDOM):
         return _identify_random(spec)
     folder, revision = _resolve(spec)
+    _check_files(folder)
     config = _read_config(folder, spec)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -184,9 +240,11 @@ def identify(spec: ModelSpec) -> ModelIdentity:
         raise ModelError(
             f"{folder}: expected *.safetensors weights, found {found}; convert the checkpoint to safetensors"
         )
+    sizes = {p.name: _num_parameters(p) for p in weights}
+    _check_promises(folder, config, sizes)
     hashes = {p.name: _file_sha256(p) for p in weights}
-    generation = folder / "generation_config.json"
-    wishes = json.loads(generation.read_text("utf-8")) if generation.exists() else None
+    wishes = _read_json(folder / "generation_config.json") or None
+    _check_stop_ids(folder, (wishes or {}).get("eos_token_id"))
     return ModelIdentity(
         name=spec.name,
         revision=revision,
@@ -199,7 +257,7 @@ def identify(spec: ModelSpec) -> ModelIdentity:
         about={
             "config": _config_dict(config),
             "generation_config": wishes,
-            "num_parameters": sum(map(_num_parameters, weights)),
+            "num_parameters": sum(sum(found) for found in sizes.values()),
             "chat_template_sha256": _chat_template_sha256(folder),
             "weight_files": {p.name: {"bytes": p.stat().st_size, "sha256": hashes[p.name]} for p in weights},
         },
@@ -235,10 +293,18 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
         raise EnvironmentFault(
             f"{spec.name}: its weights do not fit on {spec.device}; take a smaller model or dtype"
         ) from e
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
+    except HarnessError:
+        raise
+    except Exception as e:  # transformers fails in any way on a configuration that is not what it expects
         raise ModelError(f"{spec.name}: cannot be loaded: {_one_line(e)}") from e
     model.requires_grad_(False)
-    return assemble(model, load_codec(spec, identity), identity)
+    codec = load_codec(spec, identity)
+    try:
+        return assemble(model, codec, identity)
+    except (HarnessError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # weights of another kind than the configuration says fail anywhere in a forward
+        raise ModelError(f"{spec.name}: its parts cannot be told apart and checked: {_one_line(e)}") from e
 
 
 def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> LM:
@@ -254,6 +320,19 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
         raise ModelError(
             f"{identity.name}: the tokenizer has {len(codec)} ids, the model {size}; they do not belong together"
         )
+    if (largest := codec.largest_id) >= size:  # ids may have gaps
+        raise ModelError(
+            f"{identity.name}: the tokenizer gives the id {largest}, the model has {size}; they do not belong together"
+        )
+    if not codec.encode("Answer", add_special_tokens=False):
+        raise ModelError(f"{identity.name}: its tokenizer gives no token for a word; fetch or copy it again")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(
+                f"{identity.name}: its weight {name} holds {parameter.dtype}, expected numbers with a fraction"
+            )
+        if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{identity.name}: its weight {name} holds NaN or infinity; fetch or copy it again")
     probe = _probe_ids(size, config, model.device)
     anatomy = dissect(model, probe, identity.name)
     _check_attention(model, probe, config, identity.name)
@@ -276,7 +355,7 @@ def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # the library's own errors are plain Exceptions
         raise ModelError(f"{spec.name}: expected a tokenizer in {folder}: {_one_line(e)}") from e
     if not tokenizer.is_fast:
         raise ModelError(
@@ -287,6 +366,7 @@ def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
 
 def _identify_random(spec: ModelSpec) -> ModelIdentity:
     shape = spec.name.removeprefix(RANDOM)
+    _check_no_revision(spec)
     if shape not in shapes.NAMES:
         raise ModelError(f"model.name: no shape {shape!r}; the shapes are {', '.join(shapes.NAMES)}")
     if spec.random_tokenizer is None or not (spec.random_tokenizer / "tokenizer.json").exists():
@@ -308,11 +388,20 @@ def _identify_random(spec: ModelSpec) -> ModelIdentity:
 
 def _resolve(spec: ModelSpec) -> tuple[Path, str]:
     """The local folder of a name and its revision; an id is fetched from the hub, or found in its cache when offline."""
-    folder = Path(spec.name).expanduser()
-    if spec.name and folder.is_dir():
+    folder = Path(spec.name)
+    try:
+        folder = folder.expanduser()
+        is_folder = bool(spec.name) and folder.is_dir()
+    except (OSError, RuntimeError):  # a name too long to be one, a person who has no home
+        is_folder = False
+    if is_folder:
+        _check_no_revision(spec)
         return folder, "local"
-    if spec.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
-        raise ModelError(f"model.name: no folder {spec.name!r}; give a folder, a hub id (owner/name) or random:<shape>")
+    if spec.name.startswith((".", "/", "~")) or not re.fullmatch(
+        r"[\w.-]{1,200}(/[\w.-]{1,200})?", spec.name, re.ASCII
+    ):
+        shown = repr(spec.name if len(spec.name) <= 200 else f"{spec.name[:199]}…")
+        raise ModelError(f"model.name: no folder {shown}; give a folder, a hub id (owner/name) or random:<shape>")
     path = _snapshot(spec)
     return path, path.name
 
@@ -343,13 +432,115 @@ def _snapshot(spec: ModelSpec) -> Path:
         raise ModelError(f"model.name: {spec.name!r} cannot be had from the hub: {_one_line(e)}") from e
 
 
-def _read_config(folder: Path, spec: ModelSpec) -> object:
+def _check_no_revision(spec: ModelSpec) -> None:
+    if spec.revision is not None:
+        raise ModelError(
+            f"model.revision: {spec.revision!r} is given, and {spec.name!r} is no hub id; only what is on the hub has revisions"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ModelError unless every file that is going to be read is a regular one, and belongs to this model alone."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: expected a model's config.json, found none; is this a checkpoint folder?")
+    texts = {".json", ".jinja", ".txt", ".model"}
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        try:
+            if path.suffix in texts or path.suffix == ".safetensors":
+                check_regular(path, _MOST_TEXT_BYTES if path.suffix in texts else None)
+        except OSError as e:
+            raise ModelError(f"{path}: cannot be read: {e.strerror}") from e
+    if (folder / "adapter_config.json").exists():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(
+            f"{folder}: an adapter of {base!r}, expected a whole model; merge it into its base model and save that"
+        )
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        named = _read_json(path).get("weight_map")
+        for name in named.values() if isinstance(named, dict) else [named]:
+            # Only what lies in the folder is hashed, and nothing else may decide results.
+            if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+                raise ModelError(
+                    f"{path}: expected names of safetensors files in the same folder, found {_shown(name)}"
+                )
+            if not (folder / name).exists():
+                raise ModelError(
+                    f"{folder}: {path.name} names the weight file {_shown(name)}, which is missing; fetch it again"
+                )
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        _read_json(folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a checkpoint's files; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json_object(path, _MOST_TEXT_BYTES)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: cannot be used: {_one_line(e)}") from e
+
+
+def _read_config(folder: Path, spec: ModelSpec) -> object:
+    raw = _read_json(folder / "config.json")
+    _check_numbers(folder, raw)
+    if raw.get("quantization_config"):
+        raise ModelError(
+            f"{folder}: quantised weights (quantization_config), which are not supported; use the unquantised model"
+        )
+    named = raw.get("transformers_weights")
+    if named is not None and not (isinstance(named, str) and re.fullmatch(r"[^/]+\.safetensors", named)):
+        raise ModelError(
+            f"{folder}: config.json names {_shown(named)} as its weights; expected a safetensors file of this folder"
+        )
+    _check_stop_ids(folder, raw.get("eos_token_id"))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # transformers fails in any way on a configuration that is not what it expects
         raise ModelError(f"{folder}: its config.json cannot be used: {_one_line(e)}") from e
+
+
+def _check_numbers(folder: Path, tree: object, where: str = "") -> None:
+    """Raises ModelError for numbers that no model has, before lists as long as they are are made of them."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _check_numbers(folder, value, f"{where}.{key}" if where else str(key))
+    elif isinstance(tree, int) and not isinstance(tree, bool):
+        name = where.rsplit(".", 1)[-1]
+        counts_parts = re.search(r"(^n|num)_.*(layer|head|expert|block)|^n_?(layer|head)s?$", name) is not None
+        least, most = (0, _MOST_PARTS) if counts_parts else (-_MOST_INTEGER, _MOST_INTEGER)
+        if name.endswith(("_size", "_dim", "n_embd", "_embeddings")):
+            least = 0
+        if not least <= tree <= most:
+            shown = str(tree) if abs(tree) < 10**30 else "a number of more than 30 digits"
+            raise ModelError(f"{folder}: config.json: {where}: expected {least} to {most:,}, found {shown}")
+
+
+def _check_stop_ids(folder: Path, ids: object) -> None:
+    for found in ids if isinstance(ids, list) else [ids]:
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < 2**31):
+            raise ModelError(f"{folder}: eos_token_id: expected a token id or a list of them, found {_shown(found)}")
+
+
+def _check_promises(folder: Path, config: Any, file_to_numels: Mapping[str, Sequence[int]]) -> None:
+    """Raises ModelError where config.json describes a model that its weight files are far too small for.
+
+    Transformers would make what is missing, of any size, before it says that it was.
+    """
+    numels = [n for found in file_to_numels.values() for n in found]
+    decoder = config.get_text_config(decoder=True)
+    layers, width, vocabulary = (
+        value if isinstance(value := getattr(decoder, name, None), int) else 0
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
+    inner = getattr(decoder, "intermediate_size", None)
+    largest = width * max(vocabulary, inner if isinstance(inner, int) else 0)
+    for told, promised, there in (("layers", layers, len(numels)), ("numbers in one weight", largest, sum(numels))):
+        if promised > there:
+            raise ModelError(
+                f"{folder}: config.json wants {promised:,} {told}, and all weight files together hold {there:,}; "
+                "they do not belong together"
+            )
 
 
 def _resolve_dtype(spec: ModelSpec, config: object) -> str:
@@ -414,21 +605,21 @@ def _check_attention(model: PreTrainedModel, probe: Tensor, config: object, name
             )
 
 
-def _num_parameters(path: Path) -> int:
-    """Numbers in a weight file, from its header alone."""
+def _num_parameters(path: Path) -> list[int]:
+    """Numbers in each weight of a file, from its header alone."""
     try:
         with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as e:
+            return [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
         raise ModelError(f"{path}: not a whole safetensors file: {_one_line(e)}; fetch or copy it again") from e
 
 
 def _chat_template_sha256(folder: Path) -> str | None:
     """Hash of the chat template, wherever the tokenizer keeps it."""
-    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    alone = folder / "chat_template.jinja"
     if alone.exists():
         return _file_sha256(alone)
-    template = json.loads(config.read_text("utf-8")).get("chat_template") if config.exists() else None
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     return _digest(template) if template else None
 
 
@@ -450,4 +641,10 @@ def _digest(value: object) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(said.split())[:300] or type(error).__name__
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -60,7 +60,7 @@ def wanted(experiment: str, names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in entries:
             raise SettingsError(
-                f"experiment.stages: {experiment} has no stage {name!r}{nearest(name, list(entries))}; "
+                f"experiment.stages: {experiment} has no stage {name[:80]!r}{nearest(name, list(entries))}; "
                 f"its stages are {', '.join(entries)}"
             )
     chosen = set(names) or {e.name for e in entries.values() if not e.optional}

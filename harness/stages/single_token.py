@@ -4,6 +4,7 @@ The kept rows are written to data/validated_single_token/, one file and one summ
 touched. Later stages of the run measure only the prompts that were kept.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class SingleToken:
 
     def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
         for item in items:
-            name = "".join(c if c.isalnum() else "_" for c in item.key)
+            name = _file_name(item.key)
             kept = [row for row in item.payload if row["single_token"]]
             fields = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
             with replacing(self.folder / f"{name}_validated.jsonl") as temporary:
@@ -59,3 +60,9 @@ class SingleToken:
             with replacing(self.folder / f"{name}_summary.json") as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return [ItemResult(item.key, {}) for item in items]
+
+
+def _file_name(category: str) -> str:
+    """A category as the start of a file's name; where that is not the category itself, with a hash: two may look alike."""
+    name = "".join(c if c.isalnum() and c.isascii() else "_" for c in category)[:64]
+    return name if name == category else f"{name}_{hashlib.blake2b(category.encode(), digest_size=4).hexdigest()}"

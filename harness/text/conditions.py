@@ -14,6 +14,8 @@ from harness.text.prompts import Prompt
 Span = tuple[int, int]
 FIELDS = ("question", "target", "category", "style")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_TRICK = re.compile(rf"\{{\s*(?:{'|'.join(FIELDS)})\b(?!\}})[^{{}}\n]{{0,40}}\}}?")
+"""A field with anything else in its braces: as Python would format it, and as nothing here does."""
 _CUE = re.compile(
     r"\b(?:do not|don't|never|must not|may not|avoid|refrain from)"
     r"(?:\s+(?:use|say|write|mention|give|answer with|using|saying|writing|mentioning))?\b",
@@ -46,6 +48,10 @@ class Template:
         """Raises SettingsError for a template that cannot be rendered."""
         where = f"experiment.conditions.{name}"
         fields = _PLACEHOLDER.findall(self.text)
+        if (trick := _TRICK.search(self.text)) is not None:
+            raise SettingsError(
+                f"{where}: expected a field's name alone in braces, as {{question}}, found {trick[0]!r}"
+            )
         for unknown in sorted(set(fields) - set(FIELDS)):
             raise SettingsError(
                 f"{where}: no field {{{unknown}}}; a template may use {', '.join(f'{{{f}}}' for f in FIELDS)}"

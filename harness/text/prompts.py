@@ -23,9 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.errors import PromptFileError
+from harness.files import read_regular
 
 _REQUIRED = ("category", "question", "target")
 _COLUMNS = ("prompt_id", *_REQUIRED, "source", "style", "alternatives")
+MOST_BYTES = 256_000_000
+"""A prompt file is read whole: this is a million prompts, and leaves a small machine its memory."""
+MOST_CHARACTERS = 100_000
+"""Of one field; far more than any model reads."""
+MOST_ROWS = 5_000_000
 _MAX_SHOWN = 60  # characters of a found value, and twelve names, are enough to recognise it in a one-line message
 
 
@@ -175,6 +181,9 @@ def _text(path: Path, where: str, value: object) -> str:
     # JSON can spell both with an escape and Parquet can hold a NUL; no tokenizer, hash or table takes them.
     if "\0" in value or re.search("[\ud800-\udfff]", value):
         raise _fail(path, where, f"a NUL or half of a surrogate pair in {_show(value)}", "remove the character")
+    if len(value) > MOST_CHARACTERS:
+        found = f"{len(value):,} characters, expected at most {MOST_CHARACTERS:,}"
+        raise _fail(path, where, found, "see whether a quote or a line end is missing, or shorten the text")
     return value.strip()
 
 
@@ -212,7 +221,7 @@ def _open(path: Path) -> tuple[Callable[[Path, bytes], Iterator[_Row]], bytes]:
             raise _fail(path, "", "no such file", expected)
         if read_rows is None:
             raise _fail(path, "", f"unknown format {path.suffix!r}", expected)
-        return read_rows, path.read_bytes()
+        return read_rows, read_regular(path, MOST_BYTES)
     except OSError as e:
         raise _fail(path, "", f"cannot be read ({e.strerror})", expected) from e
 
@@ -297,7 +306,10 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
         places = {name: place for place, name in enumerate(names) if name in _COLUMNS}
         for name, place in places.items():
             _check_type(path, name, schema.types[place])
-        table = file.read(columns=[schema.names[place] for place in places.values()])
+        if file.metadata.num_rows > MOST_ROWS:
+            found = f"{file.metadata.num_rows:,} rows, expected at most {MOST_ROWS:,}"
+            raise _fail(path, "", found, "write the rows that are wanted to a file of their own")
+        table = _parquet_table(path, file, [schema.names[place] for place in places.values()])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise _fail(path, "", f"not a whole Parquet file ({e})", "write or copy the file again") from e
     columns = [table.column(schema.names[place]) for place in places.values()]
@@ -313,6 +325,22 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
         if isinstance(alternatives, str):
             cells["alternatives"] = alternatives.split("|")
         yield _Row(number, f"row {number}", cells)
+
+
+def _parquet_table(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """The columns of these names. A few thousand bytes can stand for as many gigabytes, so what comes out is counted."""
+    batches, num_bytes = [], 0
+    for batch in file.iter_batches(batch_size=64, columns=names):
+        num_bytes += batch.nbytes
+        if num_bytes > MOST_BYTES:
+            found = f"more than {MOST_BYTES:,} bytes once it is unpacked"
+            raise _fail(path, "", found, "write the rows that are wanted to a file of their own")
+        batches.append(batch)
+    table = pa.Table.from_batches(batches) if batches else file.read(columns=names)
+    if table.num_rows != file.metadata.num_rows:
+        found = f"{table.num_rows:,} rows, and its footer speaks of {file.metadata.num_rows:,}"
+        raise _fail(path, "", f"not a whole Parquet file ({found})", "write or copy the file again")
+    return table
 
 
 def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
@@ -384,7 +412,8 @@ def _repeated(names: list[str]) -> list[str]:
 
 
 def _fail(path: Path, where: str, found: str, advice: str) -> PromptFileError:
-    line = f"{path}, {where}: {found}; {advice}" if where else f"{path}: {found}; {advice}"
+    name = str(path) if len(str(path)) <= 1_000 else f"{str(path)[:999]}…"
+    line = f"{name}, {where}: {found}; {advice}" if where else f"{name}: {found}; {advice}"
     # One printable line, whatever the file name or a library's message holds.
     return PromptFileError(" ".join("".join(c if c.isprintable() else " " for c in line).split()))
 

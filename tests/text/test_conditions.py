@@ -198,7 +198,7 @@ def test_words_that_only_look_like_a_prohibition_are_none(text: str) -> None:
         (Template("{question} {question}"), ["{question} once", "2 times"]),
         (Template("{question} {answer}"), ["{answer}", "{target}", "{category}"]),
         (Template("{question} {0}"), ["{0}"]),
-        (Template("{question!r}"), ["{question} once", "0 times"]),
+        (Template("{question!r}"), ["name alone in braces", "'{question!r}'"]),
         (Template("{question}", instruction="not\nthere"), [".instruction", "not\\nthere"]),
         (Template("{question}", negation="Do not"), [".negation", "'Do not'"]),
     ],
