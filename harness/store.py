@@ -757,7 +757,7 @@ def ask_locked(live: Path, sql: str, max_rows: int = 1_000, limit_s: float = 10.
         except (duckdb.Error, pa.ArrowException, OSError, ValueError, RuntimeError) as e:
             if str(e).startswith("INTERRUPT"):
                 raise StoreError(f"stopped after {limit_s:g} s: ask for less, or for an aggregate") from e
-            raise StoreError(_one_line(e)) from e
+            raise StoreError(_one_line(e) or type(e).__name__) from e
         return Answer(rows, is_cut, time.perf_counter() - start)
 
 
@@ -778,7 +778,7 @@ def _fetch(con: duckdb.DuckDBPyConnection, sql: str, max_rows: int) -> tuple[pa.
     reader = con.sql(sql).limit(max_rows + 1).to_arrow_reader(_CHUNK)
     batches, room, is_cut = [], _MAX_ANSWER_BYTES, False
     for batch in reader:
-        fitting = bisect_right(range(len(batch) + 1), room, key=partial(_bytes_of_first, batch)) - 1
+        fitting = max(bisect_right(range(len(batch) + 1), room, key=partial(_bytes_of_first, batch)) - 1, 0)
         batches.append(batch.slice(0, fitting))
         room -= batches[-1].nbytes
         if is_cut := fitting < len(batch):
