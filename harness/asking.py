@@ -67,8 +67,11 @@ def answer(
                 child = _started(theirs.fileno(), snapshot, limit_s, memory_bytes)
             try:
                 sent = _talk(ours, question, limit_s)
+                if sent is None:  # it is about to end, and how tells why
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_GRACE_S)
             finally:
-                child.kill()  # it has nothing more to say
+                child.kill()
                 how = child.wait()
     if sent is None:
         raise StoreError(_cause(how, limit_s))
