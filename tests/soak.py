@@ -212,9 +212,11 @@ class Soak:
             yield f"http://127.0.0.1:{port}", server
         finally:
             server.terminate()
-            with suppress(psutil.TimeoutExpired):
+            try:
                 server.wait(20)
-            server.kill()
+            except psutil.TimeoutExpired:
+                server.kill()
+                server.wait()
 
     def visit(self, address: str) -> None:
         """Every page in a browser, again and again, each time in a new tab."""
@@ -408,6 +410,9 @@ def main() -> int:
             options.json.write_text(json.dumps(told, indent=1))
         return 1 if wrong else 0
     finally:
+        for child in psutil.Process().children(recursive=True):  # where it was broken off
+            with suppress(psutil.Error):
+                child.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
