@@ -406,7 +406,7 @@ def main() -> int:
         print(", ".join(f"{n} {name}" for name, n in sorted(soak.told.counts.items())))
         print("\n".join(wrong) or "all flat, all identical, no failure")
         if options.json:
-            told = asdict(soak.told) | {"lines": [asdict(line) for line in went], "rest": rest, "wrong": wrong}
+            told = vars(soak.told) | {"lines": [asdict(line) for line in went], "rest": rest, "wrong": wrong}
             options.json.write_text(json.dumps(told, indent=1))
         return 1 if wrong else 0
     finally:
