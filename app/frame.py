@@ -15,6 +15,7 @@ import streamlit as st
 from app import queries
 from harness.errors import HarnessError
 from harness.run import RunEntry, RunPaths, state
+from harness.spreadsheet import defused
 
 PAGES = {
     "runs": "Runs", "pressure": "P_sem", "detections": "Detections", "attention": "Attention", "layers": "Layers",
@@ -182,11 +183,37 @@ def safely(part: Callable[[], None]) -> None:
 
 
 def download(data: pd.DataFrame, name: str) -> None:
-    """The data of a chart or table, as a CSV file."""
+    """The data of a chart or table, as a CSV file; where they hold text, as one for spreadsheets too."""
+    with st.container(horizontal=True):
+        st.download_button(
+            "Data", lambda: csv_of(data), f"{name}.csv", "text/csv", key=f"download-{name}", icon=":material/download:",
+            type="tertiary", on_click="ignore",
+        )  # fmt: skip
+        if len(data.select_dtypes(include=["object", "string", "category"]).columns):
+            safe, number = for_spreadsheets(data)
+            download_for_spreadsheets(lambda: csv_of(safe), number, name)
+
+
+def download_for_spreadsheets(make: Callable[[], bytes], number: int, name: str) -> None:
+    """A second file, in which `number` cells of text were changed so that a spreadsheet shows them and computes nothing."""
     st.download_button(
-        "Data", lambda: csv_of(data), f"{name}.csv", "text/csv", key=f"download-{name}", icon=":material/download:",
-        type="tertiary", on_click="ignore",
+        f"CSV for spreadsheets ({number:,} changed)", make, f"{name}-for-spreadsheets.csv", "text/csv",
+        key=f"download-safe-{name}", icon=":material/download:", type="tertiary", on_click="ignore",
+        help="Text that a spreadsheet would take for a formula, such as an answer that begins with =, has an apostrophe "
+        "in front. Numbers are as they were.",
     )  # fmt: skip
+
+
+def for_spreadsheets(data: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The same with its text, names of columns included, made harmless for a spreadsheet; and how many cells that changed."""
+    safe, number = data.copy(), 0
+    for column in data.select_dtypes(include=["object", "string", "category"]).columns:
+        marked = {v: defused(v) for v in set(filter(_is_text, data[column])) if v != defused(v)}
+        if marked:
+            safe[column] = [marked.get(v, v) if _is_text(v) else v for v in data[column]]
+            number += sum(_is_text(v) and v in marked for v in data[column])
+    safe.columns = [defused(c) if _is_text(c) else c for c in data.columns]
+    return safe, number + sum(a != b for a, b in zip(safe.columns, data.columns, strict=True))
 
 
 def csv_of(data: pd.DataFrame) -> bytes:
@@ -197,6 +224,10 @@ def csv_of(data: pd.DataFrame) -> bytes:
             json.dumps(list(v)) if hasattr(v, "__len__") and not isinstance(v, str) else v for v in shown[column]
         ]
     return shown.to_csv(index=False).encode()
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _plain(value: Any) -> Any:

@@ -35,6 +35,7 @@ COMMANDS = (
     "doctor",
     "report",
     "figures",
+    "asking",
 )
 
 # Left must not reach right, not even by way of others, where True; else it must not import it itself.
@@ -174,7 +175,8 @@ def test_the_apps_views_ask_its_queries_and_never_the_store_a_model_or_duckdb() 
     assert "streamlit" in graph.find_modules_directly_imported_by("app.frame")  # control
     for module in (ROOT / "app").rglob("*.py"):
         asks = set(re.findall(r"^(?:from|import) (harness[\w.]*)", module.read_text("utf-8"), re.MULTILINE))
-        known = {"harness.errors", "harness.run", "harness.settings", "harness.stats", "harness.text.conditions"}
+        known = {"harness.errors", "harness.run", "harness.settings", "harness.spreadsheet", "harness.stats",
+                 "harness.text.conditions"}  # fmt: skip
         if "queries" not in module.parts:
             assert asks <= known, (module, asks - known)
         assert not any(name.startswith("harness.models") for name in asks), module
@@ -184,7 +186,7 @@ def test_importing_the_machinery_does_not_load_torch() -> None:
     """By running it: an import by way of a library, or inside a package's __init__, shows here and not in the graph."""
     modules = [
         "harness.cli", "harness.settings", "harness.run", "harness.store", "harness.executor", "harness.engine",
-        "harness.errors", "harness.listing", "harness.report", "harness.figures", "harness.text.words",
+        "harness.asking", "harness.errors", "harness.listing", "harness.report", "harness.figures", "harness.text.words",
         "harness.text.prompts", "harness.text.conditions", "harness.text.detect",
     ]  # fmt: skip
     code = (
@@ -222,8 +224,9 @@ def environment_reads(tree: ast.AST) -> Iterator[int]:
 
 
 def test_only_settings_read_the_environment() -> None:
-    """Besides: cli hands settings on to libraries, environment describes the machine, load asks whether the hub is shut."""
-    allowed = {"settings.py", "cli.py", "environment.py", "models/load.py"}
+    """Besides: cli hands settings on to libraries, environment describes the machine, load asks whether the hub is shut,
+    asking tells its process where the system keeps libraries."""
+    allowed = {"settings.py", "cli.py", "environment.py", "models/load.py", "asking.py"}
     found = {path.relative_to(ROOT / "harness").as_posix() for path in SOURCES if any(environment_reads(parse(path)))}
     assert found <= allowed
     assert "settings.py" in found  # control

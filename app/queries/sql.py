@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import streamlit as st
 
 from app import queries
+from harness import asking
 from harness.run import RunPaths
-from harness.store import Answer, ask_locked
+from harness.spreadsheet import defused
+from harness.store import Answer
 
 MAX_ROWS = 10_000
 LIMIT_S = 10.0
@@ -63,6 +65,19 @@ def answer(paths: RunPaths, sql: str) -> Answer:
     return _answer(str(paths.live), published, sql)
 
 
+def for_spreadsheets(rows: pa.Table) -> tuple[pa.Table, int]:
+    """The same with its text, names of columns included, made harmless for a spreadsheet; and how many cells that changed."""
+    columns, number = [], sum(name != defused(name) for name in rows.column_names)
+    for column in rows.columns:
+        if _is_text(column.type):
+            text = column.to_pylist()
+            safe = [None if v is None else defused(v) for v in text]
+            number += sum(was != now for was, now in zip(text, safe, strict=True))
+            column = pa.array(safe, pa.string())
+        columns.append(column)
+    return pa.table(columns, names=[defused(name) for name in rows.column_names]), number
+
+
 def as_csv(rows: pa.Table) -> bytes:
     """UTF-8 CSV; lists and structures as JSON, so that they can be read back."""
     shown = {}
@@ -83,6 +98,11 @@ def as_parquet(rows: pa.Table) -> bytes:
     return file.getvalue()
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner)
+
+
 def _is_told_as_text(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind) or pa.types.is_temporal(kind)
 
@@ -93,4 +113,4 @@ def _json(value: object) -> str | None:
 
 @st.cache_data(max_entries=8, show_spinner="Asking …")
 def _answer(live: str, published: float, sql: str) -> Answer:
-    return ask_locked(Path(live), sql, MAX_ROWS, LIMIT_S)
+    return asking.answer(Path(live), sql, MAX_ROWS, LIMIT_S)

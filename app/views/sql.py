@@ -62,6 +62,8 @@ def _rows(answer: asked.Answer, key: str) -> None:
                 form, partial(make, answer.rows), f"query.{form.lower()}", kind, key=f"download-{form}",
                 icon=":material/download:", type="tertiary", on_click="ignore",
             )  # fmt: skip
+        safe, number = asked.for_spreadsheets(answer.rows)
+        frame.download_for_spreadsheets(partial(asked.as_csv, safe), number, "query")
 
 
 view = frame.open_page("SQL")

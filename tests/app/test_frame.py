@@ -7,7 +7,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.chips import shade
-from app.frame import PAGES, csv_of
+from app.frame import PAGES, csv_of, for_spreadsheets
 from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, RUNNING, open_view
 
 VIEWS = Path(__file__).parents[2] / "app" / "views"
@@ -95,3 +95,17 @@ def test_a_shade_is_none_for_what_was_not_measured_and_never_leaves_its_range() 
     assert shade(None, 1.0) == shade(float("nan"), 1.0) == shade(0.5, 0.0) == ""
     assert shade(0.0, 1.0).endswith("0.000)")
     assert shade(2.0, 1.0) == shade(1.0, 1.0)
+
+
+def test_text_that_a_spreadsheet_would_compute_is_marked_and_counted_and_numbers_stay() -> None:
+    data = pd.DataFrame({"@name": ["=1", "a", None, "=1"], "kind": pd.Categorical(["+x", "y", "y", "y"]),
+                         "number": [-1.5, 2, 3, 4], "lists": [[-1], [], ["=a"], [1]]})  # fmt: skip
+    before = data.copy(deep=True)
+    safe, number = for_spreadsheets(data)
+    assert number == 4, "three cells and a name"
+    assert safe["'@name"].to_list()[:2] == ["'=1", "a"]
+    assert list(safe["kind"]) == ["'+x", "y", "y", "y"]
+    assert safe["number"].equals(data["number"])
+    assert safe["lists"].to_list() == data["lists"].to_list()
+    pd.testing.assert_frame_equal(data, before)
+    assert for_spreadsheets(data[["number"]])[1] == 0

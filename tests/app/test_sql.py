@@ -1,23 +1,27 @@
 """The console: it answers what one SELECT asks of one run's snapshot, and can do nothing else."""
 
+import io
 import json
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.queries import sql as asked
-from harness import store
+from harness import asking, store
 from harness.errors import StoreError
 from harness.run import RunPaths
 from harness.store import Reader, Store, ask_locked
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import Shape
+from tests.test_asking import RUNAWAY
 
 VIEW = Path(__file__).parents[2] / "app" / "views" / "sql.py"
 # Streamlit 1.67 itself still calls what newer packages deprecate.
@@ -250,6 +254,67 @@ def test_a_wrong_query_is_a_line_and_no_exception(paths: RunPaths, monkeypatch: 
     test = opened(paths.folder.parent, monkeypatch, sql="SELECT * FROM nowhere")
     assert "nowhere does not exist" in test.code[0].value
     assert "\n" not in test.code[0].value
+
+
+@pytest.mark.parametrize("what", RUNAWAY)
+def test_a_query_that_runs_away_is_a_line_and_the_page_answers_the_next_one(
+    what: str, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "LIMIT_S", 1.0)
+    test = opened(paths.folder.parent, monkeypatch, sql=RUNAWAY[what])
+    assert test.code[0].value.startswith("No answer. ")
+    assert "\n" not in test.code[0].value
+    monkeypatch.setattr(asked, "LIMIT_S", 60.0)
+    test.text_area(key="sql").set_value(f"SELECT 6 * 7 AS answer -- after {what}").run()
+    assert not test.exception
+    assert test.dataframe[-1].value["answer"].to_list() == [42]
+    assert psutil.Process().children() == []
+
+
+def test_a_process_that_dies_while_it_answers_is_a_line_on_the_page(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "LIMIT_S", 300.0)
+    is_over = threading.Event()
+
+    def kill_it() -> None:
+        while not is_over.wait(0.02):
+            for child in psutil.Process().children():
+                if child.cpu_times().user > 0.5:
+                    child.kill()
+                    return
+
+    thread = threading.Thread(target=kill_it)
+    thread.start()
+    try:
+        test = opened(paths.folder.parent, monkeypatch, sql=RUNAWAY["a product of tables"])
+    finally:
+        is_over.set()
+        thread.join()
+    assert test.code[0].value.startswith("No answer. the process that answered died: SIGKILL")
+
+
+def test_text_that_a_spreadsheet_would_compute_is_marked_in_a_file_of_its_own(paths: RunPaths) -> None:
+    rows = asking.answer(
+        paths.live,
+        "SELECT * FROM (VALUES ('=1+1', -1.5, ['=2']), ('plain', 2, NULL), (NULL, -3, []), ('-x', 4, ['a'])) "
+        't("=name", number, list)',
+    ).rows
+    safe, number = asked.for_spreadsheets(rows)
+    assert number == 3, "two cells and a name"
+    told, marked = (pd.read_csv(io.BytesIO(asked.as_csv(r))) for r in (rows, safe))
+    assert told["=name"].to_list()[:2] == ["=1+1", "plain"]
+    assert marked["'=name"].to_list()[:2] == ["'=1+1", "plain"]
+    assert marked["'=name"].to_list()[3] == "'-x"
+    assert marked["number"].to_list() == told["number"].to_list() == [-1.5, 2, -3, 4]
+    assert marked["list"].equals(told["list"])
+
+
+def test_the_page_offers_a_file_for_spreadsheets_and_says_what_it_changes(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = opened(paths.folder.parent, monkeypatch, sql="SELECT unnest(['=a', '+b', 'c']) AS word")
+    assert any(b.proto.label == "CSV for spreadsheets (2 changed)" for b in test.get("download_button"))
 
 
 def test_the_columns_of_a_chosen_table_are_listed(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
