@@ -5,6 +5,7 @@ Knows no fault. A run is judged by what any reader can see: rows, files, manifes
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def looks(root: Path) -> list[list[str]]:
 class Whole:
     """A run that nobody disturbed."""
 
+    root: Path
     rows: Mapping[str, str]
     """Of every measured table the hash of its rows."""
     files: Mapping[str, str]
@@ -56,13 +58,19 @@ class Whole:
 
 
 def undisturbed(lives: Lives, root: Path, **more: str) -> Whole:
-    """The run and its report in one life."""
-    root.mkdir(parents=True, exist_ok=True)
-    lived = lives.live(Life([run(root, **more), report(root)], root))
-    assert lived.exit == 0, lived.errors
+    """The run and its report in one life, and its calls as a second one makes them: the first measures the certificate."""
+    for place in (root.with_name(f"{root.name}-first"), root):
+        place.mkdir(parents=True, exist_ok=True)
+        lived = lives.live(Life([run(place, **more), report(place)], place))
+        assert lived.exit == 0, lived.errors
     paths = only_run(root)
     assert paths is not None
-    return Whole(rows_of(paths), files_of(paths.folder), lived.calls)
+    return Whole(root, rows_of(paths), files_of(paths.folder), lived.calls)
+
+
+def run_that_ended(whole: Whole, root: Path) -> None:
+    """A copy of the undisturbed run under `root`, without its report."""
+    shutil.copytree(whole.root, root, ignore=shutil.ignore_patterns("report"))
 
 
 def only_run(root: Path) -> RunPaths | None:
