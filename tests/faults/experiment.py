@@ -90,6 +90,8 @@ def rows_of(paths: RunPaths) -> dict[str, str]:
     return {name: digest if digest == found[1][name] else "the snapshot differs" for name, digest in found[0].items()}
 
 
+_NEED_NOT = ("report/", "working_tree.diff")
+"""What a whole run may lack: nobody asked for a report; nobody changed the code. Whether a diff should be there says verify."""
 _COMPARED = ("artifacts/", "report/figures/")
 
 
@@ -111,8 +113,10 @@ def leftovers(root: Path, whole: Whole) -> list[str]:
             found.append(f"a broken run folder: {sorted(files_of(entry.paths.folder)) or 'empty'}")
             continue
         files = files_of(entry.paths.folder)
-        found += [f"{nameless(name)} is left over" for name in files if name not in whole.files]
-        found += [f"{name} is missing" for name in whole.files if name not in files and not name.startswith("report/")]
+        found += [
+            f"{nameless(name)} is left over" for name in files if name not in whole.files and name != _NEED_NOT[1]
+        ]
+        found += [f"{name} is missing" for name in whole.files if name not in files and not name.startswith(_NEED_NOT)]
         found += [f"{name} has other bytes" for name in files if files[name] != whole.files.get(name, files[name])]
     if len(list_runs(root)) > 1:
         found.append(f"{len(list_runs(root))} run folders in place of one")

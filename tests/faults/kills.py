@@ -67,7 +67,7 @@ def kill_at(
         found.findings.append(f"it does not go on: exit {lived.exit}: {last_line(lived)}")
     ended = judge_end(root, whole)
     found.is_identical = not ended.different
-    found.findings += ended.findings
+    found.findings += ended.findings + verify(lives, root)
     found.seconds = time.perf_counter() - start
     return found
 
@@ -112,6 +112,12 @@ def look(lives: Lives, root: Path) -> list[str]:
         if any(not said.is_clean for said in lived.said) or lived.exit not in (0, 2):
             wrong.append(f"`{command[0]}` of the killed run: exit {lived.exit}: {last_line(lived)}")
     return wrong
+
+
+def verify(lives: Lives, root: Path) -> list[str]:
+    """What `harness verify` finds wrong with a run that has come to its end."""
+    lived = lives.live(Life([looks(root)[-1]], root))
+    return [f"`verify` of the ended run: exit {lived.exit}: {last_line(lived)}"] if lived.exit != 0 else []
 
 
 def last_line(lived: Lived) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -122,6 +121,3 @@ def tables(found: Sequence[Cramped]) -> list[tuple[str, tuple[str, ...], list[tu
     ]
     columns = ("limit", "MB", "exit", "splits", "identical after", "findings", "its last line")
     return [("Runs with little memory", columns, rows)]
-
-
-SCRATCH = Path(tempfile.gettempdir())

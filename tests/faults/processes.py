@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.run import list_runs
 from tests.faults.experiment import Whole, looks, only_run, rows_of, run
-from tests.faults.kills import grouped, judge_end, last_line, plain
+from tests.faults.kills import judge_end, last_line, plain
 from tests.faults.lives import LIMIT_S, ROOT, Life, Lives, Said
 
 
@@ -130,11 +130,12 @@ def crowds(lives: Lives, folder: Path, whole: Whole, times: int, has_real: bool)
 
 def tables(found: Sequence[Crowd]) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
     """Title, columns and rows of what is printed."""
-    rows = [
-        (f"{c.num} {'forked' if c.is_forked else 'processes'}", c.state, " ".join(f"{n}×{code}" for code, n in sorted(c.exits.items())),
-         c.num_runs, c.num_reads, "yes" if c.is_identical else "NO", len(c.findings), f"{c.seconds:.1f}")
-        for c in found
-    ]  # fmt: skip
+    rows = []
+    for c in found:
+        who = f"{c.num} {'forked' if c.is_forked else 'processes'}"
+        exits = " ".join(f"{n}×{code}" for code, n in sorted(c.exits.items()))
+        same = "yes" if c.is_identical else "NO"
+        rows.append((who, c.state, exits, c.num_runs, c.num_reads, same, len(c.findings), f"{c.seconds:.1f}"))
     columns = ("at once", "run", "exit codes", "run folders", "reads", "identical", "findings", "seconds")
     read = Counter[str]()
     for c in found:
@@ -144,6 +145,3 @@ def tables(found: Sequence[Crowd]) -> list[tuple[str, tuple[str, ...], list[tupl
         ("Processes that start the same run", columns, rows),
         ("Readers meanwhile", ("command", "exit", "times"), reads),
     ]
-
-
-__all__ = ["Crowd", "crowds", "grouped", "start_real", "start_together", "tables"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.faults.experiment import Whole, kind_of
 from tests.faults.injector import Call, Fault
-from tests.faults.kills import judge_end, last_line, ready
+from tests.faults.kills import judge_end, last_line, ready, verify
 from tests.faults.lives import Life, Lives
 
 _MUTATING = ("open", "write", "sync", "truncate", "rename", "unlink", "mkdir", "link")
@@ -111,7 +111,7 @@ def refuse_at(lives: Lives, root: Path, fault: Fault, whole: Whole) -> Refused:
         found.findings.append(f"it does not go on: exit {lived.exit}: {last_line(lived)}")
     ended = judge_end(root, whole)
     found.is_identical = not ended.different
-    found.findings += [f"afterwards: {text}" for text in ended.findings]
+    found.findings += [f"afterwards: {text}" for text in [*ended.findings, *verify(lives, root)]]
     found.seconds = time.perf_counter() - start
     return found
 
