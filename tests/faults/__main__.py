@@ -39,9 +39,9 @@ def main() -> int:
     try:
         with Lives(remembers=not args.whole) as lives:
             whole = undisturbed(lives, folder / "whole")
-            other = undisturbed(lives, folder / "other", **{"runtime.seed": "1"})
+            other = undisturbed(lives, folder / "other", 1, **{"runtime.seed": "1"})
             result["control"] = _control(whole, other)
-            for name in ("kills", "storage", "processes", "memory") if args.what == "all" else (args.what,):
+            for name in _DO if "all" in args.what else args.what:
                 result[name] = _DO[name](lives, folder / name, whole, args)
                 _write(args.json, result)
     finally:
@@ -56,13 +56,16 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("what", choices=("kills", "storage", "processes", "memory", "all"))
+    parser.add_argument("what", nargs="+", choices=(*_DO, "all"))
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="places to kill at (default 200)")
     parser.add_argument("--faults", type=int, default=120, metavar="N", help="calls to let fail (default 120)")
     parser.add_argument("--times", type=int, default=1, metavar="N", help="rounds of starting together (default 1)")
     parser.add_argument("--real", action="store_true", help="also start whole interpreters at once")
     parser.add_argument("--whole", action="store_true", help="measure the certificate anew in every life: slower")
     parser.add_argument("--seed", type=int, default=0, help="which places")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, metavar="N", help="start nothing after so long, in each part"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, for kills and storage (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every place and finding there")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where runs are made (default: the temporary folder)")
@@ -85,7 +88,7 @@ def _kills(lives: Lives, folder: Path, whole: Whole, args: argparse.Namespace) -
     drawn = kills.places(whole.calls, args.kills, args.seed)
 
     def some(own: Lives, part: Sequence[injector.Fault], number: int) -> list[kills.Killed]:
-        return kills.kill_often(own, folder, whole, part, args.seed + number)
+        return kills.kill_often(own, folder, whole, part, args.seed + number, time.perf_counter() + 60 * args.minutes)
 
     found = _spread(lives, drawn, some, args)
     return _told(kills.tables(found), found, lambda k: f"{k.action} at call {k.at} ({k.doing}, {k.kind}, {k.call})")
@@ -95,7 +98,7 @@ def _storage(lives: Lives, folder: Path, whole: Whole, args: argparse.Namespace)
     drawn = list(enumerate(storage.faults(whole.calls, args.faults, args.seed)))
 
     def some(own: Lives, part: Sequence[tuple[int, injector.Fault]], number: int) -> list[storage.Refused]:
-        return storage.refuse_often(own, folder, whole, part)
+        return storage.refuse_often(own, folder, whole, part, time.perf_counter() + 60 * args.minutes)
 
     found = _spread(lives, drawn, some, args)
     return _told(
@@ -124,6 +127,8 @@ def _spread(
         return some(lives, drawn, 0)
 
     def one(number: int) -> list[_T]:
+        if number == 0:
+            return some(lives, drawn[:: args.jobs], number)
         with Lives(remembers=not args.whole) as own:
             return some(own, drawn[number :: args.jobs], number)
 

@@ -57,11 +57,11 @@ class Whole:
         return sum(c.doing != "report" for c in self.calls)
 
 
-def undisturbed(lives: Lives, root: Path, **more: str) -> Whole:
-    """The run and its report in one life, and its calls as a second one makes them: the first measures the certificate."""
-    for place in (root.with_name(f"{root.name}-first"), root):
+def undisturbed(lives: Lives, root: Path, times: int = 2, **more: str) -> Whole:
+    """The run and its report. Its calls are those of a second one: the first measures the certificate."""
+    for place in [root.with_name(f"{root.name}-{n}") for n in range(1, times)] + [root]:
         place.mkdir(parents=True, exist_ok=True)
-        lived = lives.live(Life([run(place, **more), report(place)], place))
+        lived = lives.live(Life([run(place, **more), report(place)] if times > 1 else [run(place, **more)], place))
         assert lived.exit == 0, lived.errors
     paths = only_run(root)
     assert paths is not None

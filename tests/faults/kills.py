@@ -1,5 +1,6 @@
 """Kills at exact calls, spread over a whole run: what a reader sees after each, and what the run ends with."""
 
+import math
 import random
 import re
 import shutil
@@ -42,7 +43,8 @@ def places(calls: Sequence[Call], num: int, seed: int) -> list[Fault]:
     draw.shuffle(first)
     left = [c for c in calls if c not in first]
     drawn = first[:num] + draw.sample(left, min(len(left), max(0, num - len(first))))
-    return [Fault(c.number, "torn" if c.size > 1 and draw.random() < 0.5 else "kill") for c in sorted(drawn)]
+    draw.shuffle(drawn)
+    return [Fault(c.number, "torn" if c.size > 1 and draw.random() < 0.5 else "kill") for c in drawn]
 
 
 def kill_at(
@@ -136,11 +138,15 @@ def plain(text: str) -> str:
     return re.sub(r"\b[0-9a-f]{24}\b", "HASH", " ".join(text.split()))[:240]
 
 
-def kill_often(lives: Lives, folder: Path, whole: Whole, faults: Sequence[Fault], seed: int) -> list[Killed]:
-    """Every kill in a run of its own; every fourth is killed once more as it goes on."""
+def kill_often(
+    lives: Lives, folder: Path, whole: Whole, faults: Sequence[Fault], seed: int, until: float = math.inf
+) -> list[Killed]:
+    """Every kill in a run of its own; every fourth is killed once more as it goes on. None begins after `until`."""
     draw = random.Random(seed + 1)
     found = []
     for fault in faults:
+        if time.perf_counter() > until:
+            break
         again_at = draw.randrange(1, whole.num_run_calls) if draw.random() < 0.25 else None
         root = folder / f"at-{fault.at}-{fault.action}"
         found.append(kill_at(lives, root, fault, whole, again_at))

@@ -1,5 +1,6 @@
 """Calls that fail: a disk that is full, broken or read-only, at exact calls of every sort on every kind of file."""
 
+import math
 import random
 import shutil
 import time
@@ -68,7 +69,7 @@ def faults(calls: Sequence[Call], num: int, seed: int) -> list[Fault]:
         call = draw.choice(sorts[_, name, error])
         action = "short" if call.size > 1 and draw.random() < 0.3 else "fail"
         made.append(Fault(call.number, action, error, is_lasting=action == "short" or draw.random() < 0.6))
-    return sorted(made, key=lambda f: f.at)
+    return made
 
 
 def only_its_calls(fault: Fault, calls: Sequence[Call]) -> Fault:
@@ -116,10 +117,14 @@ def refuse_at(lives: Lives, root: Path, fault: Fault, whole: Whole) -> Refused:
     return found
 
 
-def refuse_often(lives: Lives, folder: Path, whole: Whole, drawn: Sequence[tuple[int, Fault]]) -> list[Refused]:
-    """Every fault in a run of its own."""
+def refuse_often(
+    lives: Lives, folder: Path, whole: Whole, drawn: Sequence[tuple[int, Fault]], until: float = math.inf
+) -> list[Refused]:
+    """Every fault in a run of its own. None begins after `until`."""
     found = []
     for number, fault in drawn:
+        if time.perf_counter() > until:
+            break
         root = folder / f"{number}-{fault.error}-{fault.at}"
         found.append(refuse_at(lives, root, fault, whole))
         if not found[-1].findings:
