@@ -82,6 +82,8 @@ def control_group(limit_mb: int) -> Iterator[Path | None]:
         group = parent / name
         try:
             group.mkdir()
+            if not (group / file).exists():  # a plain folder, where version 1 is mounted beneath
+                raise FileNotFoundError(group / file)
             (group / file).write_text(str(limit_mb * 2**20))
         except OSError:
             with suppress(OSError):
