@@ -126,6 +126,10 @@ _build target tag *ARGS:
 synthetic *ARGS:
     python -m tests.synthetic {{ARGS}}
 
+# real runs killed, refused, crowded and cramped at exact system calls: `just faults kills --kills 200 --json kills.json`
+faults *ARGS:
+    python -m tests.faults {{ARGS}}
+
 # the review app, on http://127.0.0.1:8501
 app *ARGS:
     harness app {{ARGS}}
