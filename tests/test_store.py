@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,61 @@ def test_a_file_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path, monk
     with pytest.raises(StoreError, match=f"schema {SCHEMA_VERSION + 1}, this harness knows up to {SCHEMA_VERSION}"):
         Store(path)
     assert path.read_bytes() == before
+
+
+# -- means
+
+
+PLAIN_MEAN = "SELECT layer, measured, avg(p_target) FROM lens JOIN compared ON lens.prompt_id = compared.prompt_id AND " \
+             "lens.condition = measured GROUP BY ALL ORDER BY ALL"  # fmt: skip
+
+
+def test_means_have_the_same_bits_whatever_parts_a_store_has_and_in_whatever_order_it_was_filled(
+    tmp_path: Path,
+) -> None:
+    """A run killed during `mechanism` once ended with statistics whose last bits were others: the rows before the kill and
+    those after it were two parts of a table, and DuckDB began to add up with the second."""
+    rng = random.Random(1)
+    told = [{"prompt_id": f"p{n}", "condition": c, "step_kind": kind, "layer": layer, "step": 0}
+            for n in range(10) for c in ("baseline", "negative") for kind in ("first", "decision") for layer in range(2)]  # fmt: skip
+    lens = [key | {"p_target": rng.random() ** 9, "p_emitted": rng.random(), "entropy": 9 * rng.random(),
+                   "kl_final": rng.random()} for key in told]  # fmt: skip
+    parts = [
+        key | {"attn_contrib": rng.gauss(0, 1), "ffn_contrib": rng.gauss(0, 1), "p_out": rng.random()} for key in told
+    ]
+    heads = [key | {"pi": [rng.gauss(0, 1) for _ in range(3)], "iar": [rng.random() for _ in range(3)]} for key in told]
+    said = [{"prompt_id": f"p{n}", "condition": "negative", "mode": "greedy", "sample_id": 0, "word_present": n % 3 == 0}
+            for n in range(10)]  # fmt: skip
+
+    def filled(name: str, order: int, opened_again_after: int | None) -> tuple[dict[str, list[Row]], list[Row]]:
+        path = tmp_path / name
+        store = Store(path)
+        store.add_batches([replace(BATCH, batch_id=n) for n in range(6)])
+        for n in range(6):  # as batches come
+            rows = {
+                "lens": lens[n::6],
+                "decomposition": parts[n::6],
+                "attention": heads[n::6],
+                "detections": said[n::6],
+            }
+            store.commit(replace(BATCH, batch_id=n), BatchResult(rows={t: r[::order] for t, r in rows.items()}))
+            if n == opened_again_after:
+                store.close()
+                store = Store(path)
+        views = {v: store.table(v) for v in ("lens_moments", "decomposition_moments", "attention_moments", "outcomes")}
+        plain = store.query(PLAIN_MEAN)
+        store.publish(path.with_name("live.duckdb"))
+        store.close()
+        with Reader(path.with_name("live.duckdb"), threads=1) as reader:
+            assert {v: reader.rows(v) for v in views} == views
+        return views, plain
+
+    views, plain = filled("whole.duckdb", 1, None)
+    assert all(views.values())
+    assert [filled(f"{n}.duckdb", 1, n)[0] for n in (0, 3)] == [views, views]
+    other, other_plain = filled("other.duckdb", -1, None)
+    assert other == views
+    assert other_plain != plain, "the control: these means do depend on the order"
 
 
 # -- round trips

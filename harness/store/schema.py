@@ -22,6 +22,16 @@ DATABASE = "run"
 _SPAN = "INTEGER[2]"
 _ATTENTION_MEASURES = ("iar", "nf", "tmf", "pi", "iar_token", "nf_token", "tmf_token", "pi_token")
 
+
+def _in_order(table: str, column: str) -> str:
+    """A column's values beside the outcomes they are compared by, in the order of their prompts: one a prompt and group."""
+    return (
+        f"(SELECT c.condition, c.measured, c.outcome, t.step_kind, t.layer, t.{column} AS measured_value FROM {table} t "
+        f"JOIN compared c ON t.prompt_id = c.prompt_id AND t.condition = c.measured "
+        f"{f'WHERE t.{column} IS NOT NULL ' if table == 'attention' else ''}ORDER BY t.prompt_id)"
+    )
+
+
 # Each migration is applied once, in one transaction with the record that it was. Never edit one: append another.
 MIGRATIONS: tuple[str, ...] = (
     f"""
@@ -180,6 +190,63 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     """
     ALTER TABLE stages ADD COLUMN num_rows BIGINT DEFAULT 0;
+    """,
+    # Floats are added up in the order of their prompts. DuckDB reads the parts of a table in any order where an aggregate
+    # follows, and a store that was opened again has other parts: without this, a killed run's means had other last bits.
+    f"""
+    CREATE OR REPLACE VIEW outcomes AS
+        WITH priming AS (
+            SELECT prompt_id, condition, avg(mean_pi) AS pi
+            FROM (SELECT prompt_id, condition, list_avg(pi) AS mean_pi FROM attention WHERE step_kind = 'first' ORDER BY layer)
+            GROUP BY prompt_id, condition)
+        SELECT d.prompt_id, d.condition, d.word_present,
+               CASE WHEN d.word_present THEN 'failure' ELSE 'success' END AS outcome,
+               CASE WHEN NOT d.word_present THEN NULL
+                    WHEN s.delta < 0 OR a.pi > 0 THEN 'priming'
+                    WHEN s.delta IS NULL OR a.pi IS NULL THEN NULL
+                    ELSE 'override' END AS taxonomy,
+               s.delta, a.pi,
+               'priming where delta < 0 or pi > 0 (mean over layers and heads at the first step), else override'
+                   AS taxonomy_rule
+        FROM detections d LEFT JOIN suppression s USING (prompt_id, condition)
+             LEFT JOIN priming a USING (prompt_id, condition)
+        WHERE d.mode = 'greedy' AND d.condition <> 'baseline';
+    CREATE OR REPLACE VIEW attention_moments AS
+        {
+        " UNION ALL ".join(
+            f"SELECT condition, measured, outcome, step_kind, layer, head, '{m}' AS measure, "
+            f"count(*) AS n, avg(value) AS mean, var_samp(value) AS var "
+            f"FROM (SELECT condition, measured, outcome, step_kind, layer, generate_subscripts(measured_value, 1) - 1 AS head, "
+            f"unnest(measured_value) AS value FROM {_in_order('attention', m)}) GROUP BY ALL"
+            for m in _ATTENTION_MEASURES
+        )
+    }
+        UNION ALL
+        {
+        " UNION ALL ".join(
+            f"SELECT condition, measured, outcome, step_kind, layer, -1 AS head, '{m}' AS measure, "
+            f"count(*) AS n, avg(list_avg(measured_value)) AS mean, var_samp(list_avg(measured_value)) AS var "
+            f"FROM {_in_order('attention', m)} GROUP BY ALL"
+            for m in _ATTENTION_MEASURES
+        )
+    };
+    CREATE OR REPLACE VIEW lens_moments AS
+        {
+        " UNION ALL ".join(
+            f"SELECT condition, measured, outcome, step_kind, layer, '{m}' AS measure, count(*) AS n, "
+            f"avg(measured_value) AS mean, var_samp(measured_value) AS var FROM {_in_order('lens', m)} GROUP BY ALL"
+            for m in ("p_target", "p_emitted", "entropy", "kl_final")
+        )
+    };
+    CREATE OR REPLACE VIEW decomposition_moments AS
+        {
+        " UNION ALL ".join(
+            f"SELECT condition, measured, outcome, step_kind, layer, '{m}' AS measure, count(*) AS n, "
+            f"avg(measured_value) AS mean, var_samp(measured_value) AS var "
+            f"FROM {_in_order('decomposition', m)} GROUP BY ALL"
+            for m in ("attn_contrib", "ffn_contrib", "p_out")
+        )
+    };
     """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
