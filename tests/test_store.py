@@ -136,8 +136,8 @@ def test_means_have_the_same_bits_whatever_parts_a_store_has_and_in_whatever_ord
     """A run killed during `mechanism` once ended with statistics whose last bits were others: the rows before the kill and
     those after it were two parts of a table, and DuckDB began to add up with the second."""
     rng = random.Random(1)
-    told = [{"prompt_id": f"p{n}", "condition": c, "step_kind": kind, "layer": layer, "step": 0}
-            for n in range(10) for c in ("baseline", "negative") for kind in ("first", "decision") for layer in range(2)]  # fmt: skip
+    told = [{"prompt_id": f"p{n}", "condition": c, "step_kind": kind, "layer": layer, "step": 0} for n in range(10)
+            for c in ("baseline", "negative") for kind in ("first", "decision") for layer in range(2)]  # fmt: skip
     lens = [key | {"p_target": rng.random() ** 9, "p_emitted": rng.random(), "entropy": 9 * rng.random(),
                    "kl_final": rng.random()} for key in told]  # fmt: skip
     parts = [
