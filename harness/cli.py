@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, disk_full
+from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, machine_fault
 from harness.settings import SHORT_FLAGS, PathSettings, Resolved, describe, field_names, nearest, resolve
 from harness.terminal import plain
 
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `harness --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e:
-        if (fault := disk_full(e)) is None:
+    except Exception as e:
+        if (fault := machine_fault(e)) is None:
             raise
         _say(str(fault))
         return fault.exit_code

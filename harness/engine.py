@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from loguru import logger
 
-from harness.errors import EnvironmentFault, Stopped, disk_full
+from harness.errors import EnvironmentFault, Stopped, machine_fault
 from harness.executor import Executor, Item, ItemResult, Outcome
 from harness.files import replacing
 from harness.plan import Budget, batch_of, halves, place
@@ -244,7 +244,7 @@ class Engine:
                 with replacing(path) as temporary:
                     temporary.write_bytes(artifact.content)
             except OSError as e:
-                raise disk_full(e) or EnvironmentFault(f"{path}: cannot be written: {e.strerror}") from e
+                raise machine_fault(e) or EnvironmentFault(f"{path}: cannot be written: {e.strerror}") from e
             result.rows.setdefault("artifacts", []).append({
                 "path": artifact.path, "kind": artifact.kind, "sha256": hashlib.sha256(artifact.content).hexdigest(),
                 "bytes": len(artifact.content), "shape": list(artifact.shape), "dtype": artifact.dtype,

@@ -58,13 +58,29 @@ class NotFinite(ItemFailed):
     """A model's logits are NaN or infinite for one item."""
 
 
-def disk_full(error: BaseException) -> EnvironmentFault | None:
-    """What to raise where an error means a full disk; None where it means something else.
+_FAULTS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("the disk is full", (errno.ENOSPC, errno.EDQUOT), ("no space left", "out of disk", "disk quota exceeded")),
+    ("the file system can only be read", (errno.EROFS,), ("read-only file system",)),
+    ("the disk fails", (errno.EIO,), ("input/output error",)),
+    ("too many files are open", (errno.EMFILE, errno.ENFILE), ("too many open files",)),
+    ("memory ran out", (errno.ENOMEM,), ("out of memory error", "cannot allocate memory", "can't allocate memory")),
+)
+_REMEDY = {
+    "memory ran out": "free some, or give a smaller batching.max_tokens",
+    "the disk is full": "free some space",
+    "too many files are open": "allow more (ulimit -n)",
+}
+
+
+def machine_fault(error: BaseException) -> EnvironmentFault | None:
+    """What to raise where an error means that the machine lacks something or fails; None where it means something else.
 
     The system says it by number, DuckDB in the text of several kinds of error, a failed COMMIT among them.
     """
     text = " ".join(str(error).split())
-    said = any(words in text.lower() for words in ("no space left", "out of disk"))
-    if not said and getattr(error, "errno", None) != errno.ENOSPC:
-        return None
-    return EnvironmentFault(f"the disk is full ({text}); free some space and type the same command again")
+    for what, numbers, words in _FAULTS:
+        said = any(word in text.lower() for word in words) or getattr(error, "errno", None) in numbers
+        if said or (what == "memory ran out" and isinstance(error, MemoryError)):
+            told = f" ({text[:200]})" if text else ""
+            return EnvironmentFault(f"{what}{told}; {_REMEDY.get(what, 'mend that')} and type the same command again")
+    return None

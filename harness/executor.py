@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from harness.errors import EnvironmentFault, HarnessError, disk_full
+from harness.errors import EnvironmentFault, HarnessError, machine_fault
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Inline:
             exhausted = True
         except EnvironmentFault:
             raise
-        except OSError as e:
-            if (fault := disk_full(e)) is not None:
-                raise fault from e
-            return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         except HarnessError as e:
             return Outcome(token, error=str(e) or _name(e), traceback=traceback.format_exc())
         except Exception as e:
-            return Outcome(token, error=_name(e), traceback=traceback.format_exc())
+            exhausted = "can't allocate memory" in str(e)  # torch says it so, and as a RuntimeError
+            if not exhausted and isinstance(e, OSError) and (fault := machine_fault(e)) is not None:
+                raise fault from e
+            if not exhausted:
+                return Outcome(token, error=_name(e), traceback=traceback.format_exc())
         if exhausted:
             self.accelerator.release()
             return Outcome(token, out_of_memory=True, seconds=time.perf_counter() - start)

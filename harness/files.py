@@ -13,8 +13,9 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
@@ -31,12 +32,12 @@ class NotRegular(OSError):
         super().__init__(errno.EINVAL, f"expected a regular file, found {kind}", str(path))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """The file opened for reading; never a link, pipe, socket or device. Raises NotRegular, or OSError as `open` does."""
     return _checked(path, None)
 
 
-def open_inside(folder: Path, name: str) -> BinaryIO:
+def open_inside(folder: Path, name: str) -> BufferedReader:
     """As `open_regular`, for a name relative to `folder`, given by whoever filled it: no step of the way is a link.
 
     Raises NotRegular for an absolute name, one that steps upwards, and one that leaves the folder by a link.
@@ -60,7 +61,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         os.close(at)
 
 
-def _checked(path: Path, folder_fd: int | None) -> BinaryIO:
+def _checked(path: Path, folder_fd: int | None) -> BufferedReader:
     kind = os.stat(path, dir_fd=folder_fd, follow_symlinks=False).st_mode
     if not stat.S_ISREG(kind):  # asked before it is opened: opening a device may do something
         raise NotRegular(path, _KINDS.get(stat.S_IFMT(kind), "something else"))
@@ -128,7 +129,7 @@ def read_json_object(path: Path, at_most: int) -> dict[str, Any]:
     return content
 
 
-def _read(file: BinaryIO, path: Path, at_most: int) -> bytes:
+def _read(file: BufferedReader, path: Path, at_most: int) -> bytes:
     _check(os.fstat(file.fileno()), path, at_most)  # another file may have taken its place since
     content = file.read(at_most + 1)  # what grows while it is read, or says it is empty, as /proc does, ends too
     if len(content) > at_most:
@@ -147,7 +148,7 @@ def _too_large(at_most: int) -> str:
     return f"expected at most {at_most:,} bytes"
 
 
-def sha256(file: BinaryIO) -> str:
+def sha256(file: BufferedReader) -> str:
     """Hash of what an open file holds."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -170,8 +171,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
-        temporary.with_name(f"{temporary.name}.wal").unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here is the one to tell of
+            temporary.unlink(missing_ok=True)
+            temporary.with_name(f"{temporary.name}.wal").unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

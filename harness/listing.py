@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness import log, summary
-from harness.errors import EnvironmentFault, RunError, StoreError, disk_full
+from harness.errors import EnvironmentFault, RunError, StoreError, machine_fault
 from harness.files import read_unlinked, replacing, sweep
 from harness.run import MANIFEST_BYTES, RunPaths, find_run, is_held, list_runs, read_manifest, state
 from harness.store import AlteredStore, Format, Reader, open_copy
@@ -103,7 +103,7 @@ def open_snapshot(paths: RunPaths, *, threads: int | None = None) -> Reader:
         reader = open_copy(paths.results, threads=threads)
     except (StoreError, OSError) as e:
         if not paths.live.exists():
-            raise disk_full(e) or StoreError(f"{paths.results}: cannot be read: {e}") from e
+            raise machine_fault(e) or StoreError(f"{paths.results}: cannot be read: {e}") from e
         reader = Reader(paths.live, threads=threads)
         logger.warning("the last rows of the run cannot be read ({}); showing its snapshot", e)
     return reader or Reader(paths.live, threads=threads)

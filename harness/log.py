@@ -3,12 +3,14 @@
 Called by entry points only.
 """
 
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from loguru import logger
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
@@ -16,6 +18,7 @@ from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
+from harness.errors import EnvironmentFault
 from harness.terminal import Steady, plain
 
 _PLAIN_EVERY_S = 10.0
@@ -38,7 +41,7 @@ class _PlainText:
 
 
 def _console(stream: Steady, **options: Any) -> Console:
-    made = Console(file=stream, highlight=False, **options)
+    made = Console(file=cast("IO[str]", stream), highlight=False, **options)
     made.push_render_hook(_Plain())
     return made
 
@@ -68,11 +71,38 @@ def to_console(verbose: bool = False) -> None:
     )
 
 
+class _LogFile:
+    """Lines appended to a file, for loguru. Where it cannot be written any more the console says so, once: a log is not worth
+    a run."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lost = False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            raise EnvironmentFault(f"{path}: the log cannot be written: {e.strerror}") from e
+        self._file = os.fdopen(number, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+    def write(self, message: str) -> None:
+        if self._lost:
+            return
+        try:
+            self._file.write(message)
+            self._file.flush()
+        except OSError as e:
+            self._lost = True
+            console.print(f"{self._path}: the log cannot be written any more: {e.strerror}", markup=False)
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
 def to_file(path: Path) -> WarningCount:
     """Everything as JSON lines in `path`, appended; and a count of the warnings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    by_name = str(path).replace("{", "{{").replace("}", "}}")  # loguru fills in what stands in braces
-    logger.add(by_name, level="DEBUG", serialize=True, enqueue=False)
+    logger.add(_LogFile(path), level="DEBUG", serialize=True, enqueue=False)
     warnings = WarningCount()
     logger.add(warnings, level="WARNING", format="{message}")
     return warnings

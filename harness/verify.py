@@ -8,7 +8,7 @@ from typing import Any
 from harness import log, seal
 from harness.again import measured_again
 from harness.checks import Check, checks_of, print_checks
-from harness.errors import RunError, StoreError
+from harness.errors import RunError, Stopped, StoreError
 from harness.files import file_sha256, open_inside, sha256
 from harness.listing import open_snapshot
 from harness.manifests import check_shape, told
@@ -24,11 +24,22 @@ def command(
     """Print every check of a run; 1 where one failed. `again` gives the settings that a recorded run had."""
     paths = _find(root, wanted)
     log.print_out(f"Verifying {paths.run_id}")
+    was = _moment(paths)
     shown = print_checks(examine(paths, again, num_batches, seed))
     failed, skipped = (sum(check.verdict == verdict for check in shown) for verdict in ("FAIL", "skip"))
     left_out = f" ({skipped} left out)" if skipped else ""
     log.print_out(f"{failed} checks failed{left_out}." if failed else f"Every check holds{left_out}.")
+    if failed and _moment(paths) != was:
+        raise Stopped(
+            f"run {paths.run_id} went on while it was verified, so these findings mean nothing; type it again"
+        )
     return 1 if failed else 0
+
+
+def _moment(paths: RunPaths) -> tuple[object, ...]:
+    """What changes when a run goes on or ends."""
+    found = (p.stat() if p.exists() else None for p in (paths.results, paths.seal))
+    return is_held(paths), *((s.st_ino, s.st_mtime_ns) if s else None for s in found)
 
 
 def examine(

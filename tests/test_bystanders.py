@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import launch, listing
+from harness import launch, listing, verify
+from harness.checks import Check
 from harness.errors import RunError
 from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
@@ -365,3 +366,20 @@ def test_a_command_that_reads_a_finished_run_opens_its_snapshot_and_copies_nothi
     monkeypatch.setattr(listing, "open_copy", lambda *_, **__: pytest.fail("a finished run has published its last row"))
     assert harness("show", "latest", "--paths.runs", made / "runs").code == 0
     assert "no run" in refused(harness("show", "latest", "--paths.runs", made / "nowhere"))
+
+
+def test_findings_about_a_run_that_went_on_meanwhile_are_not_held_against_it(
+    made: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def goes_on(paths: RunPaths, *_: object) -> Iterator[Check]:
+        yield Check("FAIL", "rows", "another row")
+        if with_run:
+            paths.seal.unlink()  # as a run does that goes on
+
+    monkeypatch.setattr(verify, "examine", goes_on)
+    with_run = False
+    assert harness("verify", stopped.name, "--paths.runs", stopped.parent).code == 1  # the control
+    with_run = True
+    told = harness("verify", stopped.name, "--paths.runs", stopped.parent)
+    assert told.code == 3
+    assert "went on while it was verified" in told.err

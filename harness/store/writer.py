@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 from loguru import logger
 
-from harness.errors import StoreError, disk_full
+from harness.errors import StoreError, machine_fault
 from harness.files import NotRegular, refuse_special, replacing
 from harness.store import bench
 from harness.store.schema import (
@@ -117,7 +117,7 @@ class Store:
             except (duckdb.Error, NotRegular) as e:
                 if is_new:  # a fragment would stand in the way of the next attempt
                     path.unlink(missing_ok=True)
-                if disk_full(e) is not None:
+                if machine_fault(e) is not None:
                     raise
                 raise StoreError(f"{path}: cannot be opened as a results store: {one_line(e)}") from e
         self._schemas: dict[str, pa.Schema] = {}
@@ -385,7 +385,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except (duckdb.Error, OSError) as e:
-        if (fault := disk_full(e)) is not None:
+        if (fault := machine_fault(e)) is not None:
             raise fault from e
         raise
 
