@@ -96,7 +96,11 @@ def open_page(title: str, needs: Sequence[str] = (), *, pick_prompt: bool = True
         told = "no snapshot yet" if age is None else f"snapshot {age:.0f} s old"
         st.caption(f"This run is **{status}**; {told}.")
     if not queries.tables(view.paths):
-        st.info("This run has no results yet.")
+        problem = queries.problem(view.paths)
+        if problem is None:
+            st.info("This run has no results yet.")
+        else:
+            st.code(problem, language=None, wrap_lines=True)  # it quotes what stands in the run
         return None
     for table in needs:
         if not has_rows(view.paths, table):

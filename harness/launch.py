@@ -190,7 +190,8 @@ def _go_on(paths: RunPaths, store: Store, manifest: Manifest, here: Mapping[str,
     store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
     apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
     resumed = [*(manifest.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
-    manifest.update(status="running", heartbeat=now_text(), reason=None, resumed=resumed)
+    ended = dict.fromkeys(seal.LAST_KEYS)
+    manifest.update(**ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed)
     seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
 
 

@@ -19,6 +19,8 @@ from harness.run import MANIFEST_BYTES, RunPaths
 from harness.store import SCHEMA_VERSION, AlteredStore, Reader, Store, TableSeal
 
 FORMAT = 1
+LAST_KEYS = ("ended", "num_failed", "tables", "table_sha256", "sanity")
+"""Keys of a manifest that a run writes at its end, after its seal, and takes off before it goes on."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def examine(
         sealed = seal.read(paths)
     except RunError as e:
         yield Check("FAIL", "seal", str(e))
+    if sealed is not None and _is_unfinished(paths):
+        yield Check(
+            "skip", "seal", "the run was stopped between its seal and its last manifest: its command finishes it"
+        )
+        sealed = None
     try:
         manifest = sealed.manifest if sealed else read_manifest(paths)
         check_shape(manifest)
@@ -78,6 +84,14 @@ def examine(
         yield Check("FAIL", "store", str(e))
 
 
+def _is_unfinished(paths: RunPaths) -> bool:
+    """Whether the manifest is one of a run that is under way, in all that an end writes."""
+    with suppress(RunError):
+        now = read_manifest(paths)
+        return now.get("status") == "running" and not any(now.get(key) for key in seal.LAST_KEYS)
+    return False
+
+
 def _reader(paths: RunPaths, sealed: Seal | None, is_running: bool) -> Reader:
     """The results of a run that ended, else what readers of a running or stopped one get. A run that goes on meanwhile
     leaves this reader the file it has."""
@@ -101,7 +115,7 @@ def _find(root: Path, wanted: str) -> RunPaths:
 
 def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | None) -> Iterator[Check]:
     if sealed is None and not paths.seal.exists():  # a damaged one was named already
-        should = manifest.get("status") == "finished" and "table_sha256" in manifest
+        should = manifest.get("status") == "finished" and manifest.get("table_sha256") is not None
         yield Check("FAIL" if should else "skip", "seal",
                     f"{paths.seal.name} is missing: what rows and manifest were cannot be told" if should else
                     "there is none: the run is not finished, or was made by an older harness")  # fmt: skip

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import duckdb
 import pytest
 
 from harness.engine import Engine, Limits, StageReport
@@ -209,6 +210,15 @@ def sleepy_run(folder: Path, seconds: float) -> NoReturn:
         print(e, flush=True)
         sys.exit(e.exit_code)
     sys.exit(0)
+
+
+def older_store(path: Path, version: int) -> None:
+    """An empty store as a harness of an earlier schema version made it."""
+    with duckdb.connect(str(path)) as con:
+        con.execute("CREATE TABLE schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)")
+        for n in range(version):
+            con.execute(schema.MIGRATIONS[n])
+            con.execute("INSERT INTO schema_version VALUES (?, TIMESTAMP '2026-01-01')", [n + 1])
 
 
 def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import launch, listing, verify
+from harness import launch, listing, seal, verify
 from harness.checks import Check
 from harness.errors import RunError
 from harness.files import sweep
@@ -383,3 +383,24 @@ def test_findings_about_a_run_that_went_on_meanwhile_are_not_held_against_it(
     told = harness("verify", stopped.name, "--paths.runs", stopped.parent)
     assert told.code == 3
     assert "went on while it was verified" in told.err
+
+
+def test_a_run_killed_between_its_seal_and_its_last_manifest_is_unfinished_and_not_broken(
+    made: Path, tmp_path: Path
+) -> None:
+    """`verify` once failed on it with hundreds of findings."""
+    run = copied(only_run(made / "runs"), tmp_path / "runs")
+    whole = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(whole | {"status": "running"}))
+    assert (
+        harness("verify", run.name, "--paths.runs", run.parent, "--batches", 0).code == 1
+    )  # the control: a hand was in it
+    before = {k: v for k, v in whole.items() if k not in seal.LAST_KEYS} | {"status": "running"}
+    (run / "manifest.json").write_text(json.dumps(before))
+    told = harness("verify", run.name, "--paths.runs", run.parent, "--batches", 0)
+    assert told.code == 0, told.out
+    assert "stopped between its seal and its last manifest: its command finishes it" in told.out
+    assert go_on(made, run)[0] == 0
+    told = harness("verify", run.name, "--paths.runs", run.parent, "--batches", 0)
+    assert "skip seal" not in told.out
+    assert told.code == 0

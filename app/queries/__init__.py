@@ -53,6 +53,15 @@ def tables(paths: RunPaths) -> frozenset[str]:
         return frozenset()
 
 
+def problem(paths: RunPaths) -> str | None:
+    """Why the run's snapshot is not read; None where it is, or where there is none yet."""
+    try:
+        _tables(str(paths.live), _published(paths))
+    except HarnessError as e:
+        return str(e) if paths.live.exists() or paths.live.is_symlink() else None
+    return None
+
+
 def conditions(paths: RunPaths) -> list[str]:
     """The run's conditions, baseline first."""
     if "contexts" not in tables(paths):

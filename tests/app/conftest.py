@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from harness import launch
 from harness.settings import resolve
+from tests.fakes import older_store
 
 OLDER = "20200103-000000-older-00000000"
 RUNNING = "20200104-000000-running-00000000"
@@ -30,6 +31,10 @@ def open_view(name: str, **params: str) -> AppTest:
     return test.run()
 
 
+AHEAD = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+"""A heartbeat that does not go stale while a busy machine takes its time."""
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs; the newest is finished and whole."""
@@ -42,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _stub(root / EMPTY, status="running", heartbeat="2020-01-02T00:00:00+00:00")
     _stub(root / OLDER, status="finished")
     _older_schema(root / OLDER / "live.duckdb")
-    for name, told in ((RUNNING, {"status": "running", "heartbeat": datetime.now(UTC).isoformat(), "ended": None}),
+    for name, told in ((RUNNING, {"status": "running", "heartbeat": AHEAD, "ended": None}),
                        (FAILED, {"status": "failed", "reason": "EnvironmentFault: the disk is full"})):  # fmt: skip
         shutil.copytree(whole, root / name)
         manifest = json.loads((whole / "manifest.json").read_text()) | {"run_id": name} | told
@@ -68,12 +73,8 @@ def _stub(folder: Path, **told: str) -> None:
 
 def _older_schema(live: Path) -> None:
     """A store of the first schema: no vocabulary, no statistics, no certificate, fewer columns and views."""
-    from harness import store
-
+    older_store(live, 1)
     with duckdb.connect(str(live)) as con:
-        con.execute("CREATE TABLE schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)")
-        con.execute(store._MIGRATIONS[0])
-        con.execute("INSERT INTO schema_version VALUES (1, now()::TIMESTAMP)")
         con.execute(
             "INSERT INTO prompts (prompt_id, category, question, target) VALUES ('a', 'facts', 'Which?', 'word')"
         )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from harness.run import RunPaths, list_runs
 from harness.store import Reader, Store
 from tests import synthetic
 from tests.app.conftest import open_view
+from tests.fakes import older_store
 from tests.synthetic import Shape
 
 # Streamlit itself still calls what newer packages deprecate.
@@ -319,15 +321,11 @@ def test_it_opens_on_runs_of_every_kind(opened: Path) -> None:
 
 
 def test_an_older_schema_with_rows_is_shown_by_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import duckdb
-
-    from harness import store
-
     run = tmp_path / "20200101-000000-older-0"
     run.mkdir()
     (run / "manifest.json").write_text(f'{{"run_id": "{run.name}", "fingerprint": "0", "status": "finished"}}')
+    older_store(run / "live.duckdb", 1)
     with duckdb.connect(str(run / "live.duckdb")) as con:
-        con.execute(store._MIGRATIONS[0])
         con.execute("INSERT INTO prompts (prompt_id, category, question, target) VALUES ('a', 'f', 'Q?', 'w')")
         con.execute(
             "INSERT INTO contexts (prompt_id, condition, text, token_ids) VALUES ('a', 'negative', 'Q', [1, 2])"

@@ -247,4 +247,4 @@ def test_errors_and_answers_without_a_verdict_are_told(small: RunPaths, monkeypa
     with Store(small.results) as store:
         store._con.execute("DROP VIEW violation")
         store.publish(small.live)
-    assert "cannot be shown" in _told(_page(small.folder.parent, monkeypatch)), "a schema without the view"
+    assert "view violation is missing" in _page(small.folder.parent, monkeypatch).code[0].value
