@@ -15,6 +15,8 @@ from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsErr
 from harness.settings import SHORT_FLAGS, PathSettings, Resolved, describe, field_names, nearest, resolve
 from harness.terminal import plain
 
+_LINE = 1_500
+"""Characters of an error that are printed: it may quote what was handed in."""
 _BENCHED = ("psem", "samples", "attention", "mechanism", "patching")
 
 # Modules that import torch are imported where they are used: `harness runs` should answer at once.
@@ -83,8 +85,9 @@ def _unless_lost(code: int) -> int:
 
 def _say(text: str) -> None:
     """One line on stderr, whatever is in the text, and whether or not there is a stderr."""
+    line = plain(" ".join(text.split()))
     with suppress(OSError):
-        print(f"harness: {plain(' '.join(text.split()))}", file=sys.stderr)
+        print(f"harness: {line[:_LINE]}{'…' if len(line) > _LINE else ''}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

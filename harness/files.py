@@ -77,6 +77,22 @@ def _checked(path: Path, folder_fd: int | None) -> BufferedReader:
     return os.fdopen(number, "rb")
 
 
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, for a name that somebody typed: it may be too long, or no name at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """As `is_file`, of a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def refuse_special(path: Path) -> None:
     """Raises NotRegular where something other than a regular file has this name; nothing there is fine."""
     with suppress(FileNotFoundError):

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from harness import diff, launch, log
 from harness.errors import RunError
+from harness.files import is_file
 from harness.listing import open_snapshot
-from harness.manifests import Difference, environment_differences, told
+from harness.manifests import Difference, environment_differences, shortened, told
 from harness.recorded import prepare_again
 from harness.run import RunPaths, find_run, read_manifest, read_manifest_file, state
 from harness.settings import Resolved
@@ -53,9 +54,9 @@ def command(
 def find(root: Path, wanted: str) -> tuple[dict[str, Any], RunPaths | None]:
     """The manifest of a run, or of a manifest's file, and the run's folder where its results are there to compare with."""
     file = Path(wanted)
-    if not file.is_file():
+    if not is_file(file):
         if file.suffix == ".json":
-            raise RunError(f"expected a run or the file of a manifest; no file {wanted!r}")
+            raise RunError(f"expected a run or the file of a manifest; no file {shortened(repr(wanted))}")
         paths = find_run(root, wanted)
         return read_manifest(paths), paths
     folder = RunPaths(file.resolve().parent)

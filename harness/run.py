@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 from harness.errors import EnvironmentFault, RunError
 from harness.files import (
     NotRegular,
+    is_folder,
     open_regular,
     read_unlinked,
     refuse_special,
@@ -28,7 +29,7 @@ from harness.files import (
     sweep,
     sync_folder,
 )
-from harness.manifests import check_shape
+from harness.manifests import check_shape, shortened
 
 FORMAT = 1
 """Version of what the fingerprint hashes."""
@@ -378,12 +379,14 @@ def find_run(root: Path, wanted: str) -> RunPaths:
         if not names:
             raise RunError(f"no run in {root} yet; start one with `harness run`")
         return RunPaths(root / names[0])
-    if (root / wanted).is_dir() and wanted not in names and wanted not in ("", "."):
+    if is_folder(root / wanted) and wanted not in names and wanted not in ("", "."):
         read_manifest(RunPaths(root / wanted))  # says what is wrong with it
     matches = [wanted] if wanted in names else [n for n in names if wanted and n.startswith(wanted)]
     if len(matches) != 1:
         found = (
             f"{len(matches)} runs begin so: {', '.join(matches[:4])}" if matches else f"found none among {len(names)}"
         )
-        raise RunError(f"expected a run_id in {root}, a unique prefix of one, or `latest`; got {wanted!r}; {found}")
+        raise RunError(
+            f"expected a run_id in {root}, a unique prefix of one, or `latest`; got {shortened(repr(wanted))}; {found}"
+        )
     return RunPaths(root / matches[0])

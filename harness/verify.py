@@ -10,7 +10,7 @@ from harness import log, seal
 from harness.again import measured_again
 from harness.checks import Check, checks_of, print_checks
 from harness.errors import RunError, Stopped, StoreError
-from harness.files import file_sha256, open_inside, sha256
+from harness.files import file_sha256, is_file, open_inside, sha256
 from harness.listing import open_snapshot
 from harness.manifests import check_shape, told
 from harness.run import RunPaths, find_run, fingerprint, is_held, read_manifest
@@ -105,7 +105,7 @@ def _find(root: Path, wanted: str) -> RunPaths:
     try:
         return find_run(root, wanted)
     except RunError:
-        if wanted and (root / wanted / RunPaths(root / wanted).seal.name).is_file():
+        if wanted and is_file(RunPaths(root / wanted).seal):
             return RunPaths(root / wanted)
         raise
 

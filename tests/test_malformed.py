@@ -132,20 +132,9 @@ def check(case: Case, here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return line
 
 
-OPEN: dict[str, str] = {}
-"""Cases that do not hold yet, with the cause. Filled at the end of this file, read when a test begins."""
-
-
 def cases(table: list[Case]) -> pytest.MarkDecorator:
     assert len({c.name for c in table}) == len(table), "each case has a name of its own"
     return pytest.mark.parametrize("case", table, ids=lambda c: c.name)
-
-
-@pytest.fixture(autouse=True)
-def _open_ones(request: pytest.FixtureRequest) -> None:
-    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    if isinstance(case, Case) and case.name in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[case.name], strict=False))
 
 
 def say(*args: object) -> Hand:
@@ -968,29 +957,12 @@ KEYS = ("run_id", "created", "experiment", "parent", "status", "heartbeat", "rea
 OF_ANOTHER_KIND: tuple[object, ...] = (3, "\x1b[31m[/x]", [[1]], {"": {"": None}}, None)
 
 
-class KeyCase(NamedTuple):
-    """A key of a manifest, and a command that reads it."""
-
-    key: str
-    command: str
-
-
-_READ_AS_THEY_ARE = "listing, manifests and store read parts of a manifest as they are: AttributeError or TypeError"
-OPEN_KEYS: dict[KeyCase, str] = {
-    **{KeyCase(key, "show"): _READ_AS_THEY_ARE
-       for key in ("run_id", "argv", "settings", "code", "machine", "model", "prompts", "sanity")},
-    **{KeyCase(key, "diff"): _READ_AS_THEY_ARE for key in ("status", "packages", "machine", "stages", "resumed")},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("command", ["runs", "show", "export", "diff", "verify"])
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_of_a_manifest_that_is_of_another_kind_is_shown_or_refused_and_never_a_traceback(
-    key: str, command: str, here: Path, finished: Path, request: pytest.FixtureRequest
+    key: str, command: str, here: Path, finished: Path
 ) -> None:
     """No seal, as a run that was made elsewhere may have none."""
-    if (cause := OPEN_KEYS.get(KeyCase(key, command))) is not None:
-        request.applymarker(pytest.mark.xfail(reason=cause, strict=False))
     run = put_in_place(here, finished)
     (run / "seal.json").unlink()
     shutil.copytree(finished, here / "runs" / "two")
@@ -1002,18 +974,3 @@ def test_a_key_of_a_manifest_that_is_of_another_kind_is_shown_or_refused_and_nev
         assert told.code in (0, 1, 2), told
         if told.code == 2:
             refused(told, 2, "")
-
-
-# What does not hold yet
-
-_UNCUT = "cli prints what argparse and a lookup repeat of an argument whole, however long"
-OPEN |= {
-    "a command of a hundred thousand letters": _UNCUT,
-    "an experiment of a hundred thousand letters": "launch repeats the name whole",
-    "a flag of a hundred thousand letters": _UNCUT,
-    "a certificate of too many digits": _UNCUT,
-    "show of a name of a hundred thousand letters": "run.find_run: OSError of a name too long, as a traceback",
-    **{f"going on with a run whose fingerprint is {value!r}": "launch names each difference whole: a line of any length"
-       for value in (3, None, ["a"], {"a": 1})},
-    "going on with hostile parts": "launch reads fingerprint_parts and argv as they are",
-}  # fmt: skip
