@@ -6,8 +6,9 @@ Knows no store and no torch.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -35,7 +36,7 @@ def open_tensors(folder: Path, name: str) -> Iterator[Any]:
         raise RunError(f"{folder / name}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _check_header(file: BinaryIO) -> None:
+def _check_header(file: BufferedReader) -> None:
     length = int.from_bytes(file.read(8), "little")
     if length > HEADER_BYTES:
         raise ValueError(f"expected a safetensors header of at most {HEADER_BYTES:,} bytes, found {length:,}")

@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import StoreError
 from harness.files import open_regular
@@ -79,7 +80,7 @@ def answer(
     return _read(sent, str(live))
 
 
-def _opened(live: Path) -> BinaryIO:
+def _opened(live: Path) -> BufferedReader:
     """A snapshot: a file, and no link that could lead elsewhere."""
     try:
         return open_regular(live)

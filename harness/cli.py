@@ -5,8 +5,8 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,15 +36,13 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (harness.md §2)."""
     given = list(sys.argv[1:] if argv is None else argv)
-    with suppress(ValueError):  # not the main thread
-        # As Ctrl-C. In a container this is process 1, which the kernel would let ignore a signal it does not handle.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = _act(given)
+        with _interruptible():
+            code = _act(given)
     except HarnessError as e:
         _say(str(e))
         return e.exit_code
-    except KeyboardInterrupt:
+    except (_Interrupted, KeyboardInterrupt):
         _say("stopped; nothing is lost, type the same command again")
         return Stopped.exit_code
     except BrokenPipeError:  # `harness --help | head`
@@ -56,6 +54,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(fault))
         return fault.exit_code
     return code
+
+
+class _Interrupted(BaseException):
+    """A signal asks for an end. Not KeyboardInterrupt: where a library that is being imported runs Python of its own, Python
+    remembers that one, and at its exit kills the process that has long dealt with it."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Signals that ask for an end give one with exit 3, wherever they come. In a container this is process 1, which the
+    kernel would let ignore a signal it does not handle."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise _Interrupted
+
+    old = {}
+    with suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                old[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _act(given: list[str]) -> int:

@@ -25,6 +25,10 @@ class RunError(HarnessError):
     """A run that cannot be found, continued or opened as asked."""
 
 
+class DamagedManifest(RunError):
+    """A manifest with a part that is not of the kind that a manifest has."""
+
+
 class ModelError(HarnessError):
     """A model or tokenizer that is missing, unsafe to load, or breaks an identity the measurements need."""
 

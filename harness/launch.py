@@ -148,7 +148,7 @@ def start(
     if settings.runtime.device == "auto" and device.is_gpu_unused(plan.device):
         logger.warning("torch sees no GPU: computing on the CPU; in a container add `--gpus all`, see `harness doctor`")
     with ExitStack() as stack:
-        with choosing(_root(settings.paths.runs)):
+        with choosing(_root(settings.paths.runs, resume)):
             found = _find_run(settings.paths.runs, plan, resume, origin)
             if found is not None and not retry_failed and _finished(found):
                 return Ended(found, _report_finished(found))
@@ -310,8 +310,10 @@ def model_spec(settings: Settings, where: str) -> ModelSpec:
     )
 
 
-def _root(root: Path) -> Path:
-    """The folder of runs, made where it is missing."""
+def _root(root: Path, resume: str) -> Path:
+    """The folder of runs, made where it is missing and a run may be new."""
+    if resume not in ("auto", "new"):
+        find_run(root, resume)
     if "?" in str(root.resolve()):
         raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
     try:

@@ -90,22 +90,25 @@ def open_snapshot(paths: RunPaths, *, threads: int | None = None) -> Reader:
     and nobody who goes on with it is kept waiting."""
     if not paths.results.exists() and not paths.live.exists():
         raise RunError(f"run {paths.run_id} has no results yet")
+    broken: StoreError | None = None
     if paths.live.exists() and (read_manifest(paths).get("status") in _PUBLISHED or is_held(paths)):
         try:
             return Reader(paths.live, threads=threads)
         except AlteredStore:
             raise
-        except StoreError as e:
-            logger.warning("{}; reading the store itself", e)
+        except StoreError as e:  # the store itself may be sound
+            broken = e
     if not paths.results.exists():
         return Reader(paths.live, threads=threads)
     try:
         reader = open_copy(paths.results, threads=threads)
     except (StoreError, OSError) as e:
-        if not paths.live.exists():
-            raise machine_fault(e) or StoreError(f"{paths.results}: cannot be read: {e}") from e
+        if broken is not None or not paths.live.exists():
+            raise broken or machine_fault(e) or StoreError(f"{paths.results}: cannot be read: {e}") from e
         reader = Reader(paths.live, threads=threads)
         logger.warning("the last rows of the run cannot be read ({}); showing its snapshot", e)
+    if broken is not None:
+        logger.warning("{}; showing the store itself", broken)
     return reader or Reader(paths.live, threads=threads)
 
 

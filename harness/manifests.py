@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from harness.errors import RunError
+from harness.errors import DamagedManifest
 
 ABSENT = "(absent)"
 """Stands for the value of a key that one of two manifests does not have."""
@@ -196,12 +196,12 @@ class _Shape(BaseModel):
 
 
 def check_shape(manifest: Mapping[str, Any]) -> None:
-    """Raises RunError where a part that is read somewhere is not of the kind that a manifest has."""
+    """Raises DamagedManifest where a part that is read somewhere is not of the kind that a manifest has."""
     try:
         _Shape.model_validate(manifest, strict=True)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise RunError(
+        raise DamagedManifest(
             f"the manifest of {shortened(manifest.get('run_id'))} is damaged: {shortened(where)}: {first['msg'].lower()}"
         ) from e

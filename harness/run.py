@@ -131,7 +131,7 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         raise RunError(f"{path.parent}: expected a {path.name}, found none; it is no run") from e
     except OSError as e:
-        raise RunError(f"{path}: cannot be read as a manifest: {e.strerror}") from e
+        raise RunError(f"{path}: not readable: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise RunError(f"{path}: not readable as JSON: {e}") from e
     if not isinstance(manifest, dict) or "run_id" not in manifest or "fingerprint" not in manifest:

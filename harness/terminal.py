@@ -41,17 +41,21 @@ class Steady(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
+        """The real stream's."""
         return getattr(self._stream(), "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
+        """Whether a person sees it."""
         with suppress(OSError, ValueError):
             return self._stream().isatty()
         return False
 
     def fileno(self) -> int:
+        """The real stream's."""
         return self._stream().fileno()
 
     def write(self, text: str, /) -> int:
+        """Write what can be written; the length of the text, whatever became of it."""
         if self.lost is None:
             try:
                 self._stream().write(text)
@@ -62,6 +66,7 @@ class Steady(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
+        """As `write`."""
         if self.lost is None:
             try:
                 self._stream().flush()

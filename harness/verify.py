@@ -9,14 +9,13 @@ from typing import Any
 from harness import log, seal
 from harness.again import measured_again
 from harness.checks import Check, checks_of, print_checks
-from harness.errors import RunError, Stopped, StoreError
+from harness.errors import DamagedManifest, RunError, Stopped, StoreError
 from harness.files import file_sha256, is_file, open_inside, sha256
-from harness.listing import open_snapshot
 from harness.manifests import check_shape, told
 from harness.run import RunPaths, find_run, fingerprint, is_held, read_manifest
 from harness.seal import Seal
 from harness.settings import Resolved
-from harness.store import SCHEMA_VERSION, TABLES, VIEWS, AlteredStore, Reader, Row
+from harness.store import SCHEMA_VERSION, TABLES, VIEWS, AlteredStore, Reader, Row, open_copy
 
 
 def command(
@@ -95,8 +94,8 @@ def _is_unfinished(paths: RunPaths) -> bool:
 def _reader(paths: RunPaths, sealed: Seal | None, is_running: bool) -> Reader:
     """The results of a run that ended, else what readers of a running or stopped one get. A run that goes on meanwhile
     leaves this reader the file it has."""
-    if sealed is None and not is_running:
-        return open_snapshot(paths, threads=1)
+    if sealed is None and not is_running and paths.results.exists():
+        return open_copy(paths.results, threads=1) or Reader(paths.live, threads=1)
     return Reader(paths.live if is_running else paths.results, threads=1)
 
 
@@ -104,6 +103,8 @@ def _find(root: Path, wanted: str) -> RunPaths:
     """As `find_run`; a folder whose manifest cannot be read is found by its whole name: it is here to be looked at."""
     try:
         return find_run(root, wanted)
+    except DamagedManifest:
+        return RunPaths(root / wanted)
     except RunError:
         if wanted and is_file(RunPaths(root / wanted).seal):
             return RunPaths(root / wanted)

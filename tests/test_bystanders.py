@@ -404,3 +404,18 @@ def test_a_run_killed_between_its_seal_and_its_last_manifest_is_unfinished_and_n
     told = harness("verify", run.name, "--paths.runs", run.parent, "--batches", 0)
     assert "skip seal" not in told.out
     assert told.code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_a_library_runs_its_own_python_ends_with_3_and_not_by_the_signal(number: signal.Signals) -> None:
+    """An hour of soaking met it once: SIGTERM during an import ended a run with SIGINT, after it had said that it stopped."""
+    code = (
+        "import ctypes, sys\nfrom harness import cli\n"
+        f"BODY = b'import os, time\\nos.kill(os.getpid(), {int(number)})\\ntime.sleep(60)'\n"
+        "def act(given):\n    run = ctypes.pythonapi.PyRun_StringFlags\n    run.restype = ctypes.py_object\n"
+        "    run.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object, ctypes.c_void_p]\n"
+        "    return run(BODY, 257, {}, {}, None)\n"
+        "cli._act = act\nsys.exit(cli.main(['runs']))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (told.returncode, told.stderr) == (3, "harness: stopped; nothing is lost, type the same command again\n")

@@ -144,7 +144,7 @@ def test_the_new_manifest_says_what_it_repeats_and_where_each_setting_came_from(
     } == {
         name: s["value"]
         for name, s in manifest(recorded.run)["settings"].items()
-        if not name.startswith("paths.") and name != "batching.max_tokens"
+        if not name.startswith("paths.") and name not in ("batching.max_tokens", "model.trust_remote_code")
     }
     assert not [p for p in again[0].rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
 

@@ -141,7 +141,9 @@ def test_an_import_against_the_arrows_would_be_seen(importer: str, imported: str
 
 
 def test_only_the_store_imports_duckdb() -> None:
-    assert importers(imports(), "duckdb") == {"harness.store"}
+    found = importers(imports(), "duckdb")
+    assert found
+    assert [name for name in found if not name.startswith("harness.store.")] == []
 
 
 def test_text_and_the_machinery_import_neither_torch_nor_transformers() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import duckdb
 import pyarrow as pa
@@ -33,7 +33,7 @@ _CHUNK = 1_024  # rows
 
 
 def ask_locked(
-    live: Path, sql: str, max_rows: int = 1_000, limit_s: float = 10.0, *, file: BinaryIO | None = None
+    live: Path, sql: str, max_rows: int = 1_000, limit_s: float = 10.0, *, file: BufferedReader | None = None
 ) -> Answer:
     """Answer whatever one SELECT asks of a snapshot, `live` or what is open as `file`. It sees this snapshot and nothing else
     of the machine, and changes nothing.

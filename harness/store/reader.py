@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -75,7 +76,12 @@ class Reader:
     """
 
     def __init__(
-        self, live: Path, *, threads: int | None = None, memory_gb: float | None = None, file: BinaryIO | None = None
+        self,
+        live: Path,
+        *,
+        threads: int | None = None,
+        memory_gb: int | None = None,
+        file: BufferedReader | None = None,
     ):
         self.path = live
         self._con = duckdb.connect(":memory:")
@@ -148,7 +154,7 @@ class Reader:
         """The columns of a table's key; none for a view."""
         return primary_key(self._con, table)
 
-    def broken_rows(self, seal: BinaryIO, sealed: Mapping[str, TableSeal], at_most: int = 20) -> list[Broken]:
+    def broken_rows(self, seal: BufferedReader, sealed: Mapping[str, TableSeal], at_most: int = 20) -> list[Broken]:
         """The first rows that are not as `Store.seal` found them; a table or column that is gone is one with an empty key.
 
         `seal` is the open file that it wrote. Digests are made outside of the store's database.
