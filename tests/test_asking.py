@@ -225,7 +225,7 @@ def test_an_answer_that_is_cut_off_is_none(sent: bytes) -> None:
 def test_an_answer_that_is_no_answer_is_told() -> None:
     for parts in ([b"\x10" + bytes(15)], asking._packed({}), asking._packed({"is_cut": 0, "seconds": 1}, b"no Arrow")):
         with pytest.raises(StoreError, match="sent something else"):
-            asking._read(bytearray(b"".join(parts)), "x", "y")
+            asking._read(bytearray(b"".join(parts)), "y")
 
 
 # -- what the process has, and what it leaves

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 import psutil
 import pyarrow as pa
@@ -14,10 +15,10 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.queries import sql as asked
-from harness import asking, store
+from harness import asking
 from harness.errors import StoreError
 from harness.run import RunPaths
-from harness.store import Reader, Store, ask_locked
+from harness.store import Store, ask_locked, question
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import Shape
@@ -126,16 +127,17 @@ def test_what_is_no_reading_of_this_run_is_refused_in_one_line_and_leaves_no_tra
     assert files(paths.folder.parent) == before
 
 
-def test_a_reader_that_is_not_locked_would_see_the_files(paths: RunPaths, secret: Path) -> None:
-    with Reader(paths.live) as reader:
+def test_a_connection_that_is_not_locked_would_see_the_files(paths: RunPaths, secret: Path) -> None:
+    with duckdb.connect(str(paths.live), read_only=True) as con:
         for name in ("secret.csv", "secret.parquet", "secret.json"):
-            assert reader.query(f"SELECT * FROM '{secret / name}'") == [{"word": "hidden"}]
+            assert con.execute(f"SELECT * FROM '{secret / name}'").fetchall() == [("hidden",)]
 
 
 def test_variables_of_the_program_are_no_tables(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "secret_frame", pd.DataFrame({"word": ["hidden"]}), raising=False)
-    with Reader(paths.live) as reader:
-        assert reader.query("SELECT * FROM secret_frame") == [{"word": "hidden"}], "DuckDB finds it by its name"
+    secret_frame = pd.DataFrame({"word": ["hidden"]})
+    monkeypatch.setattr(question, "secret_frame", secret_frame, raising=False)
+    with duckdb.connect(str(paths.live), read_only=True) as con:
+        assert con.execute("SELECT * FROM secret_frame").fetchall() == [("hidden",)], "DuckDB finds it by its name"
     with pytest.raises(StoreError, match="does not exist"):
         ask_locked(paths.live, "SELECT * FROM secret_frame")
 
