@@ -158,9 +158,6 @@ def killed(lives: Lives, whole: Whole, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="means of lens and decomposition in `statistics` follow the query plan, in their last bit", strict=False
-)
 def test_killed_at_any_call_a_run_ends_with_the_same_rows(killed: list[kills.Killed]) -> None:
     assert sum(k.is_killed for k in killed) >= 11, "a heartbeat more or less can move the last call"
     assert len({k.doing for k in killed}) >= 4
@@ -169,10 +166,6 @@ def test_killed_at_any_call_a_run_ends_with_the_same_rows(killed: list[kills.Kil
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="temporary files in report/ and artifacts/, folders without a manifest, a lost working_tree.diff",
-    strict=False,
-)
 def test_killed_at_any_call_a_run_leaves_nothing_behind_and_readers_nothing_to_complain_of(
     killed: list[kills.Killed],
 ) -> None:
@@ -211,9 +204,6 @@ def test_after_any_failing_call_the_same_command_ends_with_the_same_rows(refused
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="only a full disk is told in a line; read-only, quota and I/O errors end in tracebacks", strict=False
-)
 def test_any_failing_call_is_told_in_one_line_with_the_code_of_a_machine_at_fault(
     refused: list[storage.Refused],
 ) -> None:
@@ -221,9 +211,6 @@ def test_any_failing_call_is_told_in_one_line_with_the_code_of_a_machine_at_faul
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="each of several processes starts a run of its own; readers hold the lock that a run needs", strict=False
-)
 @pytest.mark.parametrize("state", ["new", "stopped"])
 def test_of_three_processes_that_start_a_run_at_once_one_computes_it_while_readers_read(
     lives: Lives, whole: Whole, tmp_path: Path, state: str
