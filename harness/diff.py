@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.markup import escape
 from rich.table import Table
 
 from harness import log
@@ -61,7 +60,7 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     """Print how two runs differ. 0; with `ends_in_1`, 1 where a measured value differs."""
     manifests = [read_manifest(paths) for paths in (one, other)]
     for name, paths, manifest in zip("AB", (one, other), manifests, strict=True):
-        log.print_out(f"{name} = {escape(paths.run_id)} ({state(manifest)})")
+        log.print_out(f"{name} = {paths.run_id} ({state(manifest)})")
     log.print_out(*render_manifests(*manifests))
     with open_snapshot(one) as a, open_snapshot(other) as b:
         drifts = compare_results(a, b)
@@ -109,7 +108,7 @@ def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
     for column in ("part", "key", "A", "B"):
         table.add_column(column, overflow="fold")
     for part, d in changes:
-        table.add_row(part, escape(d.key), escape(shortened(d.old)), escape(shortened(d.new)))
+        table.add_row(part, d.key, shortened(d.old), shortened(d.new))
     yield table
 
 
@@ -124,7 +123,7 @@ def render_headlines(one: Reader, other: Reader) -> Iterator[Table]:
     for key in sorted(a.keys() | b.keys()):
         row, other_row = a.get(key), b.get(key)
         apart = f"{other_row['value'] - row['value']:+.4f}" if row and other_row else ""
-        table.add_row(*map(escape, (*key, _estimate(row), _estimate(other_row), apart)))
+        table.add_row(*key, _estimate(row), _estimate(other_row), apart)
     yield table
 
 
@@ -170,7 +169,7 @@ def render_results(drifts: Sequence[TableDrift]) -> Iterator[Table | str]:
             counts = (f"{d.num_rows:,}", f"{d.only_one:,}", f"{d.only_other:,}") if n == 0 else ("", "", "")
             sizes = ("" if v is None else f"{v:.1e}" for v in (c.max_abs, c.max_rel))
             apart = f"{c.num_rows:,}" if c.column else ""
-            table.add_row(d.table if n == 0 else "", *counts, c.column, apart, *sizes, escape(c.worst))
+            table.add_row(d.table if n == 0 else "", *counts, c.column, apart, *sizes, c.worst)
     yield table
     yield f"Equal, bit for bit: {', '.join(equal) or 'no table'}."
 

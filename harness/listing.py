@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from rich.markup import escape
 from rich.table import Table
 
 from harness import log, summary
@@ -29,7 +28,7 @@ def print_runs(root: Path) -> None:
     for entry in entries:
         facts = entry.facts()
         cells = (facts[column] for column in shown)
-        table.add_row(*(escape("" if c is None else f"{c:.0f}" if isinstance(c, float) else str(c)) for c in cells))
+        table.add_row(*("" if c is None else f"{c:.0f}" if isinstance(c, float) else str(c) for c in cells))
     log.print_out(table)
 
 
@@ -40,7 +39,7 @@ def print_run(root: Path, wanted: str) -> None:
     reader = open_snapshot(paths)
     facts = Table(show_header=False, box=None)
     for name, value in _facts(manifest, reader):
-        facts.add_row(name, value.replace("[", "\\["))
+        facts.add_row(name, value)
     log.print_out(facts)
     progress = Table(title="Stages", title_justify="left")
     for column in ("stage", "status", "items", "done", "failed", "seconds", "tokens"):
@@ -53,9 +52,7 @@ def print_run(root: Path, wanted: str) -> None:
     log.print_out(progress)
     events = reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 20")
     for event in events:
-        log.print_out(
-            f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}".replace("[", "\\[")
-        )
+        log.print_out(f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}")
     log.print_out(*summary.render(summary.summarise(reader), manifest))
     reader.close()
 
@@ -76,9 +73,7 @@ def export(root: Path, wanted: str, to: Path, form: Format, *, is_safe: bool = F
         done = [reader.export(name, to / f"{name}.{form}", form, is_safe=is_safe) for name in names]
     with replacing(to / "manifest.json") as temporary:
         temporary.write_bytes(read_unlinked(paths.manifest, MANIFEST_BYTES))
-    log.print_out(
-        f"{escape(paths.run_id)}: {len(done)} tables and views, {sum(d.num_rows for d in done):,} rows, in {escape(str(to))}"
-    )
+    log.print_out(f"{paths.run_id}: {len(done)} tables and views, {sum(d.num_rows for d in done):,} rows, in {to!s}")
     if is_safe:
         log.print_out(
             f"{sum(d.num_defused for d in done):,} cells that a spreadsheet would take for formulas begin with an apostrophe now."

@@ -41,7 +41,8 @@ class _PlainText:
 
 
 def _console(stream: Steady, **options: Any) -> Console:
-    made = Console(file=cast("IO[str]", stream), highlight=False, **options)
+    # What is shown may be a stranger's: text is text, and no tag or :name: in it means anything.
+    made = Console(file=cast("IO[str]", stream), highlight=False, markup=False, emoji=False, **options)
     made.push_render_hook(_Plain())
     return made
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from harness import launch, log
@@ -53,6 +52,6 @@ def render(verdicts: Sequence[Mapping[str, Any]], title: str) -> Table:
         verdict = ("ok" if v["ok"] else "DISAGREES") + (f" ({v['repeated']})" if v["repeated"] else "")
         table.add_row(
             v["measurement"], str(v["num_items"]), f"{v['max_abs']:.1e}", f"{v['max_rel']:.1e}", str(v["flips"]),
-            str(v["near_ties"]), f"{v['tolerance']:.0e}", verdict, escape(v["worst"]),
+            str(v["near_ties"]), f"{v['tolerance']:.0e}", verdict, v["worst"],
         )  # fmt: skip
     return table

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from harness.stats import BIN_NAMES, Estimate, LogisticFit, bin_of, fit_violations, mean_interval
@@ -104,7 +103,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
         overview.add_column(column, justify="left" if column == "condition" else "right")
     for c in result.conditions:
         overview.add_row(
-            escape(c.condition), str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
+            c.condition, str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
             _estimate(c.sample_rate), _share(c.format_rate),
         )  # fmt: skip
     shown.append(overview)
@@ -116,16 +115,14 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
         bins.add_column("P0")
         bins.add_column("prompts", justify="right")
         for c in sampled:
-            bins.add_column(escape(c.condition), justify="right")
+            bins.add_column(c.condition, justify="right")
         for b, name in enumerate(BIN_NAMES):
             # Rich reads [..] as markup, which an interval is not.
-            bins.add_row(
-                name.replace("[", "\\["), str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled)
-            )
+            bins.add_row(name, str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled))
         shown.append(bins)
     shown.extend(_fit_line(c.condition, c.fit) for c in sampled if c.fit is not None)
     shown.extend(
-        f"{escape(name)}: greedy answers that say X: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        f"{name}: greedy answers that say X: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         for name, kinds in result.taxonomy.items()
     )
     if result.strongest_patches:
@@ -165,8 +162,8 @@ def next_steps(run_id: str, runs: Path) -> str:
 def _fit_line(condition: str, fit: LogisticFit) -> str:
     (a, b), (c, d) = fit.intercept_interval, fit.slope_interval
     return (
-        f"{escape(condition)}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % \\[{c:.2f}, {d:.2f}], "
-        f"intercept \\[{a:.2f}, {b:.2f}], {fit.num_prompts} prompts"
+        f"{condition}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % [{c:.2f}, {d:.2f}], "
+        f"intercept [{a:.2f}, {b:.2f}], {fit.num_prompts} prompts"
     )
 
 
@@ -197,4 +194,4 @@ def _share(value: float | None) -> str:
 def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
-    return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} \\[{value.low:.3f}, {value.high:.3f}]"
+    return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"

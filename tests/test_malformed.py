@@ -924,15 +924,15 @@ RUNS = [
         ("a seed of forty digits", "runtime.seed", 10**40, "runtime.seed"),
         ("a million samples", "experiment.num_samples", 10**6, "num_samples"),
         ("a template that looks inside", "experiment.conditions", {"x": "{question.__class__}"}, "alone in braces"),
-        ("prompts at /dev/zero", "data.prompts", "/dev/zero", "no such file"),
+        ("prompts at /dev/zero", "data.prompts", "/dev/zero", "which this user did not give"),
         ("prompts that are a list", "data.prompts", ["a"], "data.prompts"),
         ("a model with a NUL", "model.name", "a\0b", "model.name"),
         ("an unknown name", "model.nam", "x", "model.nam"), ("no name", "", "x", "setting"),
     ]),
     *(runs(f"going on with a run whose {key} is {value!r}", told, "run", "--resume", "one", change=set_keys(**{key: value}))
       for key, value, told in [
-        ("fingerprint", 3, "cannot be continued"), ("fingerprint", None, "cannot be continued"),
-        ("fingerprint", ["a"], "cannot be continued"), ("fingerprint", {"a": 1}, "cannot be continued"),
+        ("fingerprint", 3, "is damaged: fingerprint"), ("fingerprint", None, "is damaged: fingerprint"),
+        ("fingerprint", ["a"], "is damaged: fingerprint"), ("fingerprint", {"a": 1}, "is damaged: fingerprint"),
     ]),
     runs("going on with hostile parts", "cannot be continued|damaged|manifest", "run", "--resume", "one",
          change=set_keys(fingerprint="0", fingerprint_parts=[1, 2], argv=3)),
