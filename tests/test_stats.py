@@ -563,7 +563,7 @@ def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
 
 def shown(result, manifest) -> str:
     file = io.StringIO()
-    console = Console(file=file, width=300)
+    console = Console(markup=False, file=file, width=300)
     for one in render(result, manifest):
         console.print(one)
     return file.getvalue()
