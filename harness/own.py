@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.files import read_unlinked, replacing
+from harness.files import read_unlinked
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL
 
 FLAGS = {"model.name": "--model", "data.prompts": "--prompts"}
@@ -60,9 +60,14 @@ def _key(state: Path, *, make: bool) -> bytes | None:
     with suppress(OSError):
         if make and not path.exists():
             state.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with replacing(path) as temporary:
-                temporary.touch(mode=0o600)
-                temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+            fresh = path.with_name(f".key.{os.getpid()}.tmp")
+            try:
+                fresh.touch(mode=0o600)
+                fresh.write_bytes(secrets.token_bytes(_KEY_BYTES))
+                with suppress(FileExistsError):  # another process has just made one: that is the key
+                    os.link(fresh, path)
+            finally:
+                fresh.unlink(missing_ok=True)
         key = read_unlinked(path, _KEY_BYTES)
         return key if len(key) == _KEY_BYTES else None
     return None

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
+from loguru import logger
+
 from harness.errors import EnvironmentFault, RunError
 from harness.files import (
     NotRegular,
@@ -297,6 +299,9 @@ def choosing(root: Path) -> Iterator[None]:
     number = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is starting a run in {}: waiting for it", root)
             fcntl.flock(number, fcntl.LOCK_EX)
         except OSError:
             yield
