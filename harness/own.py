@@ -7,6 +7,7 @@ folder. Who has no key, or another one, is asked for the paths.
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping
