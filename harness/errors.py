@@ -65,7 +65,7 @@ class NotFinite(ItemFailed):
 _FAULTS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("the disk is full", (errno.ENOSPC, errno.EDQUOT), ("no space left", "out of disk", "disk quota exceeded")),
     ("the file system can only be read", (errno.EROFS,), ("read-only file system",)),
-    ("the disk fails", (errno.EIO,), ("input/output error",)),
+    ("the disk fails", (errno.EIO,), ("input/output error", "fsync failed")),
     ("too many files are open", (errno.EMFILE, errno.ENFILE), ("too many open files",)),
     ("memory ran out", (errno.ENOMEM,), ("out of memory error", "cannot allocate memory", "can't allocate memory")),
 )

@@ -24,6 +24,7 @@ from tests.test_cli import harness
      (OSError(errno.EROFS, os.strerror(errno.EROFS)), "the file system can only be read"),
      (duckdb.IOException("IO Error: Cannot open file \"x\": Read-only file system"), "the file system can only be read"),
      (OSError(errno.EIO, os.strerror(errno.EIO)), "the disk fails"),
+     (duckdb.FatalException("FATAL Error: database has been invalidated. Original error: \"fsync failed!\""), "the disk fails"),
      (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many files are open"),
      (MemoryError(), "memory ran out"),
      (pa.ArrowMemoryError("malloc of size 64 failed"), "memory ran out"),

@@ -6,6 +6,7 @@ nothing of it is asked before every object in it has been compared with what thi
 
 import os
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -360,7 +361,8 @@ def migrate(con: duckdb.DuckDBPyConnection, current: int) -> None:
             con.execute("INSERT INTO schema_version VALUES (?, ?)", [version, utc_now()])
             con.execute("COMMIT")
         except BaseException:
-            con.execute("ROLLBACK")
+            with suppress(duckdb.Error):  # a failed COMMIT has ended it already
+                con.execute("ROLLBACK")
             raise
 
 
