@@ -150,16 +150,18 @@ def start(
     with ExitStack() as stack:
         with choosing(_root(settings.paths.runs, resume)):
             found = _find_run(settings.paths.runs, plan, resume, origin)
-            if found is not None and not retry_failed and _finished(found):
-                return Ended(found, _report_finished(found))
             if found is None:
-                manifest = _manifest(plan, resolved, argv or [], here, origin)
+                content = _manifest(plan, resolved, argv or [], here, origin)
                 run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
-                lay = partial(_lay, plan, manifest)
-                paths = stack.enter_context(new_run(settings.paths.runs, run_id, lay))
+                paths = stack.enter_context(new_run(settings.paths.runs, run_id, partial(_lay, plan, content)))
             else:
                 paths = found
-                stack.enter_context(locked(paths))
+        if found is not None:
+            if not retry_failed and _finished(found):
+                return Ended(found, _report_finished(found))
+            stack.enter_context(locked(found))
+            if not retry_failed and _finished(found):  # by another process, since it was looked at
+                return Ended(found, _report_finished(found))
         warnings = log.to_file(paths.log)
         store = stack.enter_context(Store(paths.results))
         manifest = Manifest.reopen(paths)
