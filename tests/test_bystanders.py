@@ -306,7 +306,7 @@ def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Pat
     run = only_run(tmp_path)
     assert read_manifest(RunPaths(run))["status"] == "finished"
     assert "Traceback" not in told.stdout + told.stderr
-    headline = "P(says X)" if where != "log" else "results could not be printed"
+    headline = "Results are in" if where != "log" else "results could not be printed"
     found = {"stderr": told.stderr, "stdout": told.stdout, "log": told.stderr}.get(where)
     assert found is None or headline in found, told
     if where == "log":
@@ -341,14 +341,14 @@ def test_a_list_that_cannot_be_printed_is_the_machines_fault_and_one_that_nobody
 @pytest.mark.slow
 def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "run", "--prompts", made / "prompts.jsonl", "--paths.runs", tmp_path]
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert run.stderr is not None
-    for line in run.stderr:
-        if " (new), " in line:
-            break
-    run.send_signal(signal.SIGHUP)
-    run.stderr.read()
-    assert run.wait(timeout=500) == 3
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if " done: " in line:  # a stage: it is under way
+                break
+        run.send_signal(signal.SIGHUP)
+        said = run.stderr.read()
+    assert run.returncode == 3, said
     assert read_manifest(RunPaths(only_run(tmp_path)))["status"] == "interrupted"
 
 

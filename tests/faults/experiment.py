@@ -134,7 +134,7 @@ def nameless(path: str) -> str:
 def kind_of(call: Call) -> str:
     """What sort of file a call concerns."""
     path = nameless(call.path).removeprefix("RUN/")
-    if path in (".", "RUN"):
+    if path in (".", "RUN") or path.endswith(".making"):
         return "run folder"
     if "artifacts" in path:
         return "artifact"
