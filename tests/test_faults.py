@@ -62,7 +62,7 @@ def writes(folder: Path, fault: Fault) -> Wrote:
     to.mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, "-c", WRITES, str(to), str(folder / "journal"), json.dumps(fault.to_json())],
-        cwd=ROOT, env={**os.environ, "LD_PRELOAD": str(injector.library())}, text=True, capture_output=True, check=False,
+        cwd=ROOT, env={**os.environ, "LD_PRELOAD": str(injector.compiled())}, text=True, capture_output=True, check=False,
     )  # fmt: skip
     files = {p.name: p.read_text() for p in sorted(to.iterdir())}
     return Wrote(done.returncode, files, journal_of(folder / "journal"), done.stdout)

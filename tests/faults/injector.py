@@ -61,7 +61,7 @@ def why_not() -> str | None:
     return None if shutil.which("gcc") else "faults are injected by a library that gcc builds, and there is no gcc"
 
 
-def library() -> Path:
+def compiled() -> Path:
     """The built injector, in the temporary folder, under a name that follows from its source."""
     digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"harness-faults-{os.getuid()}"

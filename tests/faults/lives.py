@@ -95,7 +95,7 @@ class Lives:
         self._notes = tempfile.TemporaryDirectory(prefix="faults-notes-")
         self._number = 0
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HARNESS_")} | {
-            "LD_PRELOAD": str(injector.library()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "LD_PRELOAD": str(injector.compiled()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
             "MPLBACKEND": "agg", _REMEMBERED: str(Path(self._notes.name) / "remembered") if remembers else "",
         }  # fmt: skip
         self._process = subprocess.Popen(
