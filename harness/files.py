@@ -202,8 +202,8 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def sweep(folder: Path, *, only_dead: bool = False) -> int:
-    """Remove what processes that were killed inside `replacing` left in a folder and below; how many files.
+def sweep(folder: Path, *, but: Path | None = None, only_dead: bool = False) -> int:
+    """Remove what processes that were killed inside `replacing` left in a folder and below, `but` left out; how many files.
 
     The caller knows that nobody else writes there. With `only_dead` others may: what a process of this machine that is
     still alive has begun stays.
@@ -214,7 +214,9 @@ def sweep(folder: Path, *, only_dead: bool = False) -> int:
         Path(where) / name
         for where, _, names in os.walk(folder)
         for name in names
-        if _LEFTOVER.fullmatch(name) and not (only_dead and _is_alive(name))
+        if not (but and Path(where).is_relative_to(but))
+        and _LEFTOVER.fullmatch(name)
+        and not (only_dead and _is_alive(name))
     ]
     for path in found:
         path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from loguru import logger
 
 from harness import environment, log, own, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
-from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped
+from harness.errors import HarnessError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
 from harness.files import replacing
 from harness.manifests import Difference, bit_differences, differences, shortened
@@ -30,6 +30,7 @@ from harness.run import (
     fingerprint,
     list_runs,
     locked,
+    make_folder,
     new_run,
     new_run_id,
     now_text,
@@ -318,18 +319,8 @@ def _root(root: Path, resume: str) -> Path:
         find_run(root, resume)
     if "?" in str(root.resolve()):
         raise RunError(f"paths.runs: {root}: DuckDB cannot keep a store under a path with a question mark; rename it")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise _unwritable(root, e) from e
+    make_folder(root)
     return root
-
-
-def _unwritable(root: Path, error: OSError) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"paths.runs: cannot write to {root}: {error.strerror}; set paths.runs to a writable folder, or in a container "
-        'run as its owner: --user "$(id -u):$(id -g)"'
-    )
 
 
 def _find_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> RunPaths | None:

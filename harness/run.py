@@ -241,11 +241,8 @@ def locked(paths: RunPaths, patience_s: float = LOCK_PATIENCE_S) -> Iterator[Non
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
-        for owned in (paths.artifacts, paths.log.parent):
-            sweep(owned)
+        sweep(paths.folder, but=paths.report)
         sweep(paths.report, only_dead=True)  # a page may be made of a run that goes on
-        for left in paths.folder.glob(".*.tmp*"):
-            left.unlink(missing_ok=True)
         shutil.rmtree(paths.spill, ignore_errors=True)
         yield
 
@@ -313,6 +310,17 @@ def choosing(root: Path) -> Iterator[None]:
         os.close(number)
 
 
+def make_folder(folder: Path) -> None:
+    """A folder for runs, or for one. Raises EnvironmentFault where it cannot be made, and says what to try."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise EnvironmentFault(
+            f"paths.runs: cannot write to {folder}: {e.strerror}; set paths.runs to a writable folder, or in a container "
+            'run as its owner: --user "$(id -u):$(id -g)"'
+        ) from e
+
+
 @contextmanager
 def new_run(root: Path, run_id: str, lay: Callable[[RunPaths, str], None]) -> Iterator[RunPaths]:
     """A new run, held for this process. Its folder is made aside, filled by `lay` with all that a run has from its first
@@ -323,6 +331,7 @@ def new_run(root: Path, run_id: str, lay: Callable[[RunPaths, str], None]) -> It
         n += 1
         name = f"{run_id}-{n}"
     aside = RunPaths(root / f".{name}{_ASIDE}")
+    make_folder(aside.folder)
     try:
         with locked(aside):
             lay(aside, name)

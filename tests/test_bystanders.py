@@ -252,6 +252,12 @@ def test_a_new_run_appears_with_manifest_store_and_snapshot_and_two_of_one_secon
     assert [e.problem for e in list_runs(tmp_path)] == [None] * 3
 
 
+def test_a_folder_of_runs_that_cannot_be_written_is_the_machines_fault_in_one_line(tmp_path: Path) -> None:
+    """/proc is a folder in which nobody makes another."""
+    line = refused(harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", "/proc", *STAGES), 4)
+    assert "paths.runs: cannot write to /proc" in line
+
+
 def test_two_starts_at_once_make_one_run(made: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
