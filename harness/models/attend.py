@@ -18,8 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from harness.models.cells import Cells
 
 NAME = "harness"
 
@@ -30,6 +33,7 @@ class Layout:
     `allowed` [R, T, S] is the mask before any sliding window; None means plain causal attention over keys in order
     (then T equals S). Windows are cut by position, not by index, so padding and tree nodes do not shift them.
     `blocked` [R, T, S] per layer is what may not be looked at in that layer alone (attention knockout, Geva et al. 2023).
+    `cells` says which tokens of the grid [R, T] are computed; without them all are, padding too.
     """
 
     def __init__(
@@ -38,12 +42,14 @@ class Layout:
         k_positions: Int[Tensor, "R S"],
         allowed: Bool[Tensor, "R T S"] | None = None,
         blocked: Mapping[int, Bool[Tensor, "R T S"]] | None = None,
+        cells: Cells | None = None,
     ):
         assert allowed is not None or q_positions.shape == k_positions.shape, (
             "plain causal needs as many keys as queries"
         )
         self.q_positions = q_positions
         self.k_positions = k_positions
+        self.cells = cells
         self._allowed = allowed
         self._blocked = dict(blocked or {})
         self._masks: dict[int | None, Bool[Tensor, "R 1 T S"]] = {}
@@ -96,18 +102,45 @@ class _RowTap:
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_is_cached: ContextVar[bool] = ContextVar("is_cached", default=False)
 _windows_seen: ContextVar[dict[int, int | None] | None] = ContextVar("windows_seen", default=None)
 _row_tap: ContextVar[_RowTap | None] = ContextVar("row_tap", default=None)
 
 
 @contextmanager
-def use(layout: Layout) -> Iterator[Layout]:
-    """Forwards inside the block see exactly what `layout` allows, in every layer."""
-    token = _layout.set(layout)
+def use(layout: Layout, *, is_cached: bool = False) -> Iterator[Layout]:
+    """Forwards inside the block see exactly what `layout` allows, in every layer. `is_cached`: they grow a `GridCache`."""
+    token, cached = _layout.set(layout), _is_cached.set(is_cached)
     try:
         yield layout
     finally:
         _layout.reset(token)
+        _is_cached.reset(cached)
+
+
+def active() -> Layout | None:
+    """The layout that a forward going on now runs under."""
+    return _layout.get()
+
+
+class GridCache(DynamicCache):
+    """Keys and values of every token, a row a text: new ones are laid out in the grid before they are appended.
+
+    It keeps every key: windows are cut by the layout, by position.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        layout = _layout.get()
+        if layout is not None and layout.cells is not None:
+            cells = layout.cells.at(layer_idx)
+            key_states, value_states = _spread(cells, key_states), _spread(cells, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _spread(cells: Cells, heads: Float[Tensor, "1 H N K"]) -> Float[Tensor, "R H T K"]:
+    return cells.spread(heads.transpose(1, 2)).transpose(1, 2)
 
 
 @contextmanager
@@ -137,8 +170,8 @@ def watch_rows(at: Int[Tensor, "R Q"], receive: Callable[[int, Tensor], None]) -
 def attention(
     module: torch.nn.Module,
     query: Float[Tensor, "R H T K"],
-    key: Float[Tensor, "R G S K"],
-    value: Float[Tensor, "R G S _"],
+    key: Float[Tensor, "B G S K"],
+    value: Float[Tensor, "B G S _"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -146,8 +179,17 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention output [R, T, H, K] under the active layout, or under `attention_mask` where none is active."""
+    """Attention output [R, T, H, K] under the active layout, or under `attention_mask` where none is active.
+
+    Where the layout has cells, queries come as one row of tokens and go so; keys too, unless a cache has laid them out.
+    """
     layout = _layout.get()
+    layer: int | None = getattr(module, "layer_idx", None)
+    cells = None if layout is None or layout.cells is None else layout.cells.at(layer)
+    if cells is not None:
+        if not _is_cached.get():  # else the cache has laid them out
+            key, value = _spread(cells, key), _spread(cells, value)
+        query = _spread(cells, query)
     seen = _windows_seen.get()
     if seen is not None:
         seen[getattr(module, "layer_idx", len(seen))] = sliding_window
@@ -155,7 +197,6 @@ def attention(
         expected = layout.k_positions.shape[1]
         assert key.shape[2] == expected, f"the cache holds {key.shape[2]} keys where the layout has {expected}"
     plain = softcap is None and s_aux is None
-    layer: int | None = getattr(module, "layer_idx", None)
     if layout is None:
         mask = attention_mask
     else:
@@ -167,9 +208,34 @@ def attention(
         allowed = layout.rows(tap.at, sliding_window, layer)
         tap.receive(layer, _weights_of_rows(query, key, tap.at, allowed, scaling, softcap, s_aux))
     kwargs.pop("dropout", None)  # measurements are made in eval mode only
-    if plain:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    return _explicit(query, key, value, mask, scaling, softcap, s_aux), None
+    if plain and query.device.type == "cpu" and layout is not None:
+        output = _grouped(query, key, value, mask, scaling)
+    elif plain:
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    else:
+        output = _explicit(query, key, value, mask, scaling, softcap, s_aux)
+    return output if cells is None else cells.gather(output), None
+
+
+def _grouped(
+    query: Float[Tensor, "R H T K"], key: Float[Tensor, "R G S K"], value: Float[Tensor, "R G S V"], mask: Tensor | None,
+    scaling: float | None,
+) -> Float[Tensor, "R T H V"]:  # fmt: skip
+    """SDPA in which the heads that share keys stand as further queries of one head: keys and values are not repeated,
+    which on a CPU takes longer than the attention itself."""
+    rows, heads, num, width = query.shape
+    shared = heads // key.shape[1]
+    is_causal = mask is None and num > 1
+    if shared > 1:
+        query = query.reshape(rows, key.shape[1], shared * num, width)
+        if is_causal:
+            mask, is_causal = torch.ones(num, num, dtype=torch.bool).tril(), False
+        if mask is not None:
+            mask = mask.repeat(*[1] * (mask.ndim - 2), shared, 1)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling
+    )
+    return output.reshape(rows, heads, num, value.shape[3]).transpose(1, 2)
 
 
 def _explicit(

@@ -19,18 +19,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import Layout
+from harness.models.cells import filled_cells, shared_cells
 from harness.models.load import LM
 from harness.models.noise import gumbel
-from harness.models.prefix import shared_cache, shared_length
 from harness.text.words import Vocabulary
 
 Combine = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(logits [R, V] of each model, index [R] of each row's request) -> the logits [R, V] to decode from."""
 
-_NUCLEUS_GUESS = 128
-"""Tokens looked at before a full sort: most nuclei are smaller, and a vocabulary is a thousand times larger."""
+_NUCLEUS_SIZES = (128, 1_024, 8_192)
+"""Tokens looked at, step by step, before a full sort, which takes as long as the model does: a nucleus has some hundred
+tokens where an answer begins and one or two further on, a vocabulary a hundred thousand."""
 
 
 @dataclass(frozen=True)
@@ -79,28 +81,26 @@ class Completion:
 class _Tree:
     """The prompts still decoding, as rows of each model's cache, and the nodes that completions have grown on them."""
 
-    def __init__(self, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]]):
+    def __init__(self, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]], is_apart: bool = False):
         self.lms = lms
         self.lengths = np.array([len(c) for c in contexts])
         self.width = int(self.lengths.max())
         self.rows = np.arange(len(contexts))
         """Which context each row of the caches is."""
-        shared = shared_length(contexts, len(contexts) * self.width)
         padded = np.array([[*c, *[0] * (self.width - len(c))] for c in contexts])
-        positions = np.broadcast_to(np.arange(self.width), padded.shape)
         device = lms[0].device
-        tokens = torch.from_numpy(padded[:, shared:]).to(device)
-        at = torch.from_numpy(positions.copy()).to(device)
+        tokens, columns = torch.from_numpy(padded).to(device), torch.arange(self.width, device=device)
+        at = columns.expand(len(contexts), -1)
         # Causality alone keeps real tokens from the padding behind them; nodes are masked from it.
-        causal = torch.ones(self.width, self.width, dtype=torch.bool, device=device).tril()[shared:]
-        layout = Layout(at[:, shared:], at, causal.expand(len(contexts), -1, -1) if shared else None)
+        layout = Layout(at, at, cells=shared_cells(contexts, [0] * len(contexts), device, is_apart))
         self.caches: list[DynamicCache] = []
         last = []
-        for lm in lms:
-            cache = shared_cache(lm, contexts[0][:shared], len(contexts))
-            hidden = lm.hidden(tokens, layout, cache)
-            last.append(lm.logits(hidden[torch.arange(len(contexts)), torch.from_numpy(self.lengths - 1 - shared)]))
-            self.caches.append(cache)
+        with tally.prefilling():
+            for lm in lms:
+                cache = lm.new_cache()
+                hidden = lm.hidden(tokens, layout, cache)
+                last.append(lm.logits(hidden[torch.arange(len(contexts)), torch.from_numpy(self.lengths - 1)]))
+                self.caches.append(cache)
         self.logits: tuple[Float[Tensor, "N V"], ...] = tuple(last)
         """Of the newest nodes (at first: of the prompts' last tokens)."""
         self._slot_sees = np.zeros((len(contexts), 0, 0), dtype=bool)  # [row, node slot, node slot]: ancestors and self
@@ -137,7 +137,7 @@ class _Tree:
         position = self.lengths[self.rows] + step
         self._slot_sees, self._slot_of = sees, slot_of
         self._slot_positions = np.concatenate([self._slot_positions, np.repeat(position[:, None], new, axis=1)], axis=1)
-        self.logits = self._forward(block, [slot_of[n] for n in range(len(index))], old)
+        self.logits = self._forward(block, taken, [slot_of[n] for n in range(len(index))], old)
         return node_of
 
     def _keep_rows(self, contexts: list[int]) -> None:
@@ -152,7 +152,9 @@ class _Tree:
         moved = {int(old): new for new, old in enumerate(kept)}
         self._slot_of = {n: (moved[row], slot) for n, (row, slot) in self._slot_of.items() if row in moved}
 
-    def _forward(self, block: np.ndarray, slots: list[tuple[int, int]], old: int) -> tuple[Float[Tensor, "N V"], ...]:
+    def _forward(
+        self, block: np.ndarray, num_new: Sequence[int], slots: list[tuple[int, int]], old: int
+    ) -> tuple[Float[Tensor, "N V"], ...]:
         device = self.lms[0].device
         rows, new = block.shape
         lengths = self.lengths[self.rows]
@@ -165,6 +167,7 @@ class _Tree:
             torch.from_numpy(k_positions[:, self.width + old :]).to(device),
             torch.from_numpy(k_positions).to(device),
             torch.from_numpy(allowed).to(device),
+            cells=filled_cells(num_new, device),
         )
         tokens = torch.from_numpy(block).to(device)
         row, column = torch.tensor([(r, s - old) for r, s in slots], device=device).T
@@ -213,7 +216,7 @@ def _decode(
     names = [(i if is_apart else 0, requests[i].context) for i in live]
     rows = {name: n for n, name in enumerate(dict.fromkeys(names))}
     of_context = [rows[name] for name in names]
-    tree = _Tree(lms, [context for _, context in rows])
+    tree = _Tree(lms, [context for _, context in rows], is_apart)
     nodes, parents = of_context, [(c, -1) for c in of_context]
     keys = torch.tensor([requests[i].key for i in live], dtype=torch.long, device=lms[0].device)
     for step in range(sampling.max_new_tokens):
@@ -241,12 +244,12 @@ def _choose(
     if combine is not None:  # may weigh the models differently for each completion, so nothing is shared
         table = combine(tuple(x[node] for x in logits), torch.tensor(live, device=device))
         node = torch.arange(len(live), device=device)
-    finite = table.isfinite().all(-1)
+    table = table.log_softmax(-1)  # everything else is read off this one pass over the vocabulary
+    finite = table.sum(-1).isfinite()
     best, best_ids = table.topk(2, dim=-1)
-    normaliser = table.logsumexp(-1)
     is_greedy = sampling.temperature == 0
     token = best_ids[node, 0] if is_greedy else sample(table, keys, step, sampling, node)
-    logprob = table[node, token] - normaliser[node]
+    logprob = table[node, token]
     margin = (best[:, 0] - best[:, 1])[node]
     whole = torch.stack([token.double(), logprob.double(), margin.double(), finite[node].double()]).cpu().tolist()
     return [(int(t), lp, lead, ok > 0) for t, lp, lead, ok in zip(*whole, strict=True)]
@@ -264,20 +267,41 @@ def sample(
     The token that crosses the threshold is kept (Holtzman et al. 2020). `node` None: one row of logits a key.
     """
     node = torch.arange(len(keys), device=keys.device) if node is None else node
-    scaled = logits / sampling.temperature
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_p >= 1:
         ids = torch.arange(scaled.shape[1], device=scaled.device).expand(len(keys), -1)
         return (scaled[node].double() + gumbel(keys, step, ids)).argmax(-1)
-    normaliser = scaled.logsumexp(-1, keepdim=True)
-    values, ids = scaled.topk(min(_NUCLEUS_GUESS, scaled.shape[1]), dim=-1)
-    if bool(((values - normaliser).exp().sum(-1) < sampling.top_p).any()):
-        values, ids = scaled.sort(dim=-1, descending=True)
-    probs = (values - normaliser).double().exp()
-    kept = probs.cumsum(-1) - probs < sampling.top_p
-    size = max(1, int(kept.sum(-1).max()))  # none is kept where logits are NaN, which is told of elsewhere
-    values, ids, kept = values[node, :size], ids[node, :size], kept[node, :size]
-    noisy = (values.double() + gumbel(keys, step, ids)).masked_fill(~kept, float("-inf"))
-    return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+    num_tokens = scaled.shape[1]
+    normaliser = _log_sums(scaled)
+    drawn = torch.zeros_like(node)
+    rows = torch.arange(len(scaled), device=scaled.device)  # whose nucleus is not within what was looked at yet
+    for size in (*(n for n in _NUCLEUS_SIZES if n < num_tokens), num_tokens):
+        values, ids = scaled[rows].topk(size, dim=-1) if size < num_tokens else scaled[rows].sort(-1, descending=True)
+        probs = (values - normaliser[rows]).double().exp()
+        before = probs.cumsum(-1) - probs
+        is_whole = before[:, -1] + probs[:, -1] >= sampling.top_p
+        if size == num_tokens:
+            is_whole = torch.ones_like(is_whole)  # rounding may leave the whole short of 1, and NaN is short of all
+        place = torch.full_like(normaliser[:, 0], -1, dtype=torch.long)
+        place[rows[is_whole]] = torch.arange(len(rows), device=rows.device)[is_whole]
+        mine = (place[node] >= 0).nonzero()[:, 0]
+        if len(mine):
+            at = place[node[mine]]
+            kept = before[at] < sampling.top_p
+            widest = max(1, int(kept.sum(-1).max()))  # none is kept where logits are NaN, which is told of elsewhere
+            some, kept = ids[at, :widest], kept[:, :widest]
+            noisy = (values[at, :widest].double() + gumbel(keys[mine], step, some)).masked_fill(~kept, float("-inf"))
+            drawn[mine] = some.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+        rows = rows[~is_whole]
+        if not len(rows):
+            break
+    return drawn
+
+
+def _log_sums(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 1"]:
+    """ln Σ exp of each row, as `logsumexp`, which on a CPU makes five passes where this makes two."""
+    greatest = logits.max(-1, keepdim=True)
+    return greatest.values - logits.log_softmax(-1).gather(1, greatest.indices)
 
 
 def _record(

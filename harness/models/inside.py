@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models import measure
 from harness.models.attend import Layout
+from harness.models.cells import shared_cells
 from harness.models.load import LM
 from harness.models.measure import SPANS
 from harness.models.taps import Captured, capture
@@ -108,7 +110,7 @@ def _look(lm: LM, probes: Sequence[Probe]) -> list[View | ItemFailed]:
         if len(whole):
             whole_rows.append(weights[whole])
 
-    with capture(lm.anatomy, at, NUM_NEURONS, receive) as found:
+    with capture(lm.anatomy, at, NUM_NEURONS, receive) as found, tally.prefilling():
         lm.hidden(tokens, layout)
     assert len(masses) == len(found.attention) == len(lm.anatomy.blocks), "every layer is seen once"
     # A step asked for twice (the decision at the first token) is unembedded once.
@@ -165,11 +167,14 @@ def _view(
 def right_padded(
     texts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "R T"], Layout]:  # fmt: skip
-    """Tokens of several texts as one causal batch: padding stands behind each text, where nothing of it looks."""
+    """Tokens of several texts as one causal batch: padding stands behind each text, where nothing of it looks.
+
+    A beginning that texts have in common is computed once, and padding never.
+    """
     width = max(map(len, texts))
     tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], dtype=torch.long, device=device)
     positions = torch.arange(width, device=device).expand(len(texts), width)
-    return tokens, Layout(positions, positions)
+    return tokens, Layout(positions, positions, cells=shared_cells(texts, [0] * len(texts), device))
 
 
 def _span_masks(probes: Sequence[Probe], width: int) -> Bool[np.ndarray, "R 4 S"]:

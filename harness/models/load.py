@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from harness import tally
 from harness.errors import EnvironmentFault, HarnessError, ModelError
 from harness.files import check_regular, read_json_object
 from harness.models import attend, shapes
@@ -45,6 +46,7 @@ _MOST_PARTS = 10_000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+_GATED = "harness_gate"
 _MOST_CHAT_STEPS = 1_000_000
 """Lines of a chat template's program, and of what it calls; those that people publish take some hundreds."""
 
@@ -200,13 +202,16 @@ class LM:
     def hidden(
         self, token_ids: Int[Tensor, "R T"], layout: attend.Layout, cache: DynamicCache | None = None
     ) -> Float[Tensor, "R T D"]:
-        """Final-norm output for every token, seeing what `layout` allows. Appends the tokens to `cache`, where given."""
-        decoder = self.model.base_model
+        """Final-norm output for every token, seeing what `layout` allows. Appends the tokens to `cache`, where given.
+
+        Where the layout has cells, just those tokens are computed, without padding.
+        """
+        decoder, cells = self.model.base_model, layout.cells
         before = cache.get_seq_length() if cache is not None else 0
-        with attend.use(layout):
+        with attend.use(layout, is_cached=cache is not None):
             output = decoder(
-                input_ids=token_ids,
-                position_ids=layout.q_positions,
+                input_ids=token_ids if cells is None else cells.gather(token_ids),
+                position_ids=layout.q_positions if cells is None else cells.gather(layout.q_positions),
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
@@ -214,7 +219,7 @@ class LM:
             assert cache.get_seq_length() == before + token_ids.shape[1], (
                 "a forward must grow the cache by its own tokens"
             )
-        return output
+        return output if cells is None else cells.spread(output)
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The model's own logits for just these rows, in float32 (float64 for a float64 model)."""
@@ -222,8 +227,8 @@ class LM:
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache that keeps every key: windows are cut by the layout, by position."""
-        return DynamicCache()
+        """An empty cache for `hidden` to grow."""
+        return attend.GridCache()
 
 
 def identify(spec: ModelSpec) -> ModelIdentity:
@@ -335,6 +340,7 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
             raise ModelError(f"{identity.name}: its weight {name} holds NaN or infinity; fetch or copy it again")
     probe = _probe_ids(size, config, model.device)
     anatomy = dissect(model, probe, identity.name)
+    _gate(anatomy)
     _check_attention(model, probe, config, identity.name)
     vocabulary = Vocabulary.of(codec, _stop_ids(codec, identity), size)
     max_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
@@ -568,6 +574,23 @@ def _stop_ids(codec: Codec, identity: ModelIdentity) -> set[int]:
         ids = source.get("eos_token_id")
         declared += ids if isinstance(ids, list) else [ids]
     return {int(i) for i in declared if i is not None}
+
+
+def _gate(anatomy: Anatomy) -> None:
+    """Counts the tokens that go through each block, and hands each the tokens that its layer computes (see `cells`)."""
+    share = 1 / len(anatomy.blocks)
+
+    def enter(layer: int, _block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        layout = attend.active()
+        cut = None if layout is None or layout.cells is None else layout.cells.enter(layer, args, kwargs)
+        args, kwargs = cut or (args, kwargs)
+        resid = args[0] if args else kwargs["hidden_states"]
+        tally.add(resid.shape[0] * resid.shape[1] * share)
+        return cut
+
+    for layer, block in enumerate(anatomy.blocks):
+        if not hasattr(block, _GATED):  # a model may be assembled twice
+            setattr(block, _GATED, block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
 
 
 def _probe_ids(size: int, config: object, device: torch.device) -> Tensor:

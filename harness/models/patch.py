@@ -4,6 +4,9 @@ One prefix, many rows: the target's context up to its last token is prefilled on
 that shares it, patched at its own layer, and only the last token, the word's own tokens and the continuation are
 computed. The word's probability is recomputed under the patch, tokens after the first included.
 
+A row patched at layer l equals the untouched target below it, so it enters there (`cells.Late`): about half of the
+work. So does its continuation, as long as another row that is still untouched in those layers says the same tokens.
+
 The patches (gravity.md §6), all at the answer's first step:
 `resid`, `attn`, `mlp`: the block's output, or what one part of it adds, at the context's last token, from the source
 (Vig et al. 2020; Meng et al. 2022). `kv_question`, `kv_instruction`: the keys and values that are read from a span, the
@@ -24,8 +27,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
-from harness.models.attend import Layout
+from harness.models.attend import GridCache, Layout
+from harness.models.cells import Cells, Late, late_cells
 from harness.models.decode import Completion
 from harness.models.load import LM
 from harness.models.score import TreeScores, read_trees
@@ -112,11 +117,12 @@ def begin(lm: LM, pair: Pair, patches: Sequence[str]) -> Start:
     ]
     at = torch.tensor([[len(pair.source) - 1]], device=lm.device)
     moved: dict[int, DynamicCache] = {}
-    with capture(lm.anatomy, at) as found:
-        moved[0] = _prefill(lm, pair.source)
-    for shift in {_shift(lm, move) for move in wanted} - {0}:
-        moved[shift] = _prefill(lm, pair.source, shift)
-    return Start(found, moved, _prefill(lm, pair.target[:-1]))
+    with tally.prefilling():
+        with capture(lm.anatomy, at) as found:
+            moved[0] = _prefill(lm, pair.source)
+        for shift in {_shift(lm, move) for move in wanted} - {0}:
+            moved[shift] = _prefill(lm, pair.source, shift)
+        return Start(found, moved, _prefill(lm, pair.target[:-1]))
 
 
 @torch.inference_mode()
@@ -136,7 +142,7 @@ def run_rows(
         hidden = _forward_tree(lm, pair, trie, cache, names)
     scores = read_trees(lm, hidden.flatten(0, 1), [trie] * len(names), top_k)
     logits = lm.logits(hidden[:, 0])
-    continuations = _continue(lm, logits, cache, len(pair.target), len(trie), max_new_tokens, stop_at_newline)
+    continuations = _continue(lm, logits, cache, names, len(pair.target), len(trie), max_new_tokens, stop_at_newline)
     return [
         score
         if isinstance(score, ItemFailed)
@@ -179,7 +185,7 @@ def _prefill(lm: LM, tokens: Sequence[int], shift: int = 0) -> DynamicCache:
 
 def fork(cache: DynamicCache, rows: int) -> DynamicCache:
     """The cache of one text as `rows` rows with keys and values of their own: what one changes, nothing else sees."""
-    forked = DynamicCache()
+    forked = GridCache()
     for n, layer in enumerate(cache.layers):
         keys, values = (getattr(layer, kind).repeat_interleave(rows, 0) for kind in ("keys", "values"))
         forked.update(keys, values, n)
@@ -205,7 +211,7 @@ def _edits(lm: LM, found: Captured, name: str, rows: Sequence[tuple[int, int]]) 
             found.resid[layer + 1] if name == "resid" else getattr(found, {"attn": "attention"}.get(name, name))[layer]
         )
         scale = 1.0 if name == "resid" else anatomy.multiplier
-        edits.append(Edit(module, torch.tensor([row], device=lm.device), 0, value[:, 0] / scale))
+        edits.append(Edit(module, torch.tensor([row], device=lm.device), 0, value[:, 0] / scale, layer))
     return edits
 
 
@@ -220,7 +226,26 @@ def _forward_tree(lm: LM, pair: Pair, trie: Trie, cache: DynamicCache, names: Na
     allowed = torch.ones(num, width, prefix + width, dtype=torch.bool, device=lm.device)
     allowed[:, :, prefix:] = torch.from_numpy(own).to(lm.device)
     at = positions.expand(num, -1)
-    return lm.hidden(tokens, Layout(at[:, prefix:], at, allowed, _knockouts(pair, names, allowed)), cache)
+    cells = late_cells(
+        num, width, enter_late([layer for _, layer in names], [()] * num, len(lm.anatomy.blocks)), lm.device
+    )
+    layout = Layout(at[:, prefix:], at, allowed, _knockouts(pair, names, allowed), cells)
+    return lm.hidden(tokens, layout, cache)
+
+
+def enter_late(layers: Sequence[int], texts: Sequence[Sequence[int]], num_layers: int) -> Late:
+    """Where each row's own computation begins: row r is patched at layer `layers[r]` (-1: nowhere) and holds `texts[r]`.
+
+    Rows of one text are equal below the layers they are patched at; the one patched highest stands for the others.
+    """
+    entry = np.array([num_layers if layer < 0 else layer for layer in layers])
+    leader_of: dict[tuple[int, ...], int] = {}
+    for row, text in enumerate(map(tuple, texts)):
+        if entry[row] > entry[leader_of.setdefault(text, row)]:
+            leader_of[text] = row
+    leader = np.array([leader_of[tuple(text)] for text in texts])
+    entry[leader] = 0
+    return Late(entry, leader)
 
 
 def _knockouts(pair: Pair, names: Names, allowed: Bool[Tensor, "R T S"]) -> Mapping[int, Bool[Tensor, "R T S"]]:
@@ -233,8 +258,9 @@ def _knockouts(pair: Pair, names: Names, allowed: Bool[Tensor, "R T S"]) -> Mapp
 
 
 def _continue(
-    lm: LM, logits: Tensor, cache: DynamicCache, seen: int, num_nodes: int, max_new_tokens: int, stop_at_newline: bool
-) -> list[Completion]:
+    lm: LM, logits: Tensor, cache: DynamicCache, names: Names, seen: int, num_nodes: int, max_new_tokens: int,
+    stop_at_newline: bool,
+) -> list[Completion]:  # fmt: skip
     """Greedy completions from the logits after `seen` tokens; the word's nodes, in the cache too, are not looked at.
 
     Rows that are finished leave the cache.
@@ -242,8 +268,8 @@ def _continue(
     done = [Completion() for _ in range(len(logits))]
     live = list(range(len(done)))
     for step in range(max_new_tokens):
-        best = logits.topk(2, dim=-1)
-        log_p = (best.values[:, 0] - logits.logsumexp(-1)).tolist()
+        best = logits.log_softmax(-1).topk(2, dim=-1)
+        log_p = best.values[:, 0].tolist()
         margins = (best.values[:, 0] - best.values[:, 1]).tolist()
         tokens = best.indices[:, 0].tolist()
         going = [
@@ -257,16 +283,19 @@ def _continue(
             cache.batch_select_indices(torch.tensor(going, device=lm.device))
             live = [live[n] for n in going]
         newest = torch.tensor([[done[row].token_ids[-1]] for row in live], device=lm.device)
-        logits = lm.logits(lm.hidden(newest, _next_layout(len(live), seen, num_nodes, step, lm.device), cache)[:, 0])
+        late = enter_late([names[r][1] for r in live], [done[r].token_ids for r in live], len(lm.anatomy.blocks))
+        layout = _next_layout(late_cells(len(live), 1, late, lm.device), seen, num_nodes, step)
+        logits = lm.logits(lm.hidden(newest, layout, cache)[:, 0])
     return done
 
 
-def _next_layout(rows: int, seen: int, num_nodes: int, step: int, device: torch.device) -> Layout:
+def _next_layout(cells: Cells, seen: int, num_nodes: int, step: int) -> Layout:
     """Keys: the context, the word's nodes (hidden), the continuation so far and the new token."""
+    rows, device = len(cells), cells.row.device
     k_positions: Int[Tensor, " S"] = torch.tensor(
         [*range(seen), *[0] * num_nodes, *range(seen, seen + step + 1)], device=device
     )
     allowed = torch.ones(rows, 1, len(k_positions), dtype=torch.bool, device=device)
     allowed[:, :, seen : seen + num_nodes] = False
     at = k_positions.expand(rows, -1)
-    return Layout(at[:, -1:], at, allowed)
+    return Layout(at[:, -1:], at, allowed, cells=cells)

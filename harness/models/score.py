@@ -2,9 +2,8 @@
 
 An item is the context followed by the trie's nodes. Each node looks at the context and at its ancestors (Cai et al.
 2024, Medusa; Miao et al. 2024, SpecInfer use the same mask to verify drafts) and stands at position context length +
-depth. Items are packed into rows, where they do not see each other, so that little padding is computed; the common
-start of a batch's contexts is forwarded once (see `prefix`). The head is applied to the context's last token and the
-nodes, nothing else.
+depth. No padding is computed, and every beginning that contexts have in common just once (see `cells`). The head is
+applied to the context's last token and the nodes, nothing else.
 """
 
 from collections.abc import Sequence
@@ -17,13 +16,10 @@ from torch import Tensor
 
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import Layout
+from harness.models.cells import shared_cells
 from harness.models.load import LM
-from harness.models.prefix import shared_cache, shared_length
 from harness.text.words import Trie
 
-_ROW = 192
-"""Tokens a row may be filled to by several items: longer rows waste less padding but more attention."""
-_OPEN_ROWS = 32
 _HEAD_ROWS = 256
 """Rows per application of the head: 256 × 152k float32 logits are 150 MB."""
 
@@ -84,16 +80,11 @@ def _too_long(lm: LM, context: Sequence[int], trie: Trie) -> ItemFailed | None:
 def _score(
     lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int, is_apart: bool = False
 ) -> list[TreeScores | ItemFailed]:
-    padded = len(contexts) * max(row_length(c, t) for c, t in zip(contexts, tries, strict=True))
-    shared = shared_length(contexts, padded)
-    tokens, layout, places = tree_batch(contexts, tries, lm.device, shared, is_apart)
-    cache = shared_cache(lm, contexts[0][:shared], tokens.shape[0]) if shared else None
-    hidden = lm.hidden(tokens, layout, cache)
-    # Rows the head is applied to: per item its last context token, then its nodes.
+    tokens, layout = tree_batch(contexts, tries, lm.device, is_apart)
+    hidden = lm.hidden(tokens, layout)
+    # What the head is applied to: per item its last context token, then its nodes.
     where = [
-        (row, offset + len(c) - shared - 1 + i)
-        for (row, offset), c, t in zip(places, contexts, tries, strict=True)
-        for i in range(1 + len(t))
+        (r, len(c) - 1 + i) for r, (c, t) in enumerate(zip(contexts, tries, strict=True)) for i in range(1 + len(t))
     ]
     row, column = torch.tensor(where, device=lm.device).T
     return read_trees(lm, hidden[row, column], tries, top_k)
@@ -106,80 +97,44 @@ def read_trees(
     starts = np.cumsum([0] + [1 + len(t) for t in tries])
     picks, pick_of = _picks(tries, starts)
     first = torch.tensor(starts[:-1], device=lm.device)
-    picked, word_end, entropy, top_ids, top_probs, finite = _read(lm, rows, picks.to(lm.device), first, top_k)
+    is_end = np.zeros(rows.shape[0], dtype=bool)
+    for start, trie in zip(starts, tries, strict=False):
+        is_end[[start + 1 + node for node in trie.ends if node >= 0]] = True
+    ends = torch.from_numpy(is_end).to(lm.device)
+    picked, word_end, entropy, top_ids, top_probs, finite = _read(lm, rows, picks.to(lm.device), first, ends, top_k)
     results: list[TreeScores | ItemFailed] = []
     for i, trie in enumerate(tries):
         if not bool(finite[starts[i] : starts[i + 1]].all()):
             results.append(NotFinite(NOT_FINITE))
             continue
         logprobs = np.array([picked[pick_of[i][j]].sum() for j in range(len(trie.sequences))], dtype=np.float64)
-        ends = np.array([word_end[starts[i] + 1 + e] if e >= 0 else np.nan for e in trie.ends], dtype=np.float64)
-        results.append(TreeScores(logprobs, ends, float(entropy[i]), top_ids[i], top_probs[i]))
+        ended = np.array([word_end[starts[i] + 1 + e] if e >= 0 else np.nan for e in trie.ends], dtype=np.float64)
+        results.append(TreeScores(logprobs, ended, float(entropy[i]), top_ids[i], top_probs[i]))
     return results
 
 
 def tree_batch(
-    contexts: Sequence[Sequence[int]],
-    tries: Sequence[Trie],
-    device: torch.device,
-    shared: int = 0,
-    is_apart: bool = False,
-) -> tuple[Int[Tensor, "R T"], Layout, list[tuple[int, int]]]:
-    """Tokens [R, T] of contexts + nodes, the layout that makes each item a tree of its own, and each item's (row, offset).
+    contexts: Sequence[Sequence[int]], tries: Sequence[Trie], device: torch.device, is_apart: bool = False
+) -> tuple[Int[Tensor, "R T"], Layout]:
+    """Tokens [R, T] of contexts, each with its trie's nodes behind it, and the layout that makes each row a tree.
 
-    Several items stand in one row where they fit, blind to each other, or each in its own with `is_apart`. The first
-    `shared` tokens of every context stand in a cache already: all see them, and they are keys only.
+    A beginning that contexts have in common is computed once; with `is_apart` nothing is shared.
     """
-    lengths = [row_length(c, t) - shared for c, t in zip(contexts, tries, strict=True)]
-    places = [(row, 0) for row in range(len(lengths))] if is_apart else pack(lengths)
-    rows, width = 1 + max(r for r, _ in places), max(o + n for (_, o), n in zip(places, lengths, strict=True))
+    lengths = [row_length(c, t) for c, t in zip(contexts, tries, strict=True)]
+    rows, width = len(lengths), max(lengths)
     tokens = np.zeros((rows, width), dtype=np.int64)
-    positions = np.zeros((rows, shared + width), dtype=np.int64)
-    positions[:, :shared] = np.arange(shared)
-    allowed = np.zeros((rows, width, shared + width), dtype=bool)
-    allowed[:, :, :shared] = True
+    positions = np.zeros((rows, width), dtype=np.int64)
     # Padding sees itself, so that no row of the mask is empty; nothing else sees padding.
-    allowed[:, np.arange(width), shared + np.arange(width)] = True
-    for (row, start), length, context, trie in zip(places, lengths, contexts, tries, strict=True):
-        n = len(context) - shared
-        node, end = start + n, start + length
-        tokens[row, start:node], tokens[row, node:end] = context[shared:], trie.tokens
-        positions[row, shared + start : shared + node] = np.arange(shared, len(context))
-        positions[row, shared + node : shared + end] = len(context) + np.asarray(trie.depths, dtype=np.int64)
-        allowed[row, start:end, shared + start : shared + node] = np.tri(length, n, dtype=bool)
-        allowed[row, node:end, shared + node : shared + end] = trie.ancestry()
+    allowed = np.broadcast_to(np.eye(width, dtype=bool), (rows, width, width)).copy()
+    for r, (end, context, trie) in enumerate(zip(lengths, contexts, tries, strict=True)):
+        n = len(context)
+        tokens[r, :n], tokens[r, n:end] = context, trie.tokens
+        positions[r, :n], positions[r, n:end] = np.arange(n), n + np.asarray(trie.depths, dtype=np.int64)
+        allowed[r, :end, :n] = np.tri(end, n, dtype=bool)
+        allowed[r, n:end, n:end] = trie.ancestry()
     at = torch.from_numpy(positions).to(device)
-    layout = Layout(at[:, shared:], at, torch.from_numpy(allowed).to(device))
-    return torch.from_numpy(tokens).to(device), layout, places
-
-
-def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """A (row, offset) for each length, so that rows × longest row is small and no row is much over `_ROW`.
-
-    First fit, longest first (Johnson 1973), at the best of a few widths; only the newest rows are tried, which keeps
-    a batch of thousands cheap.
-    """
-    longest = max(lengths)
-    widths = {longest, *range(longest, _ROW + 1, 16)} if len(lengths) <= 256 else {longest, max(_ROW, longest)}
-    tries = [_first_fit(lengths, width) for width in sorted(widths)]
-    return min(tries, key=lambda places: _area(lengths, places))
-
-
-def _first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
-    places = [(0, 0)] * len(lengths)
-    filled: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        newest = range(max(0, len(filled) - _OPEN_ROWS), len(filled))
-        row = next((r for r in newest if filled[r] + lengths[i] <= width), len(filled))
-        if row == len(filled):
-            filled.append(0)
-        places[i] = (row, filled[row])
-        filled[row] += lengths[i]
-    return places
-
-
-def _area(lengths: Sequence[int], places: Sequence[tuple[int, int]]) -> int:
-    return (1 + max(r for r, _ in places)) * max(o + n for (_, o), n in zip(places, lengths, strict=True))
+    cells = shared_cells(contexts, [len(t) for t in tries], device, is_apart)
+    return torch.from_numpy(tokens).to(device), Layout(at, at, torch.from_numpy(allowed).to(device), cells=cells)
 
 
 def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"], list[list[np.ndarray]]]:
@@ -196,14 +151,18 @@ def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"
 
 
 def _read(
-    lm: LM, rows: Float[Tensor, "N D"], picks: Int[Tensor, "P 2"], first: Int[Tensor, " B"], top_k: int
+    lm: LM, rows: Float[Tensor, "N D"], picks: Int[Tensor, "P 2"], first: Int[Tensor, " B"], is_end: Bool[Tensor, " N"],
+    top_k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers wanted of each row, a block of rows at a time, so that the full [N, V] logits never stand in memory."""
+    """The numbers wanted of each row, a block of rows at a time, so that the full [N, V] logits never stand in memory.
+
+    A vocabulary is long: every further pass over a block costs as much as a layer, so each is made for the rows that need it.
+    """
     num_rows, top_k = rows.shape[0], min(top_k, lm.vocabulary.ends_word.size)
     device = rows.device
     ends_word: Bool[Tensor, " V"] = torch.from_numpy(lm.vocabulary.ends_word).to(device)
     picked = torch.empty(picks.shape[0], dtype=torch.float64, device=device)
-    word_end = torch.empty(num_rows, dtype=torch.float64, device=device)
+    word_end = torch.full((num_rows,), torch.nan, dtype=torch.float64, device=device)
     finite = torch.empty(num_rows, dtype=torch.bool, device=device)
     entropy = torch.empty(first.shape[0], dtype=torch.float64, device=device)
     top_ids = torch.empty(first.shape[0], top_k, dtype=torch.long, device=device)
@@ -211,8 +170,10 @@ def _read(
     for begin in range(0, num_rows, _HEAD_ROWS):
         end = min(begin + _HEAD_ROWS, num_rows)
         log_p = lm.logits(rows[begin:end]).log_softmax(-1)
-        finite[begin:end] = log_p.isfinite().all(-1)
-        word_end[begin:end] = log_p.masked_fill(~ends_word, float("-inf")).logsumexp(-1).double()
+        finite[begin:end] = log_p.sum(-1).isfinite()
+        ended = is_end[begin:end].nonzero()[:, 0]
+        if len(ended):
+            word_end[begin + ended] = log_p[ended].masked_fill_(~ends_word, float("-inf")).logsumexp(-1).double()
         here = (picks[:, 0] >= begin) & (picks[:, 0] < end)
         picked[here] = log_p[picks[here, 0] - begin, picks[here, 1]].double()
         mine = (first >= begin) & (first < end)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from harness.models.anatomy import Anatomy, first_tensor
-from harness.models.attend import watch_rows
+from harness.models.attend import active, watch_rows
+from harness.models.cells import Cells
 
 
 @dataclass
@@ -50,6 +51,9 @@ def capture(
     wide = torch.promote_types(next(anatomy.decoder.parameters()).dtype, torch.float32)
 
     def pick(x: Tensor) -> Tensor:
+        cells = _cells(None)
+        if cells is not None:
+            return x[0][cells.source.gather(1, at)]
         return x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -58,7 +62,8 @@ def capture(
     def leave(_module: nn.Module, _args: object, output: object) -> None:
         resid = _tensor(output)
         found.resid.append(pick(resid))
-        found.resid_norm.append(resid.to(wide).norm(dim=-1))
+        norms, cells = resid.to(wide).norm(dim=-1), _cells(None)
+        found.resid_norm.append(norms if cells is None else cells.spread(norms))
 
     def part(into: list[Tensor]) -> Callable[[nn.Module, object, object], None]:
         return lambda _module, _args, output: into.append(pick(_tensor(output)) * anatomy.multiplier)
@@ -86,12 +91,14 @@ def capture(
 
 @dataclass(frozen=True)
 class Edit:
-    """Put `values` [N, D] in place of what a module gives at token `column` of the batch rows `rows` [N]."""
+    """Put `values` [N, D] in place of what a module of block `layer` gives at token `column` of the batch rows `rows` [N]."""
 
     module: nn.Module
     rows: Int[Tensor, " N"]
     column: int
     values: Float[Tensor, "N D"]
+    layer: int | None = None
+    """Needed where rows enter late (see `cells`)."""
 
 
 @contextmanager
@@ -101,7 +108,11 @@ def patch(edits: Sequence[Edit]) -> Iterator[None]:
     def hook(edit: Edit) -> Callable[[nn.Module, object, object], object]:
         def replace(_module: nn.Module, _args: object, output: object) -> object:
             changed = _tensor(output).clone()
-            changed[edit.rows, edit.column] = edit.values.to(changed.dtype)
+            cells = _cells(edit.layer)
+            if cells is None:
+                changed[edit.rows, edit.column] = edit.values.to(changed.dtype)
+            else:
+                changed[0, cells.source[edit.rows, edit.column]] = edit.values.to(changed.dtype)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return replace
@@ -109,6 +120,12 @@ def patch(edits: Sequence[Edit]) -> Iterator[None]:
     with _hooks() as handles:
         handles.extend(edit.module.register_forward_hook(hook(edit)) for edit in edits)
         yield
+
+
+def _cells(layer: int | None) -> Cells | None:
+    """Where the tokens of the forward going on stand; None where they come as a grid."""
+    layout = active()
+    return None if layout is None or layout.cells is None else layout.cells.at(layer)
 
 
 @contextmanager

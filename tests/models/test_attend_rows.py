@@ -12,7 +12,6 @@ from harness.models import attend, plain
 from harness.models.attend import Layout
 from harness.models.inside import right_padded
 from harness.models.load import LM, Codec, assemble
-from harness.models.prefix import shared_cache
 from harness.models.score import tree_batch
 from harness.text.words import Tokens, build_trie
 from tests.models.test_taps import ALL, TEXTS, lm_of, random_ids
@@ -163,7 +162,8 @@ def test_rows_behind_a_cache_reach_into_it(family: str) -> None:
     allowed = torch.ones(40, 40, dtype=torch.bool).tril()[cached:].expand(2, -1, -1)
     layout = Layout(positions[:, cached:], positions, allowed)
     with torch.inference_mode():
-        cache = shared_cache(lm, LONG[:cached], 2)
+        cache = lm.new_cache()
+        lm.hidden(torch.tensor([LONG[:cached]] * 2), straight(2, cached), cache)
     rows = tapped(lm, tokens, layout, torch.tensor([[15, 0], [15, 3]]), cache)
     for row, tail in enumerate(tails):
         text = (*LONG[:cached], *tail)
@@ -173,24 +173,25 @@ def test_rows_behind_a_cache_reach_into_it(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_rows_of_a_trees_nodes_see_their_ancestors_alone(family: str) -> None:
-    """Two contexts in one row with nodes each: a node's row is that of the text which ends in it."""
+    """Two contexts with nodes each, a start in common: a node's row is that of the text which ends in it."""
     lm = lm_of(family)
     trie = build_trie([(7, 8, 9), (7, 11), (200, 3)], whole=[(7, 8), (200,)])
-    contexts = [random_ids(20, 1), random_ids(12, 2)]
-    tokens, layout, places = tree_batch(contexts, [trie, trie], lm.device)
-    assert tokens.shape[0] == 1
-    (_, start), (_, other) = places
+    start = random_ids(8, 3)
+    contexts = [start + random_ids(12, 1), start + random_ids(4, 2)]
+    tokens, layout = tree_batch(contexts, [trie, trie], lm.device)
+    assert layout.cells is not None
+    assert len(layout.cells) == 8 + 12 + 4 + 2 * len(trie)
     node = {trie.tokens[: n + 1][-1]: n for n in range(len(trie))}
-    columns = [start + 20 + node[8], other + 12 + node[200]]
-    rows = tapped(lm, tokens, layout, torch.tensor([columns]))
-    own = [*range(start, start + 20), start + 20 + node[7], start + 20 + node[8]]
-    want = plain.attention_rows(lm, (*contexts[0], 7, 8), 21)
-    assert np.abs(np.stack([x[0, :, 0, own].double().numpy() for x in rows]) - want).max() < ROUNDING
-    second = [*range(other, other + 12), other + 12 + node[200]]
-    want = plain.attention_rows(lm, (*contexts[1], 200), 12)
-    assert np.abs(np.stack([x[0, :, 1, second].double().numpy() for x in rows]) - want).max() < ROUNDING
-    for x in rows:  # and what is not its own has no weight, so the sums are whole
-        assert torch.allclose(x[0, :, 0, own].sum(-1), torch.ones(x.shape[1]), atol=ROUNDING)
+    columns = [20 + node[8], 12 + node[200]]
+    rows = tapped(lm, tokens, layout, torch.tensor(columns)[:, None])
+    for row, (text, own) in enumerate(
+        [((*contexts[0], 7, 8), [*range(20), 20 + node[7], 20 + node[8]]),
+         ((*contexts[1], 200), [*range(12), 12 + node[200]])]
+    ):  # fmt: skip
+        want = plain.attention_rows(lm, text, len(text) - 1)
+        assert np.abs(np.stack([x[row, :, 0, own].double().numpy() for x in rows]) - want).max() < ROUNDING
+        for x in rows:  # and what is not its own has no weight, so the sums are whole
+            assert torch.allclose(x[row, :, 0, own].sum(-1), torch.ones(x.shape[1]), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("family", [f for f in ALL if f != "tiny-gpt2"])

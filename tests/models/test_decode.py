@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from harness.errors import ItemFailed
+from harness.models import attend, plain
 from harness.models import decode as decode_module
-from harness.models import plain
 from harness.models.decode import Completion, Request, Sampling, decode, sample
 from harness.models.load import LM, Codec, assemble
 from harness.models.noise import gumbel, row_key
@@ -104,9 +104,9 @@ def test_a_tree_whose_nodes_saw_their_cousins_would_say_something_else(
     want = [c.logprobs for c in decoded(lm, SIXTEEN, FREE)]
     forward = decode_module._Tree._forward
 
-    def see_all(self, block, slots, old):
+    def see_all(self, *given):
         self._slot_sees = np.broadcast_to(np.tri(self._slot_sees.shape[1], dtype=bool), self._slot_sees.shape)
-        return forward(self, block, slots, old)
+        return forward(self, *given)
 
     monkeypatch.setattr(decode_module._Tree, "_forward", see_all)
     got = [c.logprobs for c in decoded(lm, SIXTEEN, FREE)]
@@ -166,10 +166,11 @@ def test_finished_completions_leave_the_others_as_they_were(family: str) -> None
 
 @dataclass
 class Traffic:
-    """Tokens of each forward (padding included), and the cache length before and after it."""
+    """Tokens of each forward, the rows and columns of their grid, and the cache length before and after it."""
 
     tokens: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
 
@@ -180,7 +181,10 @@ def traffic(lm: LM) -> Iterator[Traffic]:
 
     def before(_module, _args, kwargs) -> None:
         seen.tokens.append(kwargs["input_ids"].numel())
-        seen.rows.append(kwargs["input_ids"].shape[0])
+        layout = attend.active()
+        assert layout is not None
+        seen.rows.append(layout.q_positions.shape[0])
+        seen.columns.append(layout.q_positions.shape[1])
         seen.before.append(kwargs["past_key_values"].get_seq_length())
 
     def after(_module, _args, kwargs, _output) -> None:
@@ -220,16 +224,16 @@ def test_a_common_start_is_forwarded_once_for_all_prompts() -> None:
     assert len({c[25] for c in contexts}) > 1
     with traffic(lm) as seen:
         decoded(lm, [Request(c) for c in contexts], GREEDY)
-    assert seen.tokens == [25, 8 * 5, 8, 8, 8]
+    assert seen.tokens == [25 + 8 * 5, 8, 8, 8]
 
 
 def test_every_forward_grows_the_cache_by_its_own_tokens() -> None:
     lm = with_ends(tiny_lm("tiny-gemma3"), stop=range(0, 260, 3))
     with traffic(lm) as seen:
         decoded(lm, REQUESTS, FREE)
-    assert [a - b for a, b in zip(seen.after, seen.before, strict=True)] == [
-        t // r for t, r in zip(seen.tokens, seen.rows, strict=True)
-    ]
+    assert [a - b for a, b in zip(seen.after, seen.before, strict=True)] == seen.columns
+    assert all(t <= r * c for t, r, c in zip(seen.tokens, seen.rows, seen.columns, strict=True))
+    assert sum(seen.tokens) < sum(r * c for r, c in zip(seen.rows, seen.columns, strict=True)) / 1.5  # no padding is
     assert seen.rows[-1] < max(seen.rows)  # prompts that are finished leave the batch
     starts = [i for i, length in enumerate(seen.before) if length == 0]
     assert all(seen.before[i] == seen.after[i - 1] for i in range(len(seen.before)) if i not in starts)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from harness.errors import ItemFailed, NotFinite
 from harness.models import attend, patch, plain
-from harness.models.attend import Layout
+from harness.models.attend import GridCache, Layout
 from harness.models.decode import Completion, Sampling
 from harness.models.load import LM
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
@@ -278,21 +278,24 @@ def test_a_cache_of_another_length_is_refused_before_anything_is_computed_with_i
     assert gap(swept(lm)["attn", 1], whole["attn", 1]) < OF_PROBS
 
 
-class _Forgetful(DynamicCache):
+class _Forgetful(GridCache):
     """Shows a forward its own tokens and keeps none of them."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         held = layers_of(self)[layer_idx] if layer_idx < len(self.layers) else None
-        if held is not None and held.get_seq_length():
-            return torch.cat([held.keys, key_states], 2), torch.cat([held.values, value_states], 2)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        old = (held.keys, held.values) if held is not None and held.get_seq_length() else None
+        whole = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if old is not None:
+            layer = layers_of(self)[layer_idx]
+            layer.keys, layer.values = old
+        return whole
 
 
 def test_a_cache_that_does_not_grow_with_its_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = lm_of("tiny-llama")
-    monkeypatch.setattr(patch, "DynamicCache", _Forgetful)
+    monkeypatch.setattr(patch, "GridCache", _Forgetful)
     with pytest.raises(AssertionError, match="must grow the cache by its own tokens"):
         sweep(lm, PAIR, ["resid"], RARE, NEW_TOKENS)
 
@@ -554,8 +557,10 @@ def test_a_layer_that_overflows_fails_its_own_row_alone() -> None:
     """The source's last blocks give NaN; a patch taken before them is sound."""
     lm = poisoned_lm()
 
+    forwards = iter(range(100))
+
     def overflow(_module: object, _args: object, output: Tensor) -> Tensor | None:
-        return output * torch.nan if output.shape[:2] == (1, len(SOURCE)) else None
+        return output * torch.nan if next(forwards) == 0 else None  # the source is forwarded first
 
     handle = lm.anatomy.blocks[2].register_forward_hook(overflow)
     rows = dict(zip(by_identity(lm, ["resid"]), sweep(lm, PAIR, ["resid"], RARE, NEW_TOKENS), strict=True))

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from harness.errors import ItemFailed
 from harness.models import plain, score
-from harness.models.attend import Layout
+from harness.models.cells import Cells, shared_cells
 from harness.models.decode import Completion, Request, Sampling, decode
 from harness.models.load import LM, Codec, assemble
 from harness.models.noise import row_key
-from harness.models.prefix import shared_cache, shared_length
-from harness.models.score import TreeScores, pack, row_length, score_trees, tree_batch
+from harness.models.score import TreeScores, row_length, score_trees, tree_batch
 from harness.stages.psem import measures
 from harness.text.detect import find_word
 from harness.text.words import Tokens, Trie, build_trie, word_forms
@@ -96,8 +95,11 @@ def test_trees_equal_the_plain_reference_for_any_batch_and_order(family: str) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_common_start_is_shared_and_changes_nothing(family: str) -> None:
-    contexts = [c for c, _ in TOGETHER]
-    assert shared_length(contexts, len(contexts) * max(row_length(c, t) for c, t in TOGETHER)) == len(START)
+    contexts, tries = zip(*TOGETHER, strict=True)
+    distinct = {c[:n] for c in contexts for n in range(1, len(c) + 1)}
+    _, layout = tree_batch(contexts, tries, torch.device("cpu"))
+    assert layout.cells is not None
+    assert len(layout.cells) == len(distinct) + sum(map(len, tries)) < sum(row_length(c, t) for c, t in TOGETHER)
     assert worst(tiny_lm(family), family, TOGETHER) < RELATIVE
     same = [TOGETHER[1]] * 3  # one context thrice: all of it but its last token is common
     assert worst(tiny_lm(family), family, same) < RELATIVE
@@ -127,14 +129,12 @@ def test_in_float64_every_node_equals_the_reference_to_the_tenth_digit(
     lm = exact_lm(family, monkeypatch)
     for items in (APART, TOGETHER):
         contexts, tries = [c for c, _ in items], [t for _, t in items]
-        shared = shared_length(contexts, len(contexts) * max(row_length(c, t) for c, t in items))
-        tokens, layout, places = tree_batch(contexts, tries, lm.device, shared)
+        tokens, layout = tree_batch(contexts, tries, lm.device)
         with torch.inference_mode():
-            cache = shared_cache(lm, contexts[0][:shared], len(tokens)) if shared else None
-            hidden = lm.hidden(tokens, layout, cache)
+            hidden = lm.hidden(tokens, layout)
         assert hidden.dtype == torch.float64
-        for (row, start), context, trie in zip(places, contexts, tries, strict=True):
-            node = start + len(context) - shared
+        for row, (context, trie) in enumerate(zip(contexts, tries, strict=True)):
+            node = len(context)
             for sequence, steps in zip(trie.sequences, trie.steps, strict=True):
                 with torch.inference_mode(), plain.eager(lm):
                     ids = torch.tensor([[*context, *sequence]])
@@ -206,15 +206,14 @@ def test_broken_trees_give_other_probabilities(family: str) -> None:
 
 
 def test_items_that_could_see_each_other_give_other_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: items packed in one row without the mask that makes them blind to each other."""
+    """Control: tokens taken for another context's own, as a start that is not common would be."""
 
-    def open_rows(*args: object) -> tuple[Tensor, Layout, list[tuple[int, int]]]:
-        tokens, layout, places = tree_batch(*args)  # type: ignore[arg-type]
-        return tokens, Layout(layout.q_positions, layout.k_positions), places
+    def mixed(contexts: Sequence[Tokens], num_own: Sequence[int], *rest: object) -> Cells:
+        return shared_cells([contexts[0][: len(c)] + c[len(contexts[0]) :] for c in contexts], num_own, *rest)  # type: ignore[arg-type]
 
-    items = [(c, ONE_TOKEN) for c, _ in APART]  # no nodes, so that causality is all a single item needs
+    items = [(c, ONE_TOKEN) for c, _ in APART]
     lm, family = tiny_lm("tiny-llama"), "tiny-llama"
-    monkeypatch.setattr(score, "tree_batch", open_rows)
+    monkeypatch.setattr(score, "shared_cells", mixed)
     assert worst(lm, family, items[:1]) < RELATIVE
     assert worst(lm, family, items) > 100 * RELATIVE
 
@@ -287,46 +286,12 @@ def test_p_word_is_the_rate_at_which_samples_open_with_the_word() -> None:
     assert abs(rate - row["p_sem"]) > 2 * interval
 
 
-# ---- packing --------------------------------------------------------------------------------------------------
-
-lengths_strategy = st.lists(st.integers(1, 300), min_size=1, max_size=60)
-
-
-@settings(deadline=None, max_examples=200)
-@given(lengths_strategy)
-def test_packed_items_never_overlap_and_rows_are_no_wider_than_they_need(lengths: list[int]) -> None:
-    places = pack(lengths)
-    assert len(places) == len(lengths)
-    used: dict[int, list[tuple[int, int]]] = {}
-    for (row, offset), length in zip(places, lengths, strict=True):
-        used.setdefault(row, []).append((offset, offset + length))
-    assert sorted(used) == list(range(len(used)))  # no empty row
-    for spans in used.values():
-        spans.sort()
-        assert [0, *(end for _, end in spans[:-1])] == [start for start, _ in spans]  # one behind the other, from 0
-    width = max(end for spans in used.values() for _, end in spans)
-    assert width <= max(max(lengths), score._ROW)
-    assert len(used) * width <= len(lengths) * max(lengths)  # never worse than a padded row each
-
-
-def test_packing_many_items_is_never_worse_than_a_row_each() -> None:
-    """Above 256 items only one width is tried; lengths that leave half of it empty must not cost twice the padding."""
-    lengths = [90, *[100] * 256]
-    assert _area(pack(lengths), lengths) <= len(lengths) * max(lengths)
-
-
-def _area(places: list[tuple[int, int]], lengths: list[int]) -> int:
-    return (1 + max(r for r, _ in places)) * max(o + n for (_, o), n in zip(places, lengths, strict=True))
-
-
-def test_packing_saves_padding_where_lengths_differ() -> None:
-    lengths = [190, *[20] * 9]
-    assert _area(pack(lengths), lengths) <= 2 * 190 < len(lengths) * max(lengths)
+# ---- many items in one forward --------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=8))
-def test_however_items_are_packed_each_equals_itself_alone(shape: list[tuple[int, int]]) -> None:
+def test_whatever_stands_beside_it_each_item_equals_itself_alone(shape: list[tuple[int, int]]) -> None:
     lm, tries = tiny_lm("tiny-gemma3"), [HAND_MADE, ONE_TOKEN, DEEP, build_trie([(9,)])]
     items = [(random_ids(n, i), tries[t]) for i, (n, t) in enumerate(shape)]
     for item, got in zip(items, scored(lm, items), strict=True):

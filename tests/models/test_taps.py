@@ -45,7 +45,9 @@ def lm_of(family: str) -> LM:
 
 
 def batch_of(lm: LM, texts: tuple[Tokens, ...] = TEXTS) -> tuple[Tensor, attend.Layout]:
-    return right_padded(texts, lm.device)
+    """As a grid, padding computed too, so that modules' outputs can be read by row and column."""
+    tokens, layout = right_padded(texts, lm.device)
+    return tokens, attend.Layout(layout.q_positions, layout.k_positions)
 
 
 def forward(lm: LM, texts: tuple[Tokens, ...] = TEXTS) -> Tensor:
