@@ -21,9 +21,13 @@ from tests.models.test_patch import PAIR, likely, stopping_lm
 from tests.models.test_taps import ALL, lm_of, random_ids
 
 CPU = torch.device("cpu")
-TEXTS: tuple[Tokens, ...] = tuple(
-    random_ids(9, 1) + tail for tail in (random_ids(20, 2), random_ids(3, 3), random_ids(20, 2)[:7] + random_ids(2, 4))
-) + (random_ids(30, 5),)
+TEXTS: tuple[Tokens, ...] = (
+    *(
+        random_ids(9, 1) + tail
+        for tail in (random_ids(20, 2), random_ids(3, 3), random_ids(20, 2)[:7] + random_ids(2, 4))
+    ),
+    random_ids(30, 5),
+)
 """The second and third open as the first does, the third further than the second; the last shares nothing."""
 OF_PROBS = 1e-5
 
