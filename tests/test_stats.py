@@ -14,15 +14,13 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
+from harness.bins import BIN_NAMES, EDGES, bin_of
 from harness.stats import (
-    BIN_NAMES,
-    EDGES,
     Estimate,
     Intervals,
     LogisticFit,
     Moments,
     benjamini_hochberg,
-    bin_of,
     calibration,
     fit_violations,
     mean_differences,
