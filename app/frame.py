@@ -14,7 +14,7 @@ import streamlit as st
 
 from app import queries
 from harness.errors import HarnessError
-from harness.remarks import Kind, lines
+from harness.remarks import TITLES, Kind, lines
 from harness.run import RunEntry, RunPaths, state
 from harness.spreadsheet import defused
 
@@ -121,12 +121,13 @@ def open_page(title: str, needs: Sequence[str] = (), *, pick_prompt: bool = True
 
 
 def show_remarks(entry: RunEntry, kinds: Sequence[Kind] = ()) -> None:
-    """What the run should say of itself, as the terminal and the report say it; of some kinds only where they are named."""
-    told = lines(queries.remarks(entry.paths, entry.manifest or {}), kinds)
-    if told:
-        with st.container(border=True):
-            st.markdown(":material/info: **To know of this run**")
-            for line in told:
+    """What the run should say of itself, as the terminal and the report say it; folded, and of some kinds only, where
+    they are named."""
+    found = [r for r in queries.remarks(entry.paths, entry.manifest or {}) if not kinds or r.kind in kinds]
+    if found:
+        about = ", ".join(dict.fromkeys(TITLES[r.kind] for r in found))
+        with st.expander(f"To know of this run: {about}", expanded=not kinds):
+            for line in lines(found):
                 st.text(line)  # it quotes names that stand in the run
 
 

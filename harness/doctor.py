@@ -81,8 +81,8 @@ def told_of_threads(threads: int, cores: Cores) -> str:
 def _half(settings: Settings) -> str:
     if device.resolve_device(settings.runtime.device) == "cuda":
         return "a GPU computes: not measured on the CPU"
-    speeds = [processor.gflops(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    return told_of_half(*speeds, processor.half_instructions(), settings.model.dtype)
+    float32, bfloat16 = (processor.gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
+    return told_of_half(float32, bfloat16, processor.half_instructions(), settings.model.dtype)
 
 
 def told_of_half(float32: float, bfloat16: float, instructions: Sequence[str], dtype: str) -> str:

@@ -6,7 +6,7 @@ says what was counted and what to try. Every threshold stands here with its reas
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -17,6 +17,12 @@ from harness.store import Reader, Row
 
 Kind = Literal["empty", "cut", "one_outcome", "one_bin", "fit", "split", "certificate", "left_out"]
 
+TITLES: Mapping[Kind, str] = {
+    "empty": "empty answers", "cut": "answers cut short", "one_outcome": "answers that all end alike",
+    "one_bin": "pressure in one bin", "fit": "a slope left open", "split": "targets of several tokens",
+    "certificate": "a certificate near its tolerance", "left_out": "an incomplete certificate",
+}  # fmt: skip
+"""What each kind is about, in a few words."""
 FEWEST = 5
 """Answers or prompts below which a share is not remarked upon: one of four is chance."""
 EMPTY = 0.1
@@ -66,13 +72,11 @@ def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
     return found
 
 
-def lines(remarks: Iterable[Remark], kinds: Sequence[Kind] = ()) -> list[str]:
-    """The remarks as paragraphs, those that have the same advice together; of some kinds only where `kinds` names them."""
-    chosen = [r for r in remarks if not kinds or r.kind in kinds]
+def lines(remarks: Iterable[Remark]) -> list[str]:
+    """The remarks as paragraphs, those that have the same advice together."""
     return [
-        " ".join([*(r.sentence for r in alike), advice])
-        for (_, advice), group in groupby(chosen, key=lambda r: (r.kind, r.advice))
-        if (alike := list(group))
+        " ".join([*(r.sentence for r in group), advice])
+        for (_, advice), group in groupby(remarks, key=lambda r: (r.kind, r.advice))
     ]
 
 
@@ -179,7 +183,7 @@ def _one_bin(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
             "one_bin", None, number, len(rows),
             f"{_share(number, len(rows), 'prompts')} have a P0 in {BIN_NAMES[fullest]}; all lie from {min(p0):.3f} "
             f"to {max(p0):.3f}.",
-            f"How violation changes with pressure cannot be read from this. Try prompts of other pressure "
+            f"How violation changes beyond these cannot be read from this run. Try prompts of other pressure "
             f"(`--prompts FILE`){weak}.",
         )  # fmt: skip
 

@@ -198,7 +198,8 @@ def _headlines(data: FigureData, summary: Summary) -> Iterator[str]:
         slope = next(iter(data.where("fit", condition=c.condition, measure="slope")), None)
         if slope is not None and slope["low"] is not None:
             how = "rises" if slope["low"] > 0 else "falls" if slope["high"] < 0 else "does not clearly change"
-            told += f"; the rate {how} with pressure (slope of the fit {_estimate(slope, 2)})"
+            told += f"; the rate {how} with pressure (slope of the fit {_estimate(slope, 2)}"
+            told += f", prompts with P0 {_rests_on(c.fit.support)[0]})" if c.fit else ")"
         yield told + "."
 
 
@@ -260,7 +261,7 @@ def _violation(summary: Summary, data: FigureData) -> Section:
                   "Interval: 95 %, bootstrap over prompts. P0 is P(X) under baseline."),
             Table("Share of samples that say X, by category", ("category", *names), by_category),
             Table("Fit: P(says X) = σ(intercept + slope·P0)",
-                  ("condition", "intercept", "slope", "McFadden R²", "prompts", "their P0", "nine tenths of it"),
+                  ("condition", "intercept", "slope", "McFadden R²", "prompts", "their P0", "5–95 % of it"),
                   fits,
                   "The fit rests on the P0 of its prompts, and is dashed in the figure where none reaches.",
                   absent="no fit: it needs stage analysis, samples of a condition beside the baseline, and both outcomes"),

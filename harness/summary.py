@@ -1,5 +1,6 @@
 """The headline results of a run, from its snapshot, and how they look in a terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,12 +210,21 @@ def _fit(
     x, k, n = (np.array(c, dtype=np.float64) for c in zip(*columns, strict=True))
     condition = rows[0]["condition"]
     a, b, r2 = (stored.get(("fit", condition, m, "all")) for m in ("intercept", "slope", "mcfadden_r2"))
-    if a is None or b is None or r2 is None or a["n"] != len(rows):
+    if a is None or b is None or a["n"] != len(rows):
         return fit_violations(x, k, n, seed)
+    if a["value"] is None or b["value"] is None:
+        return None
+    ends = ((r["low"], r["high"]) for r in (a, b))
+    intercept_interval, slope_interval = ((_known(low), _known(high)) for low, high in ends)
     return LogisticFit(
-        a["value"], b["value"], (a["low"], a["high"]), (b["low"], b["high"]), len(rows), int(n.sum()), r2["value"],
-        a["se"], b["se"], support_of(x),
+        a["value"], b["value"], intercept_interval, slope_interval, len(rows), int(n.sum()), _known(r2["value"] if r2 else None),
+        _known(a["se"]), _known(b["se"]), support_of(x),
     )  # fmt: skip
+
+
+def _known(value: float | None) -> float:
+    """NULL is what arithmetic calls NaN."""
+    return math.nan if value is None else value
 
 
 def _share(value: float | None) -> str:

@@ -289,7 +289,7 @@ def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong_or_nothing_was_measu
     assert said_of(fine, CHAT) == []
 
 
-def test_conditions_with_the_same_advice_share_it_and_a_page_shows_its_own_kinds(said_of) -> None:
+def test_conditions_with_the_same_advice_share_it(said_of) -> None:
     rows = answers([""] * 6) + answers([""] * 6, condition="negative")
     found = said_of({"completions": rows, "psem": pressures([0.1] * 6)}, CHAT)
     told = lines(found)
@@ -297,7 +297,7 @@ def test_conditions_with_the_same_advice_share_it_and_a_page_shows_its_own_kinds
     assert len(told) == 2
     assert told[0].startswith("Under baseline, 6 of 6 greedy answers (100 %) are empty. Under negative, 6 of 6")
     assert told[0].count("Try `--gravity.chat true`") == 1
-    assert lines(found, ["one_bin"]) == told[1:]
+    assert "pressure" in remarks.TITLES[found[2].kind]
     assert lines([]) == []
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -646,6 +647,22 @@ def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
     assert f"σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0)" in text
     assert f"[{fit.slope_interval[0]:.2f}, {fit.slope_interval[1]:.2f}]" in text
     assert f"60 prompts with P0 from {p0.min():.2f} to {p0.max():.2f}" in text
+
+
+def test_a_shown_summary_says_what_to_know_of_the_run_and_a_sound_one_says_nothing(reader_of) -> None:
+    rows = {
+        "completions": [
+            {"prompt_id": f"p{n}", "condition": "ban[/b]", "mode": "greedy", "sample_id": 0, "token_ids": [], "text": "",
+             "answer": "", "finish_reason": "stop"}
+            for n in range(6)
+        ]
+    }  # fmt: skip
+    with reader_of(rows) as reader:
+        result = summarise(reader, {"model": {"chat_template_sha256": "ab"}})
+    assert "Note: Under ban[/b], 6 of 6 greedy answers (100 %) are empty. Try `--gravity.chat true`" in shown(
+        result, {"run_id": "r"}
+    )
+    assert "Note" not in shown(replace(result, remarks=()), {"run_id": "r"})
 
 
 def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
