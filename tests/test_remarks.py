@@ -232,37 +232,46 @@ def test_no_fit_is_not_remarked_upon_before_the_analysis_nor_where_all_samples_e
 # -- the certificate
 
 
-def test_a_measurement_over_half_of_its_tolerance_is_near_and_one_beyond_it_is_not_called_near(said_of) -> None:
+@pytest.fixture
+def with_certificate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs have this certificate, and these comparisons behind it, from now on; however a store keeps them."""
+    tables, query = Reader.tables, Reader.query
+
+    def give(rows: list[Row] = (), items: list[Row] | None = None) -> None:  # type: ignore[assignment]
+        def asked(self: Reader, sql: str, params: Any = None) -> list[Row]:
+            if "FROM sanity_items" in sql:
+                return list(items or ())
+            return list(rows) if "FROM sanity" in sql else query(self, sql, params)
+
+        more = ["sanity", *([] if items is None else ["sanity_items"])]
+        monkeypatch.setattr(Reader, "query", asked)
+        monkeypatch.setattr(Reader, "tables", lambda self: [*tables(self), *more])
+
+    return give
+
+
+def test_a_measurement_over_half_of_its_tolerance_is_near_and_one_beyond_it_is_not_called_near(
+    said_of, with_certificate
+) -> None:
     assert remarks.NEAR == 0.5
-    rows = certified([4.9e-6, 5.1e-6, 9e-6, 0.0])
-    found = said_of({"sanity": rows})
+    with_certificate(certified([9e-6, 5.1e-6, 4.9e-6, 0.0]))
+    found = said_of({})
     assert kinds(found) == [("certificate", None, 2, 4)]
-    assert "m2 9.0e-06 of 1e-05, m1 5.1e-06 of 1e-05." in found[0].sentence
+    assert "m0 9.0e-06 of 1e-05, m1 5.1e-06 of 1e-05." in found[0].sentence
     assert "--num-prompts" in found[0].advice
-    assert "float32" in said_of({"sanity": rows}, {"model": {"dtype": "bfloat16"}})[0].advice
-    assert not said_of({"sanity": certified([2e-5], ok=False)})  # that one disagrees, which is said elsewhere
+    assert "float32" in said_of({}, {"model": {"dtype": "bfloat16"}})[0].advice
+    with_certificate([*certified([2e-5], ok=False), *certified([1e-6])])
+    assert said_of({}) == []  # one that disagrees is told elsewhere
+    with_certificate([row | {"max_abs": None} for row in certified([0.0])])  # nothing of it was compared
+    assert said_of({}) == []
 
 
-class WithItems(Reader):
-    """A run of a harness that keeps the comparisons of its certificate one by one."""
-
-    def tables(self) -> list[str]:
-        return [*super().tables(), "sanity_items"]
-
-    def query(self, sql: str, params: Any = None) -> list[Row]:
-        if "sanity_items" in sql:
-            return [
-                {"measurement": m, "left_out": gone}
-                for m, gone in (("lens", True), ("patching", True), ("lens", False), ("p_sem", None))
-            ]
-        return super().query(sql, params)
-
-
-def test_what_the_certificate_left_out_is_named(tmp_path: Path) -> None:
-    with reading(tmp_path, {}):
-        pass
-    with WithItems(tmp_path / "live.duckdb") as reader:
-        (found,) = remarks_of(reader, {})
+def test_what_the_certificate_left_out_is_named(said_of, with_certificate) -> None:
+    with_certificate(items=[
+        {"measurement": m, "left_out": gone}
+        for m, gone in (("lens", True), ("patching", True), ("lens", False), ("p_sem", None))
+    ])  # fmt: skip
+    (found,) = said_of({})
     assert kinds([found]) == [("left_out", None, 2, 4)]
     assert "left out: lens, patching." in found.sentence
 
@@ -284,7 +293,7 @@ def test_a_run_of_the_first_schema_and_a_strange_manifest_are_no_failure(tmp_pat
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong_or_nothing_was_measured(said_of) -> None:
     assert said_of({}) == []
     fine = fitted(SPREAD, (1.0, 3.0))
-    fine |= {"completions": answers(["x"] * 20), "sanity": certified([1e-6])}
+    fine |= {"completions": answers(["x"] * 20)}
     fine["detections"] += verdicts([True, False] * 3)
     assert said_of(fine, CHAT) == []
 
