@@ -14,6 +14,7 @@ import streamlit as st
 
 from app import queries
 from harness.errors import HarnessError
+from harness.remarks import TITLES, Kind, lines
 from harness.run import RunEntry, RunPaths, state
 from harness.spreadsheet import defused
 
@@ -22,6 +23,14 @@ PAGES = {
     "patching": "Patching", "activations": "Activations", "prompt": "Prompt", "sql": "SQL",
 }  # fmt: skip
 """Each page's file and address, and its title."""
+REMARKS: dict[str, tuple[Kind, ...]] = {
+    "P_sem": ("empty", "cut", "one_outcome", "one_bin", "fit", "split"),
+    "Detections": ("empty", "cut", "one_outcome"),
+    "Attention": ("empty", "one_outcome"),
+    "Layers": ("empty", "one_outcome", "split"),
+    "Patching": ("one_outcome", "one_bin", "split"),
+}
+"""By title of a page, the remarks that concern what it shows; the page of runs shows all."""
 ALL = "all"
 OUTCOMES = (ALL, "success", "failure")
 STEPS = ("first", "decision")
@@ -106,7 +115,20 @@ def open_page(title: str, needs: Sequence[str] = (), *, pick_prompt: bool = True
         if not has_rows(view.paths, table):
             st.info(f"Not measured in this run: it has no rows in `{table}`.")
             return None
+    if title in REMARKS:
+        show_remarks(view.entry, REMARKS[title])
     return view
+
+
+def show_remarks(entry: RunEntry, kinds: Sequence[Kind] = ()) -> None:
+    """What the run should say of itself, as the terminal and the report say it; folded, and of some kinds only, where
+    they are named."""
+    found = [r for r in queries.remarks(entry.paths, entry.manifest or {}) if not kinds or r.kind in kinds]
+    if found:
+        about = ", ".join(dict.fromkeys(TITLES[r.kind] for r in found))
+        with st.expander(f"To know of this run: {about}", expanded=not kinds):
+            for line in lines(found):
+                st.text(line)  # it quotes names that stand in the run
 
 
 def _filters(entry: RunEntry, pick_prompt: bool) -> View:

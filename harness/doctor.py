@@ -4,31 +4,36 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import torch
 
-from harness import environment
+from harness import environment, processor
 from harness.checks import Check
 from harness.errors import HarnessError
 from harness.launch import model_spec, prompts_path
 from harness.models import device
 from harness.models.load import ModelSpec, identify, load
 from harness.models.score import score_trees
+from harness.processor import Cores
 from harness.settings import Resolved, Settings
 from harness.store import Reader, Store
 from harness.text.prompts import read_prompts
 from harness.text.words import word_forms
+
+_WORTHWHILE = 1.3
+"""How much faster a dtype must multiply to be recommended: a run does other things than multiply."""
 
 
 def examine(resolved: Resolved) -> Iterator[Check]:
     """Every check, as it is made."""
     settings = resolved.settings
     checks: list[tuple[str, Callable[[Settings], str]]] = [
-        ("code", _code), ("python", _python), ("gpu", _gpu), ("memory", _memory), ("runs folder", _runs),
-        ("store", _store), ("data folder", _data), ("model", _model), ("hub cache", _cache), ("forward", _forward),
+        ("code", _code), ("python", _python), ("gpu", _gpu), ("memory", _memory), ("threads", _threads),
+        ("half precision", _half), ("runs folder", _runs), ("store", _store), ("data folder", _data), ("model", _model),
+        ("hub cache", _cache), ("forward", _forward),
     ]  # fmt: skip
     for name, check in checks:
         try:
@@ -57,6 +62,44 @@ def _gpu(settings: Settings) -> str:
         or "no GPU"
     )
     return f"{found}; runtime.device={settings.runtime.device} means {where}"
+
+
+def _threads(settings: Settings) -> str:
+    return told_of_threads(settings.runtime.threads or torch.get_num_threads(), processor.cores())
+
+
+def told_of_threads(threads: int, cores: Cores) -> str:
+    """Whether torch computes with as many threads as can compute at once, and what to type where it does not."""
+    limit = "" if cores.quota is None else f", of which a control group allows the time of {cores.quota:g}"
+    told = f"torch computes with {threads}; this process may use {cores.allowed} cores{limit}"
+    if threads == cores.usable:
+        return told
+    why = "more only wait for each other" if threads > cores.usable else "the others stand idle"
+    return f"{told}: `--runtime.threads {cores.usable}` is faster, {why}"
+
+
+def _half(settings: Settings) -> str:
+    if device.resolve_device(settings.runtime.device) == "cuda":
+        return "a GPU computes: not measured on the CPU"
+    float32, bfloat16 = (processor.gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
+    return told_of_half(float32, bfloat16, processor.half_instructions(), settings.model.dtype)
+
+
+def told_of_half(float32: float, bfloat16: float, instructions: Sequence[str], dtype: str) -> str:
+    """Which of both dtypes the CPU multiplies faster in, from measured GFLOP/s, and what to type for it.
+
+    `auto` is the checkpoint's own, which may be either.
+    """
+    has = f"the CPU has {' and '.join(instructions)}" if instructions else "the CPU names no instructions for bfloat16"
+    told = f"a matrix product: float32 {float32:,.0f} GFLOP/s, bfloat16 {bfloat16:,.0f} ({has})"
+    if bfloat16 >= _WORTHWHILE * float32 and dtype != "bfloat16":
+        return (
+            f"{told}: `--model.dtype bfloat16` multiplies {bfloat16 / float32:.1f} times as fast; the certificate (stage "
+            "sanity) judges its rounding"
+        )
+    if float32 >= _WORTHWHILE * bfloat16 and dtype != "float32":
+        return f"{told}: `--model.dtype float32` multiplies {float32 / bfloat16:.1f} times as fast, and closer"
+    return told
 
 
 def _memory(settings: Settings) -> str:

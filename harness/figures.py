@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats as scipy_stats
 
-from harness.stats import BIN_NAMES, EDGES, mean_interval
+from harness.bins import BIN_NAMES, EDGES
+from harness.stats import Curve, curve_of_fit, estimate_of
 from harness.store import Reader, Row
 
 # Okabe & Ito's palette, which survives the usual kinds of colour blindness.
@@ -47,6 +48,8 @@ class FigureData:
     first step's iar, nf, tmf, pi (means over layers and heads); None where it was not measured."""
     statistics: Sequence[Row] = ()
     """Rows of the table `statistics`, those of single heads left out."""
+    seed: int = 0
+    """The run's: what is resampled for a picture takes the draws that its stored numbers took."""
     _by_analysis: Mapping[str, list[Row]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,11 @@ class FigureData:
         """Statistics of an analysis with these values in their key columns."""
         return [r for r in self._by_analysis.get(analysis, []) if all(r[k] == v for k, v in keys.items())]
 
+    def bins(self, analysis: str, condition: str, measure: str) -> dict[str, Row]:
+        """What the analysis says of the pressure bins, by their names."""
+        rows = self.where(analysis, condition=condition, measure=measure)
+        return {r["grouping"]: r for r in rows if r["grouping"] in BIN_NAMES}
+
     def prompts(self, condition: str, *needed: str) -> list[Row]:
         """Points of one condition that have all the needed values."""
         return [p for p in self.points if p["condition"] == condition and all(p[k] is not None for k in needed)]
@@ -69,7 +77,7 @@ class FigureData:
         return tuple(c for c in self.conditions if c != "baseline")
 
 
-def gather(reader: Reader) -> FigureData:
+def gather(reader: Reader, seed: int = 0) -> FigureData:
     """Reads everything the figures need, in a handful of queries."""
     known = set(reader.tables())
     conditions = [r["condition"] for r in reader.query("SELECT DISTINCT condition FROM contexts ORDER BY condition")]
@@ -93,14 +101,17 @@ def gather(reader: Reader) -> FigureData:
         """
     )
     statistics = reader.query("SELECT * FROM statistics WHERE head = -1 ORDER BY ALL") if "statistics" in known else []
-    return FigureData(tuple(conditions), points, statistics)
+    return FigureData(tuple(conditions), points, statistics, seed)
 
 
 # -- the figures
 
 
 def violation_by_pressure(data: FigureData) -> Figure:
-    """Share of a prompt's samples that say X against P0, with binned means and the fitted curve, by condition."""
+    """Share of a prompt's samples that say X against P0, with binned means and the fitted curve, by condition.
+
+    The curve is dashed and its band paler where no prompt's P0 reaches: there it is extrapolated.
+    """
     shown = {c: found for c in data.conditions if (found := data.prompts(c, "p0", "rate"))}
     figure, axes = _panels(list(shown), "needs `psem` of the baseline and samples")
     for ax, (condition, points) in zip(axes, shown.items(), strict=True):
@@ -110,15 +121,14 @@ def violation_by_pressure(data: FigureData) -> Figure:
             r["measure"]: r for r in data.where("fit", condition=condition, grouping="all") if r["value"] is not None
         }
         if {"intercept", "slope"} <= fit.keys():
-            a, b = fit["intercept"]["value"], fit["slope"]["value"]
-            x = np.linspace(0, 1, 101)
-            low, high = _curve_band(p0, said, samples, (a, b), x)
-            told = f"σ({a:.2f} {b:+.2f}·P0), slope [{fit['slope']['low']:.2f}, {fit['slope']['high']:.2f}]".replace(
-                "-", "−"
+            line = fit["intercept"]["value"], fit["slope"]["value"]
+            told = (
+                f"σ({line[0]:.2f} {line[1]:+.2f}·P0), slope [{fit['slope']['low']:.2f}, {fit['slope']['high']:.2f}]\n"
+                f"from prompts with P0 {p0.min():.2f} to {p0.max():.2f}"
             )
-            ax.plot(x, 1 / (1 + np.exp(-(a + b * x))), color=VERMILLION, label=told)
-            ax.fill_between(x, low, high, color=VERMILLION, alpha=0.25, linewidth=0)
-        _binned(ax, p0, rate, BLUE, "o", "mean of a pressure bin, 95 %")
+            _fitted(ax, curve_of_fit(line, p0, said, samples, data.seed), told.replace("-", "−"))
+        known = data.bins("rates", condition, "violation_rate")
+        _binned(ax, p0, rate, BLUE, "o", "mean of a pressure bin, 95 %", known=known, seed=data.seed)
         _label(ax, condition, "P0 (probability of X under baseline)", "share of samples that say X")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.05, 1.05))
         _legend(ax)
@@ -138,7 +148,8 @@ def suppression_by_pressure(data: FigureData) -> Figure:
             relative[inside],
             f"one prompt (n = {len(points):,}, {int((~inside).sum()):,} below the axis)",
         )
-        _binned(ax, p0, relative, BLUE, "o", "mean of a bin, 95 %")
+        known = data.bins("suppression", condition, "relative")
+        _binned(ax, p0, relative, BLUE, "o", "mean of a bin, 95 %", known=known, seed=data.seed)
         _medians(ax, p0, np.maximum(relative, _SMALLEST_RELATIVE))
         ax.axhline(0, color=GREY, linewidth=0.8)
         _label(ax, condition, "P0 (probability of X under baseline)", "relative suppression (P0 − P1) / P0")
@@ -159,7 +170,9 @@ def attention_by_pressure(data: FigureData) -> Figure:
             chosen = [p for p in points if p["outcome"] == outcome]
             if chosen:
                 name = f"{outcome} (n = {len(chosen):,})"
-                _binned(ax, _column(chosen, "p0"), _column(chosen, measure), colour, marker, name, line=True)
+                _binned(
+                    ax, _column(chosen, "p0"), _column(chosen, measure), colour, marker, name, line=True, seed=data.seed
+                )
         _label(ax, condition, "P0", measures[measure])
         ax.set_xlim(0, 1)
         if points and measure == "iar":  # the same in the whole row
@@ -290,7 +303,8 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     "violation": (
         "Violation against pressure",
         "Each grey point is a prompt: the share of its samples that contain X. Blue: mean of each pressure bin. Red: the "
-        "binomial fit, its band pointwise. Intervals and band: 95 %, from a bootstrap over prompts.",
+        "binomial fit, its band pointwise; dashed where no prompt's P0 reaches. Intervals and band: 95 %, from a bootstrap over "
+        "prompts.",
     ),
     "suppression": (
         "Relative suppression against pressure",
@@ -403,12 +417,31 @@ def _jittered(rate: Float[np.ndarray, " N"], samples: Float[np.ndarray, " N"]) -
     return rate + 0.8 * np.random.default_rng(0).uniform(-0.5, 0.5, len(rate)) / np.maximum(samples, 1)
 
 
+def _fitted(ax: Axes, curve: Curve, label: str) -> None:
+    """The curve with its band: solid among the prompts, dashed and paler beyond them."""
+    inside = curve.is_supported
+    start, end = np.flatnonzero(inside)[[0, -1]]
+    places = np.arange(len(curve.p0))
+    for chosen, style, alpha in ((places <= start, "--", 0.1), (places >= end, "--", 0.1), (inside, "-", 0.25)):
+        x, y, low, high = (values[chosen] for values in curve[:4])
+        ax.plot(x, y, style, color=VERMILLION, linewidth=1.5, label=label if style == "-" else None)
+        ax.fill_between(x, low, high, color=VERMILLION, alpha=alpha, linewidth=0)
+
+
 def _binned(
-    ax: Axes, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], colour: str, marker: str, label: str, line: bool = False
+    ax: Axes, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], colour: str, marker: str, label: str, line: bool = False,
+    known: Mapping[str, Row] | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Mean and bootstrap interval of y in each pressure bin, drawn at the bin's mean x; an empty bin is left out."""
+    """Mean and bootstrap interval of y in each pressure bin, drawn at the bin's mean x; an empty bin is left out.
+
+    `known` are rows of `statistics` by bin: where one is of as many prompts, it is what is drawn.
+    """
     bins = np.searchsorted(EDGES, x, side="right")
-    found = [(float(x[bins == b].mean()), mean_interval(y[bins == b].tolist())) for b in np.unique(bins)]
+    parts = {BIN_NAMES[b]: bins == b for b in np.unique(bins)}
+    found = [
+        (float(x[part].mean()), estimate_of(y[part].tolist(), (known or {}).get(name), seed))
+        for name, part in parts.items()
+    ]
     at, means = [p for p, _ in found], [e.mean for _, e in found]
     # A bin of one prompt has no interval; its bar has no length and its point still stands.
     reach = np.nan_to_num([[e.mean - e.low for _, e in found], [e.high - e.mean for _, e in found]])
@@ -462,25 +495,3 @@ def _correlation(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> str:
     r, reach = float(np.corrcoef(x, y)[0, 1]), scipy_stats.norm.ppf(0.975) / np.sqrt(len(x) - 3)
     low, high = np.tanh(np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)) + np.array([-reach, reach]))
     return f"r = {r:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
-
-
-def _curve_band(
-    p0: Float[np.ndarray, " N"], violations: Float[np.ndarray, " N"], trials: Float[np.ndarray, " N"],
-    start: tuple[float, float], x: Float[np.ndarray, " G"], num_draws: int = 400,
-) -> tuple[Float[np.ndarray, " G"], Float[np.ndarray, " G"]]:  # fmt: skip
-    """Pointwise 95 % band of the fitted curve, from a bootstrap over prompts: Newton's method on all draws at once."""
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(p0), np.full(len(p0), 1 / len(p0)), size=num_draws).astype(np.float64)
-    a, b = np.full(num_draws, start[0]), np.full(num_draws, start[1])
-    for _ in range(8):  # it starts at the fit of all prompts, a step or two away
-        mean = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * p0)))
-        residual = weights * (violations - trials * mean)
-        curvature = weights * trials * mean * (1 - mean)
-        g0, g1 = residual.sum(axis=1), residual @ p0
-        h00, h01, h11 = curvature.sum(axis=1), curvature @ p0, curvature @ p0**2
-        determinant = np.maximum(h00 * h11 - h01**2, 1e-12)  # a draw of near-equal P0 has next to none
-        a = np.clip(a + (h11 * g0 - h01 * g1) / determinant, -50, 50)
-        b = np.clip(b + (h00 * g1 - h01 * g0) / determinant, -50, 50)
-    curves = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
-    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
-    return low, high

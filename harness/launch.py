@@ -172,7 +172,8 @@ def start(
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
         with Reader(paths.live) as reader:
-            log.print_out(*summary.render(summary.summarise(reader), read_manifest(paths)))
+            manifest = read_manifest(paths)
+            log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
         log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
     if lost := log.lost_output():
         logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
@@ -360,7 +361,7 @@ def _report_finished(paths: RunPaths) -> int:
     manifest = read_manifest(paths)
     failed = int(manifest.get("num_failed") or 0)
     with Reader(paths.live) as reader:
-        log.print_out(*summary.render(summary.summarise(reader), manifest))
+        log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
         log.print_out(f"{failed} items failed; --retry-failed tries just those.")

@@ -53,7 +53,7 @@ def print_run(root: Path, wanted: str) -> None:
     events = reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 20")
     for event in events:
         log.print_out(f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}")
-    log.print_out(*summary.render(summary.summarise(reader), manifest))
+    log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
     reader.close()
 
 

@@ -29,6 +29,19 @@ class Difference(NamedTuple):
     new: Any
 
 
+def setting(manifest: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """The value that a setting had in a run, by its dotted name; `default` where its manifest does not say."""
+    settings = manifest.get("settings")
+    told = settings.get(name) if isinstance(settings, Mapping) else None
+    return told.get("value", default) if isinstance(told, Mapping) else default
+
+
+def seed_of(manifest: Mapping[str, Any]) -> int:
+    """The run's seed: what is resampled again for a picture takes the draws that its stored numbers took."""
+    seed = setting(manifest, "runtime.seed", 0)
+    return seed if isinstance(seed, int) and seed >= 0 else 0
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every leaf on which two nested mappings differ, by dotted name."""
     a, b = (dict(_leaves(json.loads(json.dumps(tree, default=str)))) for tree in (old, new))  # as the manifest has them

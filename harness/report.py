@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from harness import figures
+from harness import figures, remarks
+from harness.bins import BIN_NAMES
 from harness.errors import EnvironmentFault, RunError
 from harness.figures import FigureData
 from harness.files import replacing, sweep
 from harness.listing import open_snapshot
+from harness.manifests import seed_of
 from harness.run import RunPaths, now_text, read_manifest, state
-from harness.stats import BIN_NAMES, Estimate
+from harness.stats import Estimate, Support
 from harness.store import Reader, Row
 from harness.summary import Summary, summarise
 
@@ -95,7 +97,7 @@ def write(paths: RunPaths, to: Path | None = None) -> Path:
         raise RunError(f"{folder}: expected a folder of the run's own, found a link; name one with --to")
     manifest = read_manifest(paths)
     with open_snapshot(paths) as reader:
-        data = figures.gather(reader)
+        data = figures.gather(reader, seed_of(manifest))
         content = _content(reader, manifest, data)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -141,13 +143,14 @@ def _render(content: Mapping[str, Any]) -> str:
 
 
 def _content(reader: Reader, manifest: Mapping[str, Any], data: FigureData) -> dict[str, Any]:
-    summary = summarise(reader)
+    summary = summarise(reader, manifest)
     return {
         "run_id": manifest["run_id"],
         "written": now_text(),
         "planted": bool(manifest.get("planted")),
         "facts": _facts(reader, manifest, summary),
         "headlines": list(_headlines(data, summary)),
+        "remarks": remarks.lines(summary.remarks),
         "sections": [
             _outcome(summary),
             _violation(summary, data),
@@ -195,7 +198,8 @@ def _headlines(data: FigureData, summary: Summary) -> Iterator[str]:
         slope = next(iter(data.where("fit", condition=c.condition, measure="slope")), None)
         if slope is not None and slope["low"] is not None:
             how = "rises" if slope["low"] > 0 else "falls" if slope["high"] < 0 else "does not clearly change"
-            told += f"; the rate {how} with pressure (slope of the fit {_estimate(slope, 2)})"
+            told += f"; the rate {how} with pressure (slope of the fit {_estimate(slope, 2)}"
+            told += f", prompts with P0 {_rests_on(c.fit.support)[0]})" if c.fit else ")"
         yield told + "."
 
 
@@ -231,12 +235,13 @@ def _violation(summary: Summary, data: FigureData) -> Section:
     categories = list(dict.fromkeys(r["grouping"] for r in rates))
     value = {(r["grouping"], r["condition"]): r for r in rates}
     by_category = [(g.removeprefix("category:"), *(_estimate(value.get((g, c))) for c in names)) for g in categories]
-    fits = []
+    fits, supports = [], {c.condition: c.fit.support for c in summary.conditions if c.fit is not None}
     for condition in data.compared:
         fit = {r["measure"]: r for r in data.where("fit", condition=condition, grouping="all")}
         if fit:
             fits.append((condition, *(_estimate(fit.get(m), 2) for m in ("intercept", "slope")),
-                         _estimate(fit.get("mcfadden_r2")), f"{fit['slope']['n']:,}"))  # fmt: skip
+                         _estimate(fit.get("mcfadden_r2")), f"{fit['slope']['n']:,}",
+                         *_rests_on(supports.get(condition))))  # fmt: skip
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for r in data.where("fit"):
         if r["grouping"].startswith("group:"):
@@ -255,7 +260,10 @@ def _violation(summary: Summary, data: FigureData) -> Section:
             Table("Share of samples that say X, by pressure P0", ("P0", "prompts", *names), bins if sampled else [],
                   "Interval: 95 %, bootstrap over prompts. P0 is P(X) under baseline."),
             Table("Share of samples that say X, by category", ("category", *names), by_category),
-            Table("Fit: P(says X) = σ(intercept + slope·P0)", ("condition", "intercept", "slope", "McFadden R²", "prompts"), fits,
+            Table("Fit: P(says X) = σ(intercept + slope·P0)",
+                  ("condition", "intercept", "slope", "McFadden R²", "prompts", "their P0", "5–95 % of it"),
+                  fits,
+                  "The fit rests on the P0 of its prompts, and is dashed in the figure where none reaches.",
                   absent="no fit: it needs stage analysis, samples of a condition beside the baseline, and both outcomes"),
             Table("Calibration of the fit, in groups of equally many prompts",
                   ("condition", "mean P0", "observed rate [95 %]", "rate of the fit", "prompts"), calibration, absent="no fit"),
@@ -266,6 +274,16 @@ def _violation(summary: Summary, data: FigureData) -> Section:
         ),
         ("violation",),
     )  # fmt: skip
+
+
+def _rests_on(support: Support | None) -> tuple[str, str]:
+    """The P0 of a fit's prompts: all of them, and from the 5th to the 95th in a hundred."""
+    if support is None:
+        return "–", "–"
+    return (
+        f"{_number(support.low)} to {_number(support.high)}",
+        f"{_number(support.most_low)} to {_number(support.most_high)}",
+    )
 
 
 _PHRASING = {"violation_rate": "samples say X", "greedy_rate": "greedy says X", "p_sem": "P(X)"}

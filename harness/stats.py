@@ -1,35 +1,33 @@
-"""Statistics of the experiment, thin on numpy, scipy and statsmodels. Knows no store and no model.
+"""Statistics of the experiment, thin on numpy and scipy. Knows no store and no model.
 
 Everything is resampled over prompts: the samples of one prompt are correlated, and drawing them one by one would make
 every interval too narrow. Functions in the plural work on M measures at once, one column each. Intervals are 95 %.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import statsmodels.api as sm
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from scipy.special import expit
-from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
 NUM_BOOTSTRAPS = 1000
-EDGES = (0.2, 0.4, 0.6, 0.8)
-BIN_NAMES = ("[0, .2)", "[.2, .4)", "[.4, .6)", "[.6, .8)", "[.8, 1]")
 NUM_GROUPS = 10
 """Most groups of a calibration curve."""
 GROUP_SIZE = 5
 """Fewest prompts in one of its groups, where there are as many."""
+_FEWEST_DRAWS = 0.9
+"""Share of the bootstrap's draws that must determine a line, or there is none to report."""
+_NEWTON_STEPS = 60
+_LONGEST_STEP = 3.0
+"""On the scale of the logit, anywhere among the prompts: further out Newton's quadratic is no likeness of the likelihood."""
+_CONVERGED = 1e-9
+"""A step that moves no prompt's logit further ends the search; the error left is of the order of its square."""
+_AT_ONCE = 4_000_000  # numbers in one matrix of draws × prompts
 _RESOLUTION = 1e-12
 """A standard error below this share of the means is rounding: float64 carries 16 digits, and sums lose some."""
-
-
-def bin_of(p0: float) -> int:
-    """The pressure bin of a P0: [0,.2) [.2,.4) [.4,.6) [.6,.8) [.8,1]."""
-    return int(np.searchsorted(EDGES, p0, side="right"))
 
 
 class Intervals(NamedTuple):
@@ -73,6 +71,15 @@ def mean_interval(values: Sequence[float], seed: int = 0, num_bootstraps: int = 
     assert len(values), "a mean needs at least one prompt"
     found = mean_intervals(np.asarray(values, dtype=np.float64)[:, None], seed, num_bootstraps)
     return Estimate(float(found.value[0]), float(found.low[0]), float(found.high[0]), len(values), float(found.se[0]))
+
+
+def estimate_of(values: Sequence[float], stored: Mapping[str, Any] | None, seed: int = 0) -> Estimate:
+    """The mean of one value per prompt as a row of `statistics` has it, if it is of as many prompts; else computed here, so
+    that what is shown before the analysis, and beside it, is the same number."""
+    if stored is None or stored["n"] != len(values) or stored["value"] is None:
+        return mean_interval(values, seed)
+    value, low, high, se = (np.nan if stored[key] is None else stored[key] for key in ("value", "low", "high", "se"))
+    return Estimate(value, low, high, len(values), se)
 
 
 def mean_intervals(values: Float[np.ndarray, "N M"], seed: int = 0, num_bootstraps: int = NUM_BOOTSTRAPS) -> Intervals:
@@ -139,6 +146,20 @@ def benjamini_hochberg(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
     return stats.false_discovery_control(p, method="bh") if len(p) else p
 
 
+class Support(NamedTuple):
+    """The P0 that a fit rests on: smallest, 5 %, 95 % and largest of its prompts. Elsewhere the fit is extrapolated."""
+
+    low: float
+    most_low: float
+    most_high: float
+    high: float
+
+
+def support_of(p0: Float[np.ndarray, " N"]) -> Support:
+    """The support of a fit to prompts of these P0."""
+    return Support(*(float(v) for v in np.quantile(p0, [0.0, 0.05, 0.95, 1.0])))
+
+
 @dataclass(frozen=True)
 class LogisticFit:
     """P(violation) = σ(intercept + slope·P0), with 95 % intervals and standard errors from a bootstrap over prompts.
@@ -155,9 +176,21 @@ class LogisticFit:
     mcfadden_r2: float
     intercept_se: float
     slope_se: float
+    support: Support
 
     def predict(self, p0: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         return expit(self.intercept + self.slope * p0)
+
+
+class Curve(NamedTuple):
+    """A fit as it is drawn, G places from 0 to 1: P0, P(violation), its pointwise 95 % band, and whether prompts of both
+    lower and higher P0 stand behind it. The ends of the fit's support are among the places."""
+
+    p0: Float[np.ndarray, " G"]
+    value: Float[np.ndarray, " G"]
+    low: Float[np.ndarray, " G"]
+    high: Float[np.ndarray, " G"]
+    is_supported: Bool[np.ndarray, " G"]
 
 
 def fit_violations(
@@ -174,27 +207,42 @@ def fit_violations(
     """
     if len(p0) < 3 or np.ptp(p0) == 0 or not 0 < violations.sum() < trials.sum():
         return None
-    design = np.column_stack([np.ones_like(p0), p0])
     counts = np.column_stack([violations, trials - violations]).astype(np.float64)
-    whole = _binomial(design, counts, None)
-    if whole is None:
+    (whole,) = _lines(p0, counts, np.ones((1, len(p0))), (0.0, 0.0))
+    if np.isnan(whole).any():
         return None
-    rng = np.random.default_rng(seed)
-    fits = []
-    for _ in range(num_bootstraps):
-        weights = np.bincount(rng.integers(0, len(p0), size=len(p0)), minlength=len(p0))
-        drawn = weights > 0
-        fit = _binomial(design[drawn], counts[drawn] * weights[drawn, None], whole)
-        if fit is not None:
-            fits.append(fit)
-    if len(fits) < 0.9 * num_bootstraps:
+    draws = _lines_of_draws(p0, counts, (float(whole[0]), float(whole[1])), seed, num_bootstraps)
+    if draws is None:
         return None
-    low, high = np.quantile(np.array(fits), [0.025, 0.975], axis=0)
-    se = np.std(fits, axis=0, ddof=1)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    se = np.std(draws, axis=0, ddof=1)
     return LogisticFit(
         float(whole[0]), float(whole[1]), (float(low[0]), float(high[0])), (float(low[1]), float(high[1])),
-        len(p0), int(trials.sum()), _mcfadden(counts, design @ whole), float(se[0]), float(se[1]),
+        len(p0), int(trials.sum()), _mcfadden(counts, whole[0] + whole[1] * p0), float(se[0]), float(se[1]),
+        support_of(p0),
     )  # fmt: skip
+
+
+def curve_of_fit(
+    line: tuple[float, float],
+    p0: Float[np.ndarray, " N"],
+    violations: Float[np.ndarray, " N"] | Int[np.ndarray, " N"],
+    trials: Float[np.ndarray, " N"] | Int[np.ndarray, " N"],
+    seed: int = 0,
+    num_bootstraps: int = NUM_BOOTSTRAPS,
+) -> Curve:
+    """The curve of a fit's (intercept, slope) to these prompts, its band from the very draws that the fit's intervals are
+    from where seed and number are the same. A band is NaN where too few draws determine a line.
+    """
+    ends = support_of(p0)
+    x = np.unique(np.concatenate([np.linspace(0, 1, 101), np.clip([ends.low, ends.high], 0, 1)]))
+    draws = _lines_of_draws(
+        p0, np.column_stack([violations, trials - violations]).astype(np.float64), line, seed, num_bootstraps
+    )
+    low = high = np.full_like(x, np.nan)
+    if draws is not None:
+        low, high = np.quantile(expit(draws[:, :1] + draws[:, 1:] * x), [0.025, 0.975], axis=0)
+    return Curve(x, expit(line[0] + line[1] * x), low, high, (x >= ends.low) & (x <= ends.high))
 
 
 class CalibrationGroup(NamedTuple):
@@ -231,19 +279,59 @@ def calibration(
     ]
 
 
-def _binomial(
-    design: Float[np.ndarray, "N 2"], counts: Float[np.ndarray, "N 2"], start: Float[np.ndarray, " 2"] | None
-) -> Float[np.ndarray, " 2"] | None:
+def _lines_of_draws(
+    p0: Float[np.ndarray, " N"], counts: Float[np.ndarray, "N 2"], whole: tuple[float, float], seed: int, num_bootstraps: int
+) -> Float[np.ndarray, "R 2"] | None:  # fmt: skip
+    """Intercept and slope of each draw of prompts that determines them; None where more than a tenth do not.
+
+    `whole` is the line of all prompts: the search for a draw's begins there.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(1, _AT_ONCE // len(p0))
+    parts = [min(size, num_bootstraps - start) for start in range(0, num_bootstraps, size)]
+    lines = np.concatenate([_lines(p0, counts, _draws(rng, len(p0), n), whole) for n in parts])
+    found = lines[np.isfinite(lines).all(axis=1)]
+    return found if len(found) >= _FEWEST_DRAWS * num_bootstraps else None
+
+
+def _lines(
+    p0: Float[np.ndarray, " N"],
+    counts: Float[np.ndarray, "N 2"],
+    weights: Float[np.ndarray, "R N"],
+    start: tuple[float, float],
+) -> Float[np.ndarray, "R 2"]:
+    """Intercept and slope of greatest likelihood for each row of weights of the prompts, by Newton's method on all rows
+    at once; NaN where there is no greatest one. `counts` are violations and what is none, a row a prompt.
+    """
+    lines = np.full((len(weights), 2), np.nan)
+    lines[_is_determined(p0, counts, weights)] = start
+    left = np.flatnonzero(np.isfinite(lines[:, 0]))
+    ends, trials = np.array([p0.min(), p0.max()]), counts.sum(axis=1)
+    for _ in range(_NEWTON_STEPS):
+        mean = expit(lines[left, :1] + lines[left, 1:] * p0)
+        pull = weights[left] * (counts[:, 0] - trials * mean)
+        bend = weights[left] * trials * mean * (1 - mean)
+        g0, g1 = pull.sum(axis=1), pull @ p0
+        h00, h01, h11 = bend.sum(axis=1), bend @ p0, bend @ p0**2
+        determinant = np.maximum(h00 * h11 - h01**2, np.finfo(float).tiny)
+        step = np.column_stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0]) / determinant[:, None]
+        reach = np.abs(step[:, :1] + step[:, 1:] * ends).max(axis=1)
+        lines[left] += step * np.minimum(1.0, _LONGEST_STEP / np.maximum(reach, 1e-300))[:, None]
+        left = left[reach > _CONVERGED]
+        if not len(left):
+            break
+    lines[left] = np.nan  # a likelihood so flat that rounding hides its top determines no line either
+    return lines
+
+
+def _is_determined(
+    p0: Float[np.ndarray, " N"], counts: Float[np.ndarray, "N 2"], weights: Float[np.ndarray, "R N"]
+) -> Bool[np.ndarray, " R"]:
     # Albert & Anderson (1984): the maximum exists just where both outcomes overlap in P0 from both sides.
-    yes, no = design[counts[:, 0] > 0, 1], design[counts[:, 1] > 0, 1]
-    if not (len(yes) and len(no) and yes.max() > no.min() and no.max() > yes.min()):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PerfectSeparationWarning)  # said of a perfect fit too, which is none
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # a saturated draw has no degree of freedom left: 0/0 in its scale
-        return sm.GLM(counts, design, family=sm.families.Binomial()).fit(start_params=start, maxiter=50).params
+    yes, no = ((weights > 0) & (counts[:, side] > 0) for side in (0, 1))
+    highest_yes, highest_no = (np.where(has, p0, -np.inf).max(axis=1) for has in (yes, no))
+    lowest_yes, lowest_no = (np.where(has, p0, np.inf).min(axis=1) for has in (yes, no))
+    return yes.any(axis=1) & no.any(axis=1) & (highest_yes > lowest_no) & (highest_no > lowest_yes)
 
 
 def _mcfadden(counts: Float[np.ndarray, "N 2"], linear: Float[np.ndarray, " N"]) -> float:
@@ -257,11 +345,14 @@ def _means_of_draws(
     values: Float[np.ndarray, "N M"], rng: np.random.Generator, num_bootstraps: int
 ) -> Float[np.ndarray, "R M"]:
     """Means over prompts drawn with replacement, as counts of prompts times values: one product for all columns."""
-    num_prompts = len(values)
-    draws = rng.integers(0, num_prompts, size=(num_bootstraps, num_prompts))
-    draws += num_prompts * np.arange(num_bootstraps)[:, None]
-    counts = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
-    return counts.astype(np.float64) @ values / num_prompts
+    return _draws(rng, len(values), num_bootstraps) @ values / len(values)
+
+
+def _draws(rng: np.random.Generator, num_prompts: int, num_draws: int) -> Float[np.ndarray, "R N"]:
+    """How often each prompt is in each of R draws with replacement."""
+    draws = rng.integers(0, num_prompts, size=(num_draws, num_prompts))
+    draws += num_prompts * np.arange(num_draws)[:, None]
+    return np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
 
 
 def _percentiles(value: Float[np.ndarray, " M"], draws: Float[np.ndarray, "R M"], is_known: bool) -> Intervals:

@@ -1,6 +1,7 @@
 """The headline results of a run, from its snapshot, and how they look in a terminal."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from harness.stats import BIN_NAMES, Estimate, LogisticFit, bin_of, fit_violations, mean_interval
-from harness.store import Reader
+from harness import remarks
+from harness.bins import BIN_NAMES, bin_of
+from harness.manifests import seed_of
+from harness.remarks import Remark
+from harness.stats import Estimate, LogisticFit, estimate_of, fit_violations, support_of
+from harness.store import Reader, Row
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,15 @@ class Summary:
     """Condition -> kind of failure -> greedy answers."""
     strongest_patches: tuple[Mapping[str, Any], ...]
     """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
+    remarks: tuple[Remark, ...]
 
 
-def summarise(reader: Reader) -> Summary:
-    """Rates by condition and pressure bin, and the fitted line; whatever has not been measured yet is None."""
+def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
+    """Rates by condition and pressure bin, and the fitted line; whatever has not been measured yet is None.
+
+    Intervals and the line are those that stage `analysis` stored; before it has, they are computed as it will.
+    """
+    seed, stored = seed_of(manifest), _stored(reader)
     p0 = {r["prompt_id"]: r["p_sem"] for r in reader.query("SELECT * FROM psem WHERE condition = 'baseline'")}
     rows = reader.query(
         "SELECT condition, count(*) AS n, avg(p_sem) AS p_sem, avg(p_word) AS p_word FROM psem GROUP BY condition "
@@ -59,12 +69,18 @@ def summarise(reader: Reader) -> Summary:
         name = row["condition"]
         samples = violations.get(name, [])
         pressed = [r for r in samples if r["prompt_id"] in p0]
-        by_bin = tuple(_in_bin(pressed, p0, b) for b in range(len(BIN_NAMES)))
+        rates = {key[-1]: row for key, row in stored.items() if key[:3] == ("rates", name, "violation_rate")}
+        by_bin = tuple(
+            estimate_of(said, rates.get(bin_name), seed)
+            if (said := [r["rate"] for r in pressed if bin_of(p0[r["prompt_id"]]) == b])
+            else None
+            for b, bin_name in enumerate(BIN_NAMES)
+        )
         conditions.append(
             ConditionSummary(
                 name, row["n"], row["p_sem"], row["p_word"], greedy.get(name),
-                mean_interval([r["rate"] for r in samples]) if samples else None, formats.get(name), by_bin,
-                _fit(pressed, p0) if name != "baseline" else None,
+                estimate_of([r["rate"] for r in samples], rates.get("all"), seed) if samples else None, formats.get(name), by_bin,
+                _fit(pressed, p0, stored, seed) if name != "baseline" else None,
             )
         )  # fmt: skip
     counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
@@ -83,7 +99,7 @@ def summarise(reader: Reader) -> Summary:
     certificate = reader.query("SELECT measurement, ok FROM sanity") if not is_older else []
     return Summary(
         tuple(conditions), int(failed), tuple(int(c) for c in counts), {r["measurement"]: r["ok"] for r in certificate},
-        taxonomy, tuple(strongest),
+        taxonomy, tuple(strongest), tuple(remarks.remarks_of(reader, manifest)),
     )  # fmt: skip
 
 
@@ -137,6 +153,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
             if apart
             else f"Certificate: all {len(result.certificate)} measurements agree with the plain reference."
         )
+    shown.extend(f"Note: {line}" for line in remarks.lines(result.remarks))
     if result.num_failed:
         shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
     told = ", ".join(
@@ -163,7 +180,8 @@ def _fit_line(condition: str, fit: LogisticFit) -> str:
     (a, b), (c, d) = fit.intercept_interval, fit.slope_interval
     return (
         f"{condition}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % [{c:.2f}, {d:.2f}], "
-        f"intercept [{a:.2f}, {b:.2f}], {fit.num_prompts} prompts"
+        f"intercept [{a:.2f}, {b:.2f}], {fit.num_prompts} prompts with P0 from {fit.support.low:.2f} to "
+        f"{fit.support.high:.2f}"
     )
 
 
@@ -174,17 +192,39 @@ def _rates(reader: Reader, mode: str, column: str) -> dict[str, float]:
     return {r["condition"]: r["rate"] for r in rows}
 
 
-def _in_bin(rows: list[dict[str, Any]], p0: Mapping[str, float], index: int) -> Estimate | None:
-    rates = [r["rate"] for r in rows if bin_of(p0[r["prompt_id"]]) == index]
-    return mean_interval(rates) if rates else None
+def _stored(reader: Reader) -> dict[tuple[str, str, str, str], Row]:
+    """What stage `analysis` said of rates and fits, by analysis, condition, measure and grouping."""
+    if "statistics" not in reader.tables():
+        return {}
+    rows = reader.query("SELECT * FROM statistics WHERE analysis IN ('rates', 'fit')")
+    return {(r["analysis"], r["condition"], r["measure"], r["grouping"]): r for r in rows}
 
 
-def _fit(rows: list[dict[str, Any]], p0: Mapping[str, float]) -> LogisticFit | None:
+def _fit(
+    rows: Sequence[Row], p0: Mapping[str, float], stored: Mapping[tuple[str, str, str, str], Row], seed: int
+) -> LogisticFit | None:  # fmt: skip
+    """The line: as it was stored, if it was of as many prompts; none where the analysis found none."""
     if not rows:
         return None
     columns = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows]
     x, k, n = (np.array(c, dtype=np.float64) for c in zip(*columns, strict=True))
-    return fit_violations(x, k, n)
+    condition = rows[0]["condition"]
+    a, b, r2 = (stored.get(("fit", condition, m, "all")) for m in ("intercept", "slope", "mcfadden_r2"))
+    if a is None or b is None or a["n"] != len(rows):
+        return fit_violations(x, k, n, seed)
+    if a["value"] is None or b["value"] is None:
+        return None
+    ends = ((r["low"], r["high"]) for r in (a, b))
+    intercept_interval, slope_interval = ((_known(low), _known(high)) for low, high in ends)
+    return LogisticFit(
+        a["value"], b["value"], intercept_interval, slope_interval, len(rows), int(n.sum()), _known(r2["value"] if r2 else None),
+        _known(a["se"]), _known(b["se"]), support_of(x),
+    )  # fmt: skip
+
+
+def _known(value: float | None) -> float:
+    """NULL is what arithmetic calls NaN."""
+    return math.nan if value is None else value
 
 
 def _share(value: float | None) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from harness import figures
 from harness.figures import FIGURES, FigureData
-from harness.stats import fit_violations
 from harness.store import Reader, Store
 from tests import synthetic
 from tests.synthetic import Shape
@@ -148,26 +148,34 @@ def test_violation_shows_the_mean_of_each_bin_at_its_mean_pressure() -> None:
     assert np.abs(drawn[:, 1] - [0.25, 0.75, 1.0]).max() < 0.5 / 4  # jitter moves a point by less than half a sample
 
 
-def test_violation_draws_the_fit_of_the_store(data: FigureData) -> None:
+def test_violation_draws_the_fit_of_the_store_solid_among_its_prompts_and_dashed_beyond(data: FigureData) -> None:
     (ax,) = titled(FIGURES["violation"](data), "negative")
     fit = {r["measure"]: r["value"] for r in data.where("fit", condition="negative", grouping="all")}
-    drawn = curve(ax, "σ(")
-    assert drawn[[0, -1]].tolist() == pytest.approx(
-        [1 / (1 + np.exp(-fit["intercept"])), 1 / (1 + np.exp(-fit["intercept"] - fit["slope"]))]
-    )
+    p0 = [float(p["p0"]) for p in data.prompts("negative", "p0", "rate")]
+    lines = [line for line in ax.lines if line.get_color() == figures.VERMILLION]
+    spans = {tuple(np.asarray(line.get_xdata())[[0, -1]].tolist()): line.get_linestyle() for line in lines}
+    assert spans == {(0.0, min(p0)): "--", (min(p0), max(p0)): "-", (max(p0), 1.0): "--"}
+    for line in lines:
+        x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+        assert y == pytest.approx(1 / (1 + np.exp(-fit["intercept"] - fit["slope"] * x)))
+    below, above, inside = (c.get_alpha() for c in ax.collections if isinstance(c, PolyCollection))
+    assert below == above < inside
+    (told,) = (str(line.get_label()) for line in lines if str(line.get_label()).startswith("σ("))
+    assert f"P0 {min(p0):.2f} to {max(p0):.2f}" in told
     (baseline,) = titled(FIGURES["violation"](data), "baseline")
-    assert not [line for line in baseline.lines if str(line.get_label()).startswith("σ(")]
+    assert not [line for line in baseline.lines if line.get_color() == figures.VERMILLION]
 
 
-def test_the_band_of_the_fit_agrees_with_fitting_each_draw(data: FigureData) -> None:
-    points = data.prompts("negative", "p0", "rate")
-    p0, said, samples = (np.array([float(p[k]) for p in points]) for k in ("p0", "num_violations", "num_samples"))
-    fit = fit_violations(p0, said, samples)
-    assert fit is not None
-    low, high = figures._curve_band(p0, said, samples, (fit.intercept, fit.slope), np.array([0.0, 0.5]))
-    at_zero = [1 / (1 + np.exp(-a)) for a in fit.intercept_interval]  # at P0 = 0 the curve is σ(intercept)
-    assert [low[0], high[0]] == pytest.approx(at_zero, abs=0.02)  # 400 draws against 1,000 others
-    assert low[1] < fit.predict(np.array([0.5]))[0] < high[1]
+def test_bars_of_the_bins_are_those_that_the_analysis_stored() -> None:
+    points = [point(str(i), p0=0.1, rate=0.5 * i, num_samples=4, num_violations=2 * i) for i in range(3)]
+    row = dict.fromkeys(("patch", "layer", "head", "se", "p", "q", "measured", "step_kind", "method"))
+    stored = {"analysis": "rates", "condition": "negative", "measure": "violation_rate", "grouping": "[0, .2)",
+              "value": 0.5, "low": 0.125, "high": 0.625, "n": 3} | row  # fmt: skip
+    for n, wanted in ((3, [0.125, 0.625]), (2, None)):  # of two prompts: it was made before the third was measured
+        (ax,) = FIGURES["violation"](FigureData(("negative",), points, [stored | {"n": n}])).axes
+        (bars,) = (c for c in ax.containers if isinstance(c, ErrorbarContainer))
+        (segment,) = bars.lines[2][0].get_segments()
+        assert (segment[:, 1].tolist() == wanted) is (wanted is not None)
 
 
 def test_suppression_counts_what_lies_below_its_axis_and_draws_means_of_all() -> None:

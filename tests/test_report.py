@@ -166,6 +166,27 @@ def test_headline_and_tables_hold_the_numbers_of_the_store(page: Page, paths: Ru
         assert told in page.text
 
 
+def test_what_to_know_of_a_run_stands_before_its_results_and_commands_are_marked(
+    paths: RunPaths, tmp_path: Path
+) -> None:
+    assert 'id="remarks"' not in rendered(run_of(tmp_path, lambda store: None)).html
+
+    def fill(store: Store) -> None:
+        for n in range(6):
+            for mode in ("greedy", "sample"):
+                store._insert("completions", [{"prompt_id": f"p{n}", "condition": "<b>bold</b>", "mode": mode, "sample_id": 0,
+                                               "text": "", "answer": "", "finish_reason": "stop"}])  # fmt: skip
+
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    page = rendered(run_of(folder, fill, model={"chat_template_sha256": "ab"}))
+    told = "Under <b>bold</b>, 6 of 6 greedy answers (100 %) and 6 of 6 samples (100 %) are empty."
+    assert told in page.text
+    assert "<code>--gravity.chat true</code>" in page.html
+    assert "<b>bold" not in page.html
+    assert page.html.index('id="remarks"') < page.html.index('id="headline"')
+
+
 def test_significant_heads_are_counted_and_their_absence_is_said(page: Page, paths: RunPaths, tmp_path: Path) -> None:
     with Reader(paths.live) as reader:
         heads = reader.query(

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,22 +15,22 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
+from harness.bins import BIN_NAMES, EDGES, bin_of
 from harness.stats import (
-    BIN_NAMES,
-    EDGES,
     Estimate,
     Intervals,
     LogisticFit,
     Moments,
     benjamini_hochberg,
-    bin_of,
     calibration,
+    curve_of_fit,
     fit_violations,
     mean_differences,
     mean_interval,
     mean_intervals,
     moments,
     paired_differences,
+    support_of,
     t_intervals,
     welch,
 )
@@ -325,7 +326,7 @@ def test_the_fit_is_the_maximum_of_the_likelihood(fractional: bool) -> None:
     best = minimize(loss, np.zeros(2), method="BFGS", options={"gtol": 1e-8}).x
     fit = fit_violations(p0, counts, trials, num_bootstraps=20)
     assert fit is not None
-    # GLM stops when the deviance changes by 1e-8, which leaves the coefficients right to about 1e-5.
+    # BFGS stops where the slope of the likelihood is 1e-8.
     assert [fit.intercept, fit.slope] == pytest.approx(best, abs=1e-4)
 
 
@@ -366,6 +367,62 @@ def test_mcfaddens_r2_by_hand_and_of_single_samples() -> None:
     control = fit_violations(np.random.default_rng(0).permutation(p0), violations, trials, num_bootstraps=20)
     assert control is not None
     assert 0 <= control.mcfadden_r2 < 0.02 < fit.mcfadden_r2
+
+
+def test_the_fit_of_every_draw_is_that_of_an_ordinary_regression() -> None:
+    """All draws at once by Newton's method, against statsmodels draw by draw; separated draws are left out by both."""
+    rng = np.random.default_rng(11)
+    p0, violations, trials = 0.16 * rng.random(14), rng.binomial(4, 0.25, 14), np.full(14, 4)
+    design = sm.add_constant(p0)
+    draws, slopes = np.random.default_rng(5).integers(0, 14, size=(300, 14)), []
+    for drawn in draws:
+        yes, no = (p0[drawn][counts[drawn] > 0] for counts in (violations, trials - violations))
+        if yes.max() > no.min() and no.max() > yes.min():
+            counts = np.column_stack([violations, trials - violations])[drawn]
+            slopes.append(sm.GLM(counts, design[drawn], family=sm.families.Binomial()).fit(tol=1e-12).params)
+    fit = fit_violations(p0, violations, trials, seed=5, num_bootstraps=300)
+    assert fit is not None
+    low, high = np.quantile(slopes, [0.025, 0.975], axis=0)
+    assert [*fit.intercept_interval, *fit.slope_interval] == pytest.approx([low[0], high[0], low[1], high[1]], rel=1e-6)
+    assert fit.slope_se == pytest.approx(np.std(slopes, axis=0, ddof=1)[1], rel=1e-6)
+
+
+def test_a_fit_says_the_pressure_it_rests_on_and_its_curve_where_that_ends() -> None:
+    p0 = np.linspace(0.02, 0.16, 15)
+    counts = np.random.default_rng(0).binomial(16, 0.3, 15)
+    fit = fit_violations(p0, counts, np.full(15, 16), 3, 200)
+    assert fit is not None
+    # Quantiles of 15 equal steps: 5 % is .7 of the first step in.
+    assert fit.support == pytest.approx((0.02, 0.027, 0.153, 0.16))
+    curve = curve_of_fit((fit.intercept, fit.slope), p0, counts, np.full(15, 16), 3, 200)
+    assert curve.p0[[0, -1]].tolist() == [0.0, 1.0]
+    inside = curve.p0[curve.is_supported]
+    assert inside[[0, -1]].tolist() == pytest.approx([0.02, 0.16])
+    assert curve.value == pytest.approx(fit.predict(curve.p0))
+    width = curve.high - curve.low
+    assert width[~curve.is_supported].max() > 2 * width[curve.is_supported].max()  # what the dashes warn of
+    everywhere = curve_of_fit((0.0, 1.0), np.linspace(0, 1, 15), counts, np.full(15, 16), 3, 50)
+    assert everywhere.is_supported.all()
+
+
+def test_the_band_of_a_curve_is_from_the_very_draws_of_the_fits_intervals() -> None:
+    data = planted(np.random.default_rng(7), 50, 16)
+    fit = fit_violations(*data, 4, 300)
+    assert fit is not None
+    line = fit.intercept, fit.slope
+    curve = curve_of_fit(line, *data, 4, 300)
+    # At P0 = 0 the curve is σ(intercept). Quantiles lie between two draws, so σ of one is not quite the other.
+    assert [curve.low[0], curve.high[0]] == pytest.approx(sigma(np.array(fit.intercept_interval)), abs=1e-4)
+    other = curve_of_fit(line, *data, 5, 300)
+    assert abs(other.low[0] - curve.low[0]) > 1e-4  # the control: another seed's draws
+    assert (curve.low <= curve.value).all()
+    assert (curve.value <= curve.high).all()
+
+
+def test_prompts_of_one_pressure_allow_no_band() -> None:
+    curve = curve_of_fit((0.0, 1.0), np.full(9, 0.5), np.arange(9), np.full(9, 16))
+    assert np.isnan([curve.low, curve.high]).all()
+    assert np.isfinite(curve.value).all()
 
 
 def test_the_fits_standard_errors_agree_with_its_intervals() -> None:
@@ -485,7 +542,7 @@ def measured() -> dict[str, list[Row]]:
 
 def test_a_summary_says_what_numpy_says_of_the_same_rows(reader_of) -> None:
     with reader_of(measured(), num_failed=2) as reader:
-        result = summarise(reader)
+        result = summarise(reader, {})
     baseline, negative = result.conditions
     assert (baseline.condition, negative.condition) == ("baseline", "negative")
     assert (baseline.num_prompts, negative.num_prompts) == (6, 7)
@@ -504,9 +561,45 @@ def test_a_summary_says_what_numpy_says_of_the_same_rows(reader_of) -> None:
     assert result.num_failed == 2
 
 
+def test_a_summary_gives_the_numbers_that_the_analysis_stored_and_no_second_ones(reader_of) -> None:
+    """It fitted and resampled again with seed 0, where the stage had the run's: two values of one number."""
+    rows = measured()
+    stored = {("rates", "violation_rate", "all"): 7, ("rates", "violation_rate", BIN_NAMES[4]): 2,
+              ("fit", "intercept", "all"): 6, ("fit", "slope", "all"): 6, ("fit", "mcfadden_r2", "all"): 6}  # fmt: skip
+    rows["statistics"] = [
+        {"analysis": a, "condition": "negative", "measured": "", "step_kind": "", "measure": m, "grouping": g, "patch": "",
+         "layer": -1, "head": -1, "value": 0.5, "se": 0.1, "low": 0.25, "high": 0.75, "n": n}
+        for (a, m, g), n in stored.items()
+    ]  # fmt: skip
+    with reader_of(rows) as reader:
+        (_, negative) = summarise(reader, {}).conditions
+    assert negative.sample_rate == Estimate(0.5, 0.25, 0.75, 7, 0.1)
+    assert negative.by_bin[4] == Estimate(0.5, 0.25, 0.75, 2, 0.1)
+    assert negative.by_bin[0] is not None
+    assert negative.by_bin[0].mean == 0.25  # the analysis says nothing of that bin
+    fit = negative.fit
+    assert isinstance(fit, LogisticFit)
+    assert (fit.intercept, fit.slope_interval, fit.num_samples) == (0.5, (0.25, 0.75), 24)
+    assert fit.support == support_of(np.array(list(P0.values())))
+
+
+@pytest.mark.parametrize("seed", [0, 9])
+def test_before_the_analysis_a_summary_resamples_with_the_runs_seed(reader_of, seed: int) -> None:
+    rows = measured()
+    rows["statistics"] = [  # of another number of prompts: from before more were measured
+        {"analysis": "rates", "condition": "negative", "measured": "", "step_kind": "", "measure": "violation_rate",
+         "grouping": "all", "patch": "", "layer": -1, "head": -1, "value": 0.5, "n": 3}
+    ]  # fmt: skip
+    with reader_of(rows) as reader:
+        (_, negative) = summarise(reader, {"settings": {"runtime.seed": {"value": seed}}}).conditions
+    rates = [VIOLATIONS[p] / 4 for p in sorted(VIOLATIONS)]
+    assert negative.sample_rate == mean_interval(rates, seed)
+    assert negative.sample_rate != mean_interval(rates, seed + 1)
+
+
 def test_what_has_not_been_measured_is_none_and_no_condition_is_made_up(reader_of) -> None:
     with reader_of({"psem": measured()["psem"]}) as reader:
-        result = summarise(reader)
+        result = summarise(reader, {})
     for one in result.conditions:
         assert (one.greedy_rate, one.sample_rate, one.format_rate, one.fit) == (None, None, None, None)
         assert one.by_bin == (None,) * 5
@@ -515,7 +608,7 @@ def test_what_has_not_been_measured_is_none_and_no_condition_is_made_up(reader_o
 
 def test_an_empty_run_has_an_empty_summary_that_can_be_shown(reader_of) -> None:
     with reader_of({}) as reader:
-        result = summarise(reader)
+        result = summarise(reader, {})
     assert (result.conditions, result.num_failed, result.bin_counts) == ((), 0, (0,) * 5)
     assert "Run r" in shown(result, {"run_id": "r"})
 
@@ -526,7 +619,7 @@ def test_a_shown_summary_keeps_its_brackets_and_says_when_answers_were_planted(r
     for row in rows["psem"] + rows["detections"]:
         row["condition"] = row["condition"].replace("negative", "ban[/b]")
     with reader_of(rows, num_failed=3) as reader:
-        result = summarise(reader)
+        result = summarise(reader, {})
     text = shown(result, {"run_id": "r", "planted": True})
     for name in BIN_NAMES:
         assert name in text
@@ -546,13 +639,30 @@ def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
             for i, p in enumerate(p0.tolist()) for c in ("baseline", "negative")]  # fmt: skip
     found = [detection(f"p{i}", "negative", "sample", s, s < k) for i, k in enumerate(violations) for s in range(4)]
     with reader_of({"psem": psem, "detections": found}) as reader:
-        result = summarise(reader)
+        result = summarise(reader, {})
     fit = result.conditions[1].fit
     assert isinstance(fit, LogisticFit)
     assert fit.slope_interval[0] < SLOPE < fit.slope_interval[1]
     text = shown(result, {"run_id": "r"})
     assert f"σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0)" in text
     assert f"[{fit.slope_interval[0]:.2f}, {fit.slope_interval[1]:.2f}]" in text
+    assert f"60 prompts with P0 from {p0.min():.2f} to {p0.max():.2f}" in text
+
+
+def test_a_shown_summary_says_what_to_know_of_the_run_and_a_sound_one_says_nothing(reader_of) -> None:
+    rows = {
+        "completions": [
+            {"prompt_id": f"p{n}", "condition": "ban[/b]", "mode": "greedy", "sample_id": 0, "token_ids": [], "text": "",
+             "answer": "", "finish_reason": "stop"}
+            for n in range(6)
+        ]
+    }  # fmt: skip
+    with reader_of(rows) as reader:
+        result = summarise(reader, {"model": {"chat_template_sha256": "ab"}})
+    assert "Note: Under ban[/b], 6 of 6 greedy answers (100 %) are empty. Try `--gravity.chat true`" in shown(
+        result, {"run_id": "r"}
+    )
+    assert "Note" not in shown(replace(result, remarks=()), {"run_id": "r"})
 
 
 def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:

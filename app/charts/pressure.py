@@ -123,23 +123,12 @@ def suppression(counts: pd.DataFrame, found: Sequence[Group], title: str, mean: 
     }  # fmt: skip
 
 
-def fit_curve(intercept: float, slope: float, covariance: tuple[float, float, float]) -> pd.DataFrame:
-    """x, y, low, high: the logistic curve over P0 in 0 to 1 and its pointwise 95 % band, by the delta method on the logit;
-    NaN where the covariance is."""
-    x = np.linspace(0, 1, 101)
-    v00, v01, v11 = covariance
-    half = 1.959964 * np.sqrt(np.maximum(v00 + 2 * v01 * x + v11 * x * x, 0))
-    logit = intercept + slope * x
-    curves = [1 / (1 + np.exp(-z)) for z in (logit, logit - half, logit + half)]
-    return pd.DataFrame(dict(zip(("x", "y", "low", "high"), [x, *curves], strict=True)))
-
-
 def said(
     points: pd.DataFrame, bins: pd.DataFrame, curve: pd.DataFrame | None, *, is_whole: bool, chosen: Mapping[str, str | None]
 ) -> Option:  # fmt: skip
     """Share of samples that say X against P0: the prompts (moved up or down a little, so that equal shares do not hide
-    each other), the means of bins with their intervals, and the fitted curve with its band; dashed where it is a fit of
-    more prompts than are shown."""
+    each other), the means of bins with their intervals, and the fitted curve (`queries.pressure.curve`) with its band;
+    dashed and paler where no prompt's P0 reaches, and all of it thin where it is of more prompts than are shown."""
     moved = points.assign(shown=_jittered(points))
     group = Group("prompt", GREY, "circle", moved)
     dots: Option = {
@@ -266,21 +255,32 @@ def _curve(curve: pd.DataFrame | None, is_whole: bool) -> list[Option]:
     if curve is None:
         return []
     name = "fit, 95 %" if is_whole else "fit of the whole run"
-    hidden: Option = {"type": "line", "stack": "band", "symbol": "none", "silent": True, "lineStyle": {"opacity": 0},
-                      "tooltip": {"show": False}, "stackStrategy": "all", "name": name, "itemStyle": {"color": RED}}  # fmt: skip
+    inside = np.flatnonzero(curve["is_supported"])
+    beyond = (curve.iloc[: inside[0] + 1], curve.iloc[inside[-1] :])
+    parts = [(part, "dashed", 0.08) for part in beyond if len(part) > 1] + [(curve.iloc[inside], "solid", 0.2)]
+    width = 2 if is_whole else 1
     series: list[Option] = []
-    if curve[["low", "high"]].notna().all(axis=None):
-        width = curve["high"] - curve["low"]
-        series = [
-            hidden | {"data": curve[["x", "low"]].to_numpy().tolist()},
-            hidden | {"data": list(map(list, zip(curve["x"].tolist(), width.tolist(), strict=True))),
-                      "areaStyle": {"color": RED, "opacity": 0.2}},
-        ]  # fmt: skip
-    line: Option = {
-        "type": "line", "name": name, "symbol": "none", "silent": True, "data": curve[["x", "y"]].to_numpy().tolist(),
-        "itemStyle": {"color": RED}, "lineStyle": {"color": RED, "width": 2, "type": "solid" if is_whole else "dashed"},
-    }  # fmt: skip
-    return [*series, line]
+    for n, (part, style, opacity) in enumerate(parts):
+        series += _band(part, name, opacity, f"band-{n}")
+        series.append({
+            "type": "line", "name": name, "symbol": "none", "silent": True, "tooltip": {"show": False},
+            "data": part[["p0", "value"]].to_numpy().tolist(), "itemStyle": {"color": RED},
+            "lineStyle": {"color": RED, "width": width, "type": style},
+        })  # fmt: skip
+    return series
+
+
+def _band(part: pd.DataFrame, name: str, opacity: float, stack: str) -> list[Option]:
+    """From low to high, as ECharts has it: two lines that are not drawn, the second stacked on the first and filled."""
+    if not part[["low", "high"]].notna().all(axis=None):
+        return []
+    hidden: Option = {"type": "line", "stack": stack, "symbol": "none", "silent": True, "lineStyle": {"opacity": 0},
+                      "tooltip": {"show": False}, "stackStrategy": "all", "name": name, "itemStyle": {"color": RED}}  # fmt: skip
+    height = part.assign(height=part["high"] - part["low"])
+    return [
+        hidden | {"data": part[["p0", "low"]].to_numpy().tolist()},
+        hidden | {"data": height[["p0", "height"]].to_numpy().tolist(), "areaStyle": {"color": RED, "opacity": opacity}},
+    ]  # fmt: skip
 
 
 def _jittered(points: pd.DataFrame) -> pd.Series:

@@ -6,7 +6,7 @@ several ask stands here.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from harness.errors import HarnessError
+from harness.remarks import Remark, remarks_of
 from harness.run import RunEntry, RunPaths, list_runs
 from harness.settings import resolve
 from harness.store import Reader
@@ -91,6 +92,14 @@ def token_texts(paths: RunPaths, token_ids: Sequence[int]) -> dict[int, str]:
     return {n: f"[{n}]" for n in wanted} | dict(zip(rows["token_id"], rows["text"], strict=True))
 
 
+def remarks(paths: RunPaths, manifest: Mapping[str, Any]) -> list[Remark]:
+    """What the run should say of itself, as its snapshot stands; nothing where there is none."""
+    try:
+        return _remarks(str(paths.live), _published(paths), manifest)
+    except HarnessError:
+        return []
+
+
 def _published(paths: RunPaths) -> float:
     return paths.live.stat().st_mtime if paths.live.exists() else 0.0
 
@@ -123,6 +132,12 @@ def _shared(live: str, published: float) -> _Shared:
 @st.cache_data(max_entries=256, show_spinner=False)
 def _ask(live: str, published: float, sql: str, params: tuple[Any, ...]) -> pd.DataFrame:
     return _shared(live, published).frame(sql, [list(p) if isinstance(p, tuple) else p for p in params])
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _remarks(live: str, published: float, _manifest: Mapping[str, Any]) -> list[Remark]:
+    with Reader(Path(live)) as reader:
+        return remarks_of(reader, _manifest)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

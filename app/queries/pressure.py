@@ -6,9 +6,12 @@ Rows of `statistics` are of the whole run. What is restricted by the filters is 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+import streamlit as st
 
 from app import queries
+from harness.bins import BIN_NAMES
 from harness.run import RunPaths
 
 if TYPE_CHECKING:
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
 
 MEASURES = ("p_sem", "p_word", "paper_p_sem")
 GAPS = ("delta", "relative", "log")
-BINS = ("[0, .2)", "[.2, .4)", "[.4, .6)", "[.6, .8)", "[.8, 1]")
-"""Pressure bins by the names that `statistics` has for them; the analysis itself is not imported, it is slow to load."""
 _BIN = "CASE WHEN p0 < .2 THEN 0 WHEN p0 < .4 THEN 1 WHEN p0 < .6 THEN 2 WHEN p0 < .8 THEN 3 ELSE 4 END"
 _GREEDY = (
     "SELECT prompt_id, CASE WHEN word_present THEN 'failure' WHEN NOT word_present THEN 'success' END AS outcome "
@@ -57,7 +58,7 @@ def rates(view: "View", condition: str) -> pd.DataFrame:
 
 
 def binned(view: "View", condition: str) -> pd.DataFrame:
-    """grouping (a name of `BINS`), n, p0 and value (means of P0 and of the rate over the prompts of a pressure bin), low,
+    """grouping (a name of `BIN_NAMES`), n, p0 and value (means of P0 and of the rate over the prompts of a pressure bin), low,
     high. The interval is that of the analysis where it saw these very prompts, else NaN."""
     where, params = view.where("v.prompt_id")
     found = queries.ask(
@@ -66,7 +67,7 @@ def binned(view: "View", condition: str) -> pd.DataFrame:
         "GROUP BY bin ORDER BY bin",
         [condition, *params],
     )
-    found.insert(0, "grouping", [BINS[b] for b in found.pop("bin")])
+    found.insert(0, "grouping", [BIN_NAMES[b] for b in found.pop("bin")])
     is_whole = view.category is None and view.outcome is None
     return _with_intervals(found, statistics(view.paths, "rates", condition) if is_whole else None)
 
@@ -105,30 +106,20 @@ def statistics(paths: RunPaths, analysis: str, condition: str) -> pd.DataFrame:
     )
 
 
-def fit_covariance(paths: RunPaths, condition: str, intercept: float, slope: float) -> tuple[float, float, float]:
-    """Variance of the intercept, covariance, variance of the slope of the fit, at the fit itself: each prompt is one
-    cluster (Huber's sandwich), because the samples of a prompt are alike. NaN where the prompts determine none."""
-    found = queries.ask(
-        paths,
-        f"""
-        WITH fitted AS (
-            SELECT p0, num_samples AS m, num_violations AS k, 1 / (1 + exp(-(? + ? * p0))) AS mean FROM ({_RATES})),
-        parts AS (SELECT p0, k - m * mean AS g, m * mean * (1 - mean) AS w FROM fitted)
-        SELECT sum(w) AS h00, sum(w * p0) AS h01, sum(w * p0 * p0) AS h11,
-               sum(g * g) AS g00, sum(g * g * p0) AS g01, sum(g * g * p0 * p0) AS g11 FROM parts
-        """,
-        [intercept, slope, condition],
-    )
-    h00, h01, h11, g00, g01, g11 = found.iloc[0].astype(float)
-    det = h00 * h11 - h01 * h01
-    if not det > 1e-9 * max(h00 * h11, 1e-300):
-        return float("nan"), float("nan"), float("nan")
-    a, b, c = h11 / det, -h01 / det, h00 / det  # the inverse of H
-    return (
-        a * a * g00 + 2 * a * b * g01 + b * b * g11,
-        a * b * g00 + (a * c + b * b) * g01 + b * c * g11,
-        b * b * g00 + 2 * b * c * g01 + c * c * g11,
-    )
+def curve(paths: RunPaths, condition: str, line: tuple[float, float], seed: int) -> pd.DataFrame:
+    """p0, value, low, high, is_supported: the fit with this (intercept, slope) over P0 in 0 to 1, as the report draws it."""
+    found = queries.ask(paths, f"{_RATES} ORDER BY v.prompt_id", [condition])
+    p0, said, samples = (found[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
+    return _curve(line, p0, said, samples, seed)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _curve(
+    line: tuple[float, float], p0: np.ndarray, said: np.ndarray, samples: np.ndarray, seed: int
+) -> pd.DataFrame:  # fmt: skip
+    from harness.stats import curve_of_fit  # here, because it takes a second to load
+
+    return pd.DataFrame(curve_of_fit(line, p0, said, samples, seed)._asdict())
 
 
 def totals(paths: RunPaths, prompt_ids: Sequence[str]) -> pd.DataFrame:

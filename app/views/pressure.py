@@ -7,6 +7,7 @@ from app import frame, queries
 from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
+from harness.manifests import seed_of
 
 _FILTERED = "The sidebar's filters are on: these are plain means over the prompts that they keep, without intervals."
 _NOT_YET = "No intervals and no fit: the analysis comes at the end of a run."
@@ -141,7 +142,7 @@ def _said(view: View, under: str) -> None:
         charts.said(points, bins, curve, is_whole=_is_whole(view), chosen=_chosen(view)), key="pressure-said", height=440,
         on_select=frame.on_click("pressure-said", lambda s, i: _prompt(charts.clicked_rate(points, s, i))),
     )  # fmt: skip
-    st.caption(_told_of_rates(view, under, bins, fitted, curve is not None))
+    st.caption(_told_of_rates(view, under, bins, fitted, curve))
     frame.download(points, "violation-rate")
     left, right = st.columns(2)
     with left:
@@ -161,22 +162,23 @@ def _curve(view: View, under: str, fitted: pd.DataFrame) -> pd.DataFrame | None:
     if not {"intercept", "slope"} <= set(fitted.index) or fitted.loc[["intercept", "slope"], "value"].isna().any():
         return None
     a, b = float(fitted.loc["intercept", "value"]), float(fitted.loc["slope", "value"])
-    return charts.fit_curve(a, b, ask.fit_covariance(view.paths, under, a, b))
+    return ask.curve(view.paths, under, (a, b), seed_of(view.manifest))
 
 
-def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFrame, has_curve: bool) -> str:
+def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFrame, curve: pd.DataFrame | None) -> str:
     parts = ["P0 is p_sem under baseline here, whatever is chosen above; points are moved a little up or down."]
     if not _is_whole(view):
         parts.append(_FILTERED)
     elif bins["low"].isna().all():
         parts.append(_NOT_YET)
-    if has_curve:
-        a, b = fitted.loc["intercept"], fitted.loc["slope"]
+    if curve is not None:
+        a, b, rests_on = fitted.loc["intercept"], fitted.loc["slope"], curve.loc[curve["is_supported"], "p0"]
         text = f"P(says X) = σ({a['value']:.2f} {b['value']:+.2f}·P0), slope 95 % [{b['low']:.2f}, {b['high']:.2f}]"
         if "mcfadden_r2" in fitted.index:
             text += f", McFadden's R² {fitted.loc['mcfadden_r2', 'value']:.3f}"
         parts.append(
-            f"Fit of the whole run, {int(a['n']):,} prompts: {text}; its band is the fit's own, prompts as clusters."
+            f"Fit of the whole run, {int(a['n']):,} prompts with P0 from {rests_on.min():.2f} to {rests_on.max():.2f}: {text}; "
+            "dashed where none of them reaches. The band is from the draws of prompts that the slope's interval is from."
         )
     elif under == "baseline":
         parts.append("The baseline is not fitted: nothing is forbidden there.")

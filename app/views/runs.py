@@ -299,4 +299,5 @@ if entries:
 chosen = next((e for e in entries if e.manifest is not None and e.paths.run_id == st.session_state.get("run")), None)
 if chosen is not None:
     st.subheader(chosen.paths.run_id)
+    frame.show_remarks(chosen)
     _part(view, chosen, entries)

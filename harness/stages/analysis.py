@@ -14,16 +14,15 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
+from harness.bins import BIN_NAMES, bin_of
 from harness.engine import Tables
 from harness.executor import Item, ItemResult
 from harness.stages.inputs import Inputs, item_key
 from harness.stats import (
-    BIN_NAMES,
     NUM_BOOTSTRAPS,
     Intervals,
     Moments,
     benjamini_hochberg,
-    bin_of,
     calibration,
     fit_violations,
     mean_differences,

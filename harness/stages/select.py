@@ -12,11 +12,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from harness.bins import bin_of
 from harness.engine import Tables
 from harness.executor import Item, ItemResult
 from harness.settings import SelectSettings
 from harness.stages.inputs import Admitted, Inputs
-from harness.stats import bin_of
 from harness.text.prompts import letters
 
 ADMITTED = "balanced"

@@ -7,16 +7,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PolyCollection
 from streamlit.testing.v1 import AppTest
 
+from app import queries
 from app.charts import GREY
 from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
-from harness import stats
-from harness.figures import _curve_band
-from harness.run import RunEntry, RunPaths
+from harness import report, stats
+from harness.bins import BIN_NAMES, bin_of
+from harness.figures import FIGURES, gather
+from harness.listing import open_snapshot
+from harness.manifests import seed_of
+from harness.remarks import lines
+from harness.run import RunEntry, RunPaths, read_manifest
 from harness.store import Store
+from harness.summary import summarise
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import HOSTILE, Shape
@@ -107,10 +114,6 @@ def test_without_an_analysis_bins_and_categories_are_plain_means_without_interva
     assert rows["low"].isna().all()
 
 
-def test_the_bins_are_those_of_the_analysis() -> None:
-    assert ask.BINS == stats.BIN_NAMES
-
-
 def test_intervals_are_the_analysis_own_and_only_for_the_prompts_that_it_saw(whole: RunPaths) -> None:
     known = ask.statistics(whole, "rates", "negative").set_index("grouping")
     bins = ask.binned(_view(whole), "negative").set_index("grouping")
@@ -127,36 +130,65 @@ def test_intervals_are_the_analysis_own_and_only_for_the_prompts_that_it_saw(who
 
 def test_a_plain_mean_of_a_bin_is_what_the_analysis_says(whole: RunPaths) -> None:
     rates = ask.rates(_view(whole), "negative")
-    names = rates["p0"].map(lambda p: stats.BIN_NAMES[stats.bin_of(p)])
+    names = rates["p0"].map(lambda p: BIN_NAMES[bin_of(p)])
     bins = ask.binned(_view(whole), "negative").set_index("grouping")
     assert rates.groupby(names)["rate"].mean().to_dict() == pytest.approx(bins["value"].to_dict())
 
 
-def test_the_band_takes_the_samples_of_a_prompt_for_alike_as_the_bootstrap_does(whole: RunPaths) -> None:
+def test_the_curve_is_the_one_that_the_report_draws_and_its_band_takes_the_samples_of_a_prompt_for_alike(
+    whole: RunPaths,
+) -> None:
     fit = ask.statistics(whole, "fit", "negative").query("grouping == 'all'").set_index("measure")
-    a, b = fit.loc["intercept", "value"], fit.loc["slope", "value"]
-    covariance = ask.fit_covariance(whole, "negative", a, b)
-    assert np.sqrt([covariance[0], covariance[2]]) == pytest.approx(
-        fit.loc[["intercept", "slope"], "se"].to_numpy(), rel=0.2
-    )
-    curve = charts.fit_curve(a, b, covariance)
+    line = fit.loc["intercept", "value"], fit.loc["slope", "value"]
+    curve = ask.curve(whole, "negative", line, 0)
+    with open_snapshot(whole) as reader:
+        (ax,) = (a for a in FIGURES["violation"](gather(reader, 0)).axes if a.get_title("left") == "negative")
+    drawn = next(a for a in ax.lines if str(a.get_label()).startswith("σ("))
+    inside = curve[curve["is_supported"]]
+    assert inside["p0"].tolist() == np.asarray(drawn.get_xdata()).tolist()
+    assert inside["value"].tolist() == np.asarray(drawn.get_ydata()).tolist()
+    bands = [c.get_datalim(ax.transData) for c in ax.collections if isinstance(c, PolyCollection)]
+    assert (inside["low"].min(), inside["high"].max()) == pytest.approx((bands[2].y0, bands[2].y1))
     rates = ask.rates(_view(whole), "negative")
-    p0, said, samples = (rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
-    low, high = _curve_band(p0, said, samples, (a, b), curve["x"].to_numpy())
-    assert curve["low"].to_numpy() == pytest.approx(low, abs=0.02)
-    assert curve["high"].to_numpy() == pytest.approx(high, abs=0.02)
-    mean = 1 / (1 + np.exp(-(a + b * p0)))
+    p0, samples = (rates[c].to_numpy(float) for c in ("p0", "num_samples"))
+    mean = 1 / (1 + np.exp(-(line[0] + line[1] * p0)))
     design = np.column_stack([np.ones_like(p0), p0])
     naive = np.linalg.inv(design.T @ (design * (samples * mean * (1 - mean))[:, None]))
-    assert covariance[2] > 1.5 * naive[1, 1], "samples counted as if independent would give a narrower band"
+    slope = fit.loc["slope"]
+    assert (slope["high"] - slope["low"]) / 3.92 > 1.2 * naive[1, 1] ** 0.5, (
+        "samples as if independent: a narrower band"
+    )
+    at_one = curve.iloc[-1]
+    logit = np.log(at_one[["low", "high"]].astype(float) / (1 - at_one[["low", "high"]].astype(float)))
+    assert logit["high"] - logit["low"] > 3.92 * np.sqrt(naive.sum()), "and the band is not that one"
 
 
-def test_prompts_of_one_pressure_allow_no_band(tmp_path: Path) -> None:
-    def fill(store: Store) -> None:
-        _three_prompts(store)
-        store._con.execute("UPDATE psem SET p_sem = 0.5")
-
-    assert np.isnan(ask.fit_covariance(_run(tmp_path, fill), "negative", 0.0, 1.0)).all()
+def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
+    """The terminal fitted again with seed 0 what the analysis had stored with the run's seed."""
+    stored = ask.statistics(whole, "fit", "negative").query("grouping == 'all'").set_index("measure")
+    manifest = read_manifest(whole)
+    with open_snapshot(whole) as reader:
+        result = summarise(reader, manifest)
+        content = report._content(reader, manifest, gather(reader, seed_of(manifest)))
+    (negative,) = (c for c in result.conditions if c.condition == "negative")
+    assert negative.fit is not None
+    slope = stored.loc["slope"]
+    assert (negative.fit.slope, *negative.fit.slope_interval) == (slope["value"], slope["low"], slope["high"])
+    bins = ask.binned(_view(whole), "negative")
+    assert [(e.mean, e.low, e.high) for e in negative.by_bin if e] == list(
+        bins[["value", "low", "high"]].itertuples(index=False)
+    )
+    told = f"{slope['value']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]"
+    (section,) = (s for s in content["sections"] if s.name == "violation")
+    assert [row[2] for t in section.tables if t.title.startswith("Fit") for row in t.rows if row[0] == "negative"] == [
+        told
+    ]
+    assert content["remarks"] == lines(result.remarks) == lines(queries.remarks(whole, manifest))
+    rates = ask.rates(_view(whole), "negative")
+    data = (rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
+    other = stats.fit_violations(*data, seed=1, num_bootstraps=300)
+    assert other is not None
+    assert other.slope_interval != negative.fit.slope_interval  # the control: another seed is another interval
 
 
 def test_spellings_come_likeliest_first_and_add_up_to_the_pressure(small: RunPaths) -> None:
@@ -229,24 +261,35 @@ def _said(bins: pd.DataFrame, curve: pd.DataFrame | None, *, is_whole: bool) -> 
     return {s["name"]: s for s in option["series"]}
 
 
-def test_a_bin_without_an_interval_has_no_bar_and_a_fit_of_more_prompts_is_dashed() -> None:
+def test_a_bin_without_an_interval_has_no_bar_and_a_fit_of_more_prompts_is_thin() -> None:
     bins = pd.DataFrame({"grouping": ["[0, .2)"], "n": [2], "p0": [0.1], "value": [0.3], "low": [0.2], "high": [0.4]})
-    curve = charts.fit_curve(-2.0, 2.0, (0.01, 0.0, 0.04))
+    x = np.array([0.0, 0.5, 1.0])
+    curve = pd.DataFrame({"p0": x, "value": x / 2, "low": x / 4, "high": x, "is_supported": True})
     series = _said(bins, curve, is_whole=True)
     assert series["mean of a bin, 95 %"]["markLine"]["data"] == [[{"coord": [0.1, 0.2]}, {"coord": [0.1, 0.4]}]]
-    assert series["fit, 95 %"]["lineStyle"]["type"] == "solid"
+    assert series["fit, 95 %"]["lineStyle"] | {"color": ""} == {"type": "solid", "width": 2, "color": ""}
     series = _said(bins.assign(low=np.nan, high=np.nan), curve, is_whole=False)
     assert "markLine" not in series["mean of a bin"]
-    assert series["fit of the whole run"]["lineStyle"]["type"] == "dashed"
+    assert series["fit of the whole run"]["lineStyle"]["width"] == 1
     assert set(_said(bins, None, is_whole=True)) == {"prompt", "mean of a bin, 95 %"}
 
 
-def test_the_fitted_curve_is_logistic_and_its_band_is_of_the_logit() -> None:
-    curve = charts.fit_curve(-2.0, 4.0, (0.04, -0.02, 0.16)).set_index("x")
-    assert curve.loc[0.5].tolist()[0] == pytest.approx(0.5)
-    se = np.sqrt(0.04 - 2 * 0.02 * 0.5 + 0.16 * 0.25)
-    assert curve.loc[0.5, "high"] == pytest.approx(1 / (1 + np.exp(-1.959964 * se)))
-    assert curve.loc[0.5, "low"] == pytest.approx(1 - curve.loc[0.5, "high"])
+def test_the_fitted_curve_is_dashed_and_its_band_paler_where_no_prompt_is() -> None:
+    x = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    curve = pd.DataFrame(
+        {"p0": x, "value": x / 2, "low": x / 4, "high": x, "is_supported": [False, True, True, False, False]}
+    )
+    fit = [s for s in charts._curve(curve, is_whole=True) if "stack" not in s]
+    assert [(s["data"][0][0], s["data"][-1][0], s["lineStyle"]["type"]) for s in fit] == [
+        (0.0, 0.25, "dashed"), (0.5, 1.0, "dashed"), (0.25, 0.5, "solid")
+    ]  # fmt: skip
+    bands = [s for s in charts._curve(curve, is_whole=True) if "areaStyle" in s]
+    below, above, inside = (s["areaStyle"]["opacity"] for s in bands)
+    assert below == above < inside
+    assert len({s["stack"] for s in bands}) == 3, "one stacked on another would be drawn too high"
+    assert bands[1]["data"] == [[0.5, 0.375], [0.75, 0.5625], [1.0, 0.75]]  # high − low
+    lines = charts._curve(curve.assign(is_supported=True, low=np.nan), is_whole=True)
+    assert [s["lineStyle"]["type"] for s in lines] == ["solid"], "no band that is not known, and nothing dashed"
 
 
 def test_spellings_stand_side_by_side_by_condition_and_one_that_was_not_scored_is_missing() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,30 @@ def test_the_certificate_says_what_disagrees(root: Path, monkeypatch: pytest.Mon
     test = opened(root, monkeypatch, run=ids(root)[0], part="Certificate")
     assert "disagree on 1 of 6" in test.error[0].value
     assert test.dataframe[-1].value.iloc[0]["verdict"] == "DISAGREES"
+
+
+def test_what_to_know_of_a_run_is_shown_as_text_unfolded_here_and_folded_on_the_pages_it_concerns(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / ids(root)[0], tmp_path / "20300101-000000-x-0")
+    paths = RunPaths(tmp_path / "20300101-000000-x-0")
+    edited(paths, run_id=paths.run_id)
+    with duckdb.connect(str(paths.live)) as con:
+        con.execute("UPDATE completions SET answer = '', text = '' WHERE condition = 'negative'")
+        con.execute("UPDATE completions SET condition = '**x** <b>' WHERE condition = 'negative'")
+    for view, is_open, is_shown in (
+        (VIEW.stem, True, True),
+        ("detections", False, True),
+        ("activations", False, False),
+    ):
+        monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+        test = open_view(view)
+        assert not test.exception
+        boxes = [e for e in test.expander if e.label.startswith("To know of this run: empty answers")]
+        assert [e.proto.expanded for e in boxes] == [is_open] * is_shown
+        texts = [t.value for e in boxes for t in e.text]
+        assert any(t.startswith("Under **x** <b>, ") and "are empty" in t for t in texts) is is_shown
+        assert not any("<b>" in m.value for m in test.markdown)
 
 
 def test_two_runs_are_compared_by_a_link(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
