@@ -132,6 +132,7 @@ class GridCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        """All keys and values [R, G, S, K] of this layer, the new ones [1, G, N, K] (or [R, G, T, K]) behind the others."""
         layout = _layout.get()
         if layout is not None and layout.cells is not None:
             cells = layout.cells.at(layer_idx)
