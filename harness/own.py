@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harness.fetch import FETCHABLE
 from harness.files import read_unlinked
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL
 
@@ -47,9 +48,11 @@ def is_own(settings: Mapping[str, Any], given: object, state: Path) -> bool:
 def _is_path(name: str, value: str) -> bool:
     if name == "data.prompts":
         return value != BUNDLED_PROMPTS
-    if value == DEMO_MODEL or value.startswith("random:"):
+    if value == DEMO_MODEL or value in FETCHABLE or value.startswith("random:"):
         return False
-    return value.startswith(".") or not _HUB_ID.fullmatch(value) or Path(value).exists()
+    return (
+        value.startswith(".") or value.lower().endswith(".gguf") or not _HUB_ID.fullmatch(value) or Path(value).exists()
+    )
 
 
 def _mark(paths: Mapping[str, str], key: bytes) -> str:

@@ -117,11 +117,12 @@ class ModelSettings(Section):
     """Which model, and how it is loaded."""
 
     name: str = DEMO_MODEL
-    """`demo` (the bundled model), a Hugging Face id, a checkpoint folder, or `random:<shape>`."""
+    """`demo` (the bundled model), a name that `harness fetch --list` shows, a Hugging Face id, a checkpoint folder, a GGUF
+    file, or `random:<shape>`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; resolved to a commit and recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """`auto`: the checkpoint's own, the same on every device."""
+    """`auto`: the checkpoint's own, the same on every device; float32 for a GGUF file."""
     trust_remote_code: bool = False
     """Run Python that comes with a checkpoint. Only as a flag, beside `--model` in the same command."""
 
@@ -265,6 +266,8 @@ class PathSettings(Section):
     """The data folder; unset: ./data, or the one this installation came with."""
     hf_home: Path | None = None
     """Hugging Face's cache; unset leaves its own default."""
+    cache: Path | None = None
+    """Where `harness fetch` keeps models; unset: $XDG_CACHE_HOME/harness, or ~/.cache/harness."""
 
     @field_validator("*", mode="after")
     @classmethod
@@ -279,6 +282,12 @@ class PathSettings(Section):
         """What this user keeps from one command to the next, outside of any run (XDG Base Directory Specification)."""
         home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(home) / "harness"
+
+    @property
+    def cache_folder(self) -> Path:
+        """What can be had again, and is kept so that it need not be (XDG Base Directory Specification)."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.cache if self.cache is not None else Path(home) / "harness"
 
     @property
     def data_folder(self) -> Path:

@@ -158,6 +158,7 @@ DECIDES = {
 DECIDES_NOTHING = {
     "batching.max_tokens": "64", "batching.reserve_gb": "1", "runtime.device": "cpu", "runtime.threads": "1",
     "runtime.executor": "inline", "runtime.reserve_disk_gb": "0", "paths.runs": "elsewhere", "paths.hf_home": "cache",
+    "paths.cache": "kept",
     "paths.data": "HERE/elsewhere", "data.prompts": "HERE/shuffled.jsonl", "data.limit": "3",
     "experiment.stages": "sanity,analysis,patching,mechanism,detect,samples,select",
     "experiment.sample_conditions": "baseline,negative,ban",

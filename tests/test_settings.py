@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {  # a legal value that is not the default, for every se
     "batching.max_tokens": 64,
     "batching.reserve_gb": 1.5, "runtime.device": "cpu", "runtime.seed": 9, "runtime.threads": 1,
     "runtime.executor": "inline", "runtime.reserve_disk_gb": 0.25, "paths.runs": "there", "paths.data": "stuff",
-    "paths.hf_home": "cache",
+    "paths.hf_home": "cache", "paths.cache": "kept",
 }  # fmt: skip
 
 

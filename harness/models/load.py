@@ -1,7 +1,9 @@
-"""From a name to a language model that can be measured: a hub id at a pinned revision, a local folder, or `random:<shape>`.
+"""From a name to a language model that can be measured: a hub id at a pinned revision, a local folder, a GGUF file, or
+`random:<shape>`.
 
 `identify` says what a name stands for (revision, hashes) without loading weights; `load` gives an `LM` whose parts have
-been found and checked. Safetensors only. The checkpoint's generation_config is recorded and never applied.
+been found and checked. Safetensors, and GGUF dequantised (`gguf.py`). The checkpoint's generation_config is recorded and
+never applied.
 """
 
 import hashlib
@@ -21,14 +23,21 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from harness import tally
 from harness.errors import EnvironmentFault, HarnessError, ModelError
 from harness.files import check_regular, read_json_object
-from harness.models import attend, shapes
+from harness.models import attend, gguf, shapes
 from harness.models.anatomy import Anatomy, close, dissect
 from harness.text.words import Vocabulary
 
@@ -90,6 +99,8 @@ class ModelSpec:
     trust_remote_code: bool = False
     random_tokenizer: Path | None = None
     """The tokenizer folder that `random:` shapes borrow; they have none of their own."""
+    sha256: str | None = None
+    """What a GGUF file has to be, where that is known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +246,8 @@ def identify(spec: ModelSpec) -> ModelIdentity:
     """What `spec` stands for: the resolved revision and hashes. Reads files (and the hub, for an id), loads no weights."""
     if spec.name.startswith(RANDOM):
         return _identify_random(spec)
+    if gguf.is_named(spec.name):
+        return _identify_gguf(spec)
     folder, revision = _resolve(spec)
     _check_files(folder)
     config = _read_config(folder, spec)
@@ -283,11 +296,16 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True, local_files_only=True,
-                trust_remote_code=spec.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            model, info = loaded
+            if gguf.is_named(spec.name):
+                config = _gguf_config(gguf.read_header(identity.path))
+                model, info = gguf.load_model(identity.path, config, dtype, attend.NAME)
+            else:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True,
+                    local_files_only=True, trust_remote_code=spec.trust_remote_code, output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
+                model, info = loaded
             # Transformers fills what a checkpoint lacks with random numbers and goes on.
             wrong = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
             if wrong:
@@ -358,9 +376,14 @@ def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
     """Just the tokenizer. For `random:` shapes the one in `spec.random_tokenizer`."""
     folder = identity.path or spec.random_tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        )
+        if identity.path is not None and gguf.is_named(spec.name):
+            tokenizer = gguf.load_tokenizer(identity.path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+            )
+    except HarnessError:
+        raise
     except Exception as e:  # the library's own errors are plain Exceptions
         raise ModelError(f"{spec.name}: expected a tokenizer in {folder}: {_one_line(e)}") from e
     if not tokenizer.is_fast:
@@ -368,6 +391,64 @@ def load_codec(spec: ModelSpec, identity: ModelIdentity) -> Codec:
             f"{spec.name}: expected a fast tokenizer (tokenizer.json), which gives character offsets; found none"
         )
     return Codec(tokenizer)
+
+
+_DEQUANTISED = (
+    "The weights were rounded to blocks of {types} and are computed with in {dtype}: results are exact for these "
+    "dequantised weights, and are not those of the checkpoint that was rounded."
+)
+
+
+def _identify_gguf(spec: ModelSpec) -> ModelIdentity:
+    """The file's hash decides weights and tokenizer; the configuration is the one that transformers makes of it."""
+    _check_no_revision(spec)
+    path = Path(spec.name).expanduser()
+    header = gguf.read_header(path)
+    config = _gguf_config(header)
+    _check_promises(path, config, {path.name: [math.prod(t.shape) for t in header.tensors]})
+    stops = gguf.ending_ids(header)
+    _check_stop_ids(path, stops)
+    sha256 = _file_sha256(path)
+    if spec.sha256 not in (None, sha256):
+        raise ModelError(
+            f"{path}: is damaged: expected sha256 {spec.sha256}, found {sha256}; fetch it again (harness fetch)"
+        )
+    dtype = "float32" if spec.dtype == "auto" else _resolve_dtype(spec, config)
+    types = header.quantised_types
+    template = header.settings.get("tokenizer.chat_template")
+    return ModelIdentity(
+        name=spec.name,
+        revision="local",
+        weights_sha256=sha256,
+        tokenizer_sha256=sha256,
+        config_sha256=_digest([_config_dict(config), stops]),
+        dtype=dtype,
+        path=path,
+        about={
+            "config": _config_dict(config),
+            "generation_config": {"eos_token_id": stops} if stops else None,
+            "num_parameters": sum(math.prod(t.shape) for t in header.tensors),
+            "chat_template_sha256": _digest(template) if template else None,
+            "weight_files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256}},
+            "tensor_types": header.num_tensors_by_type,
+            "dequantised_from": types,
+            "dequantised": _DEQUANTISED.format(types=" and ".join(types), dtype=dtype) if types else None,
+        },
+    )
+
+
+@lru_cache(maxsize=2)
+def _gguf_config(header: gguf.Header) -> PreTrainedConfig:
+    """The configuration in a GGUF file, its numbers checked before anything is built of them."""
+    values = gguf.config_values(header)
+    _check_numbers(header.path, values)
+    _check_stop_ids(header.path, values.get("eos_token_id"))
+    try:
+        config = AutoConfig.for_model(**values)
+    except Exception as e:  # as in _read_config
+        raise ModelError(f"{header.path}: its configuration cannot be used: {_one_line(e)}") from e
+    gguf.check_heeded(header, config)
+    return config
 
 
 def _identify_random(spec: ModelSpec) -> ModelIdentity:
@@ -489,7 +570,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path, spec: ModelSpec) -> object:
     raw = _read_json(folder / "config.json")
-    _check_numbers(folder, raw)
+    _check_numbers(folder / "config.json", raw)
     if raw.get("quantization_config"):
         raise ModelError(
             f"{folder}: quantised weights (quantization_config), which are not supported; use the unquantised model"
@@ -506,11 +587,11 @@ def _read_config(folder: Path, spec: ModelSpec) -> object:
         raise ModelError(f"{folder}: its config.json cannot be used: {_one_line(e)}") from e
 
 
-def _check_numbers(folder: Path, tree: object, where: str = "") -> None:
+def _check_numbers(path: Path, tree: object, where: str = "") -> None:
     """Raises ModelError for numbers that no model has, before lists as long as they are are made of them."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            _check_numbers(folder, value, f"{where}.{key}" if where else str(key))
+            _check_numbers(path, value, f"{where}.{key}" if where else str(key))
     elif isinstance(tree, int) and not isinstance(tree, bool):
         name = where.rsplit(".", 1)[-1]
         counts_parts = re.search(r"(^n|num)_.*(layer|head|expert|block)|^n_?(layer|head)s?$", name) is not None
@@ -519,7 +600,7 @@ def _check_numbers(folder: Path, tree: object, where: str = "") -> None:
             least = 0
         if not least <= tree <= most:
             shown = str(tree) if abs(tree) < 10**30 else "a number of more than 30 digits"
-            raise ModelError(f"{folder}: config.json: {where}: expected {least} to {most:,}, found {shown}")
+            raise ModelError(f"{path}: {where}: expected {least} to {most:,}, found {shown}")
 
 
 def _check_stop_ids(folder: Path, ids: object) -> None:
@@ -529,7 +610,7 @@ def _check_stop_ids(folder: Path, ids: object) -> None:
 
 
 def _check_promises(folder: Path, config: Any, file_to_numels: Mapping[str, Sequence[int]]) -> None:
-    """Raises ModelError where config.json describes a model that its weight files are far too small for.
+    """Raises ModelError where a configuration describes a model that its weight files are far too small for.
 
     Transformers would make what is missing, of any size, before it says that it was.
     """
@@ -544,7 +625,7 @@ def _check_promises(folder: Path, config: Any, file_to_numels: Mapping[str, Sequ
     for told, promised, there in (("layers", layers, len(numels)), ("numbers in one weight", largest, sum(numels))):
         if promised > there:
             raise ModelError(
-                f"{folder}: config.json wants {promised:,} {told}, and all weight files together hold {there:,}; "
+                f"{folder}: its configuration wants {promised:,} {told}, and all its weights together are {there:,}; "
                 "they do not belong together"
             )
 
