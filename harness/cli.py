@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on with the unfinished run of the same settings; new: start one; or a run to go on with",
     )
     run.add_argument("--retry-failed", action="store_true", help="try again just the items that failed")
+    run.add_argument("--dry-run", action="store_true", help="say what a new run would take, stage by stage, and stop")
     command("runs", _runs, "list the runs")
     show = command("show", _show, "one run: manifest, progress, warnings, headline results")
     show.add_argument("run", help="a run_id, a unique prefix of one, or latest")
@@ -225,7 +226,7 @@ def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness import launch
 
-    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv)
+    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv, args.dry_run)
 
 
 def _runs(args: argparse.Namespace) -> int:

@@ -9,8 +9,11 @@ from loguru import logger
 
 from harness.errors import Stopped
 
-_GRACE_S = 6.0
-"""Time a batch has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of 10 s."""
+_GRACE_S = 5.0
+"""Time the work in progress has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of
+10 s."""
+_AGAIN_S = 1.0
+"""How often it is dropped until it is: the exception may come where it cannot be raised, as in a destructor."""
 
 
 class StopNow(BaseException):
@@ -18,15 +21,17 @@ class StopNow(BaseException):
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP (a terminal or connection that closed) into a clean end: the batch in progress may
+    """Turns SIGINT, SIGTERM and SIGHUP (a terminal or connection that closed) into a clean end: the work in progress may
     finish, or is dropped after a few seconds.
 
-    A commit is never interrupted. A second signal drops the batch at once. Only the main thread can catch signals;
+    A commit is never interrupted. A second signal drops the work at once. Only the main thread can catch signals;
     elsewhere (tests, notebooks) this does nothing.
     """
 
     def __init__(self, grace_s: float = _GRACE_S):
         self.requested = False
+        self.dropped = False
+        """Whether the work in progress was dropped: an error of it is no result then, whatever a library made of it."""
         self._grace_s = grace_s
         self._shielded = 0
         self._droppable = False
@@ -63,23 +68,29 @@ class StopSignal:
     @contextmanager
     def droppable(self) -> Iterator[None]:
         """Work inside may be dropped; that reads as Stopped outside."""
+        self.check()
         self._droppable = True
         try:
-            if self.requested:
-                raise Stopped("stopped by a signal")
             yield
-        except StopNow:
-            raise Stopped("stopped by a signal; the batch in progress was dropped") from None
+        except BaseException:
+            if not self.dropped:
+                raise
+            raise Stopped("stopped by a signal; the work in progress was dropped") from None
         finally:
             self._droppable = False
+
+    def check(self) -> None:
+        """Raises Stopped once a signal has come. For moments in which nothing is lost by it."""
+        if self.requested:
+            raise Stopped("stopped by a signal")
 
     def _on_signal(self, *_: object) -> None:
         if self.requested:
             self._on_alarm()
             return
         self.requested = True
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s, _AGAIN_S)
         logger.warning("stopping: finishing the batch in progress (again to drop it)")
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_alarm(self, *_: object) -> None:
         self._overdue = True
@@ -88,4 +99,5 @@ class StopSignal:
     def _drop_if_overdue(self) -> None:
         if self._overdue and self._droppable and not self._shielded:
             self._overdue = False
+            self.dropped = True
             raise StopNow
