@@ -150,7 +150,8 @@ class Engine:
 
     def _run_stage(self, stage: Stage, retry_failed: bool) -> StageReport:
         self._observer.doing(stage.name, "listing its items")
-        items = {i.key: i for i in stage.items({name: self._store.table(name) for name in stage.reads})}
+        with self._stop.at_once():
+            items = {i.key: i for i in stage.items({name: self._store.table(name) for name in stage.reads})}
         self._observer.doing(stage.name, "")
         plan = self._store.plan(stage.name)
         self._check_disk(stage, len(items))
@@ -260,7 +261,8 @@ class Engine:
 
     def _set_up(self, stage: Stage) -> Any:
         self._observer.doing(stage.name, "loading what it needs")
-        context = stage.setup()
+        with self._stop.at_once():
+            context = stage.setup()
         self._observer.doing(stage.name, "")
         return context
 

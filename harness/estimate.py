@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from loguru import logger
 
-from harness.engine import BatchReport, Engine, Limits, Stage, StageReport
+from harness.engine import BatchReport, Engine, Limits, Observer, Stage, StageReport
 from harness.executor import Executor
 from harness.run import RunPaths
 from harness.stop import StopSignal
@@ -71,7 +71,8 @@ class Estimate:
     def record(self) -> dict[str, Any]:
         """As the manifest keeps it."""
         rounded = {
-            name: asdict(s) | {"seconds": round(s.seconds, 1), "length": round(s.length)} for name, s in self.stages.items()
+            name: asdict(s) | {"seconds": round(s.seconds, 1), "length": round(s.length)}
+            for name, s in self.stages.items()
         }
         on = {"prompts": self.num_prompts, "of": self.of_prompts, "seconds": round(self.cost_s, 1)}
         return {"seconds": round(self.seconds, 1), "stages": rounded, "measured_on": on}
@@ -80,13 +81,16 @@ class Estimate:
     def recorded(cls, record: Mapping[str, Any]) -> "Estimate":
         """What a manifest keeps."""
         on = record["measured_on"]
-        stages = {name: StageEstimate(**told) for name, told in record["stages"].items()}
-        return cls(stages, on["prompts"], on["of"], on["seconds"])
+        stages = {
+            name: StageEstimate(float(told["seconds"]), told["tokens"], told["items"], float(told["length"]))
+            for name, told in record["stages"].items()
+        }
+        return cls(stages, on["prompts"], on["of"], float(on["seconds"]))
 
 
 def measure(
     build: Callable[[int, Path], Sequence[Stage]], num_prompts: int, executor: Executor, limits: Limits, stop: StopSignal,
-    clock: Clock = time.perf_counter,
+    shown: Observer, clock: Clock = time.perf_counter,
 ) -> Estimate:  # fmt: skip
     """Run the stages on a few prompts, in a folder that is thrown away, and say what all `num_prompts` will take.
 
@@ -94,7 +98,7 @@ def measure(
     one prompt; what that says will be long is measured again on more, whose batches are nearer to those of the run. Raises
     what the stages raise where nothing can be run at all; an item that fails is left out.
     """
-    start, watch = clock(), _Watch(clock)
+    start, watch = clock(), _Watch(clock, shown)
     most = min(_MOST_PROMPTS, num_prompts // _SHARE)
     with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results) as store:
         paths = RunPaths(Path(name))
@@ -114,9 +118,10 @@ def measure(
 def spread(things: Sequence[_T], number: int, size: Callable[[_T], float]) -> list[_T]:
     """So many of them, from the smallest to the largest at equal steps: their mean size is about that of all. The middle
     one is always among them."""
-    ordered = sorted(things, key=size)
-    steps = {int((i + 0.5) / (number - 1) * len(ordered)) for i in range(number - 1)}
-    return [ordered[i] for i in sorted({len(ordered) // 2, *steps})][:number]
+    ordered, middle = sorted(things, key=size), len(things) // 2
+    steps = [int((i + 0.5) / number * len(ordered)) for i in range(number)]
+    steps[number // 2] = middle
+    return [ordered[i] for i in dict.fromkeys(steps)]
 
 
 def _say_failed(store: Store, report: StageReport) -> None:
@@ -142,20 +147,25 @@ class _Measured:
 
 
 class _Watch:
-    """An observer with a clock."""
+    """An observer with a clock; what it is told before a stage's end it tells on."""
 
-    def __init__(self, clock: Clock):
-        self._clock = clock
+    def __init__(self, clock: Clock, shown: Observer):
+        self._clock, self._shown = clock, shown
         self._since = clock()
+        self._aside_s = 0.0
         self._stages: dict[str, _Measured] = {}
 
     def doing(self, stage: str, what: str) -> None:
         self._stages.setdefault(stage, _Measured())
+        if not what:
+            self._aside_s = self._clock() - self._since
+        self._shown.doing(f"try {stage}", what)
         self._since = self._clock()
 
     def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
         seen = self._stages[stage]
-        seen.num_items, seen.length, seen.listing_s = total, length, self._clock() - self._since
+        seen.num_items, seen.length, seen.listing_s = total, length, self._aside_s
+        self._shown.stage_started(f"try {stage}", total, done, length, length_done)
         self._since = self._clock()
 
     def batch_done(self, batch: BatchReport) -> None:
@@ -164,7 +174,8 @@ class _Watch:
             seen.largest, seen.largest_s = batch, now - self._since
         seen.tokens += batch.tokens
         seen.length_done += batch.length
-        self._since = now
+        self._shown.batch_done(batch._replace(stage=f"try {batch.stage}"))
+        self._since = self._clock()
 
     def stage_finished(self, stage: str) -> None:
         pass

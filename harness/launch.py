@@ -45,7 +45,6 @@ from harness.store import MEASURED, Reader, Store, TableSeal
 from harness.text.conditions import BUILT_IN, Template
 from harness.text.prompts import PromptSet, read_prompts, take
 
-
 _CERTIFICATE = "sanity"
 _CERTIFICATE_SHARE, _CERTIFICATE_MOST_S = 0.05, 60.0
 """What the certificate may take of a run."""
@@ -156,7 +155,7 @@ def say_estimate(plan: Plan, settings: Settings) -> int:
     """Print what a new run would take, stage by stage; the exit code. Writes no run."""
     _say_rejections(plan.prompt_set)
     logger.info("a new run would be {}", _describe(plan))
-    with StopSignal() as stop, stop.droppable():
+    with StopSignal() as stop, stop.droppable(), stop.at_once():
         whole = _estimated(plan, settings, stop)
     log.print_out(*estimate_table(whole))
     return 0
@@ -257,16 +256,18 @@ def _execute(
 
     def measured() -> dict[str, TableSeal]:
         """Everything, from the estimate to the digests of what was measured."""
-        with stop.droppable():
+        with stop.droppable(), stop.at_once():
             whole = _estimate_once(plan, settings, store, manifest, stop)
         chosen = plan.stages if whole is None else _build(plan, budget_s=_CERTIFICATE_SHARE * _others_s(whole))
         forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
         rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
         with log.ConsoleProgress(forecast) as progress:
-            engine = Engine(store, paths, Inline(_accelerator(plan, settings)), replace(limits, rates=rates), progress, stop)
+            engine = Engine(
+                store, paths, Inline(_accelerator(plan, settings)), replace(limits, rates=rates), progress, stop
+            )
             engine.run(chosen, after_stage, retry_failed)
             progress.doing("all stages", "making a digest of every row")
-            with stop.droppable():
+            with stop.droppable(), stop.at_once():
                 store.publish(paths.live)
                 return store.seal(paths.row_digests)
 
@@ -354,7 +355,9 @@ def _estimate_once(
 def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     """The experiment on a few of its prompts, without what is optional and without the certificate, which has a budget."""
     given = plan.inputs
-    names = stages.wanted(plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)])
+    names = stages.wanted(
+        plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)]
+    )
 
     def build(number: int, folder: Path) -> tuple[Stage, ...]:
         some = spread(given.prompts, number, lambda p: len(p.question))
@@ -363,7 +366,9 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     logger.info("trying every stage on a few prompts, to say how long the run takes…")
     logger.disable("harness.engine")  # an item that fails is told of when its turn comes
     try:
-        whole = measure(build, len(given.prompts), Inline(_accelerator(plan, settings)), _limits(settings), stop)
+        with log.ConsoleProgress() as shown:
+            executor = Inline(_accelerator(plan, settings))
+            whole = measure(build, len(given.prompts), executor, _limits(settings), stop, shown)
     finally:
         logger.enable("harness.engine")
     if _CERTIFICATE in given.stages:

@@ -201,7 +201,10 @@ class ConsoleProgress:
     def _told(self) -> str:
         left, whole = self._forecast.stage_left_s(), self._forecast.run_left_s()
         told = [self._what and f"{self._what}…", self._detail]
-        told += [left is not None and f"{duration(left)} left", whole is not None and f"{duration(whole)} of the run"]
+        told += [
+            "" if left is None else f"{duration(left)} left",
+            "" if whole is None else f"{duration(whole)} of the run",
+        ]
         return "  ".join(part for part in told if part) or "first batch…"
 
     def _rates(self, batch: BatchReport) -> str:

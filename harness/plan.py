@@ -17,6 +17,8 @@ CPU_BUDGET = 8_192
 TARGET_S = 4.0
 """Most that a batch may take, as far as the first ones tell. A budget is the largest power of two that keeps to it, so
 batches take two to four seconds, and a measurement that wavers by a little cuts the same plan."""
+_MOST_S = 10.0
+"""Most that a batch may take which measures, as far as is known before it."""
 CPU_PROBES = (256, 1_024)
 """Padded tokens of the two small batches that a stage's speed is measured with."""
 GPU_PROBES = (2_048, 8_192)
@@ -96,8 +98,14 @@ class Budget:
 
     def _probe(self) -> int:
         size = self._probes[self._num_cut]
-        rate = self._rate if self._num_cut else self._expected_rate
-        return size if rate is None else min(size, within(rate, float(size)))
+        if not self._num_cut:
+            return size if self._expected_rate is None else min(size, within(self._expected_rate, float(size), _MOST_S))
+        largest = max((b.padded_tokens for b in self._measured), default=0)
+        if self._rate is None:
+            return size
+        # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
+        double = min(2 * largest, within(self._rate, float(size), _MOST_S))
+        return min(size, max(within(self._rate, float(size)), double))
 
     def _measured_budget(self, length: float) -> int:
         """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory."""
@@ -122,14 +130,14 @@ class Budget:
         return max(int(_SAFETY * room / per_token), large)
 
 
-def within(rate: float, length: float) -> int:
-    """The largest power of two of padded tokens that take no longer than `TARGET_S` at `rate` seconds each; at least one.
+def within(rate: float, length: float, target_s: float = TARGET_S) -> int:
+    """The largest power of two of padded tokens that take no longer than `target_s` at `rate` seconds each; at least one.
 
     Of items that are no longer than `length` together and keep to it whole, any number does.
     """
-    if rate * length <= TARGET_S:
+    if rate * length <= target_s:
         return 2**62
-    return 2 ** max(0, math.floor(math.log2(TARGET_S / rate)))
+    return 2 ** max(0, math.floor(math.log2(target_s / rate)))
 
 
 def _take(ordered: Sequence[Item], budget: int) -> list[Item]:

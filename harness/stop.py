@@ -9,9 +9,10 @@ from loguru import logger
 
 from harness.errors import Stopped
 
-_GRACE_S = 5.0
-"""Time the work in progress has to end after a signal, before it is dropped; the manifest and the snapshot need the rest of
-10 s."""
+_GRACE_S = 3.0
+"""Time the work in progress has to end after a signal, before it is dropped: about what a batch takes. The manifest, the
+snapshot and the end of a process on a machine that is busy need the rest of 10 s."""
+_SOON_S = 0.001
 _AGAIN_S = 1.0
 """How often it is dropped until it is: the exception may come where it cannot be raised, as in a destructor."""
 
@@ -35,6 +36,7 @@ class StopSignal:
         self._grace_s = grace_s
         self._shielded = 0
         self._droppable = False
+        self._hurried = 0
         self._overdue = False
         self._old: dict[int, Any] = {}
 
@@ -79,6 +81,16 @@ class StopSignal:
         finally:
             self._droppable = False
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work inside is dropped without waiting for its end: what a few seconds make again is not worth them."""
+        self.check()
+        self._hurried += 1
+        try:
+            yield
+        finally:
+            self._hurried -= 1
+
     def check(self) -> None:
         """Raises Stopped once a signal has come. For moments in which nothing is lost by it."""
         if self.requested:
@@ -89,8 +101,8 @@ class StopSignal:
             self._on_alarm()
             return
         self.requested = True
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s, _AGAIN_S)
-        logger.warning("stopping: finishing the batch in progress (again to drop it)")
+        signal.setitimer(signal.ITIMER_REAL, _SOON_S if self._hurried else self._grace_s, _AGAIN_S)
+        logger.warning("stopping" if self._hurried else "stopping: finishing the batch in progress (again to drop it)")
 
     def _on_alarm(self, *_: object) -> None:
         self._overdue = True
