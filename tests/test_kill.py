@@ -69,7 +69,8 @@ class Stage:
 
 def _prompt(item: Item) -> ItemResult:
     return ItemResult(item.key, {"prompts": [{
-        "prompt_id": item.key, "category": "idioms", "question": f"«{item.key}» ?", "alternatives": ["a", item.key]}]})  # fmt: skip
+        "prompt_id": item.key, "category": "idioms", "question": f"«{item.key}» ?",
+        "alternatives": ["a", item.key]}]})  # fmt: skip
 
 
 def _psem(item: Item) -> ItemResult:
