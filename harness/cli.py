@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on with the unfinished run of the same settings; new: start one; or a run to go on with",
     )
     run.add_argument("--retry-failed", action="store_true", help="try again just the items that failed")
+    run.add_argument("--dry-run", action="store_true", help="say what a new run would take, stage by stage, and stop")
     fetch = command("fetch", _fetch, "download a real model into the cache, once; then --model NAME needs no network")
     fetch.add_argument("name", nargs="?", help="which model; see --list")
     fetch.add_argument("--list", action="store_true", help="what can be fetched: name, what it is, licence, sizes")
@@ -228,7 +229,7 @@ def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness import launch
 
-    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv)
+    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv, args.dry_run)
 
 
 def _fetch(args: argparse.Namespace) -> int:

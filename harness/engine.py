@@ -9,11 +9,12 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from loguru import logger
 
-from harness.errors import EnvironmentFault, Stopped, machine_fault
+from harness.errors import EnvironmentFault, machine_fault
 from harness.executor import Executor, Item, ItemResult, Outcome
 from harness.files import replacing
 from harness.plan import Budget, batch_of, halves, place
@@ -65,23 +66,40 @@ class Stage(Protocol):
         ...
 
 
+class BatchReport(NamedTuple):
+    """What a batch that is committed came to: its items, their `length` together, and what it took."""
+
+    stage: str
+    num_items: int
+    length: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
 @runtime_checkable
 class Observer(Protocol):
-    """Who shows progress."""
+    """Who shows progress. Lengths are those of `Item`, added up."""
 
-    def stage_started(self, stage: str, total: int, done: int) -> None: ...
-    def batch_done(self, stage: str, items: int, tokens: int, seconds: float, batch: int, peak_bytes: int) -> None: ...
+    def doing(self, stage: str, what: str) -> None:
+        """What a stage is at beside its batches: a few words, empty once it is done."""
+        ...
+
+    def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None: ...
+    def batch_done(self, batch: BatchReport) -> None: ...
     def stage_finished(self, stage: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take. `max_tokens` None: measured, or `CPU_BUDGET`."""
+    """What a run may take. `max_tokens` None: measured."""
 
     max_tokens: int | None = None
     reserve_disk_bytes: int = 500_000_000
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Items a batch, for stages that are to be cut as another run cut them."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Seconds a padded token that a stage is expected to take; its first batch is small enough for that."""
 
 
 @dataclass
@@ -96,6 +114,11 @@ class StageReport:
     num_rows: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    """Tokens that went through the model, each once however many rows share it; a share of one through a share of its layers."""
+    prefill_tokens: int = 0
+    """Of them, those of contexts."""
+    padding_tokens: int = 0
+    """Computed beside them, and thrown away."""
     tokens_per_s: float = 0.0
     num_batches: int = 0
     splits: int = 0
@@ -121,11 +144,15 @@ class Engine:
     ) -> None:
         """Bring every stage to its end. Raises Stopped on a signal, EnvironmentFault on a full disk; both resumable."""
         for stage in stages:
-            report = self._run_stage(stage, retry_failed)
+            with self._stop.droppable():
+                report = self._run_stage(stage, retry_failed)
             after_stage(report)
 
     def _run_stage(self, stage: Stage, retry_failed: bool) -> StageReport:
-        items = {i.key: i for i in stage.items({name: self._store.table(name) for name in stage.reads})}
+        self._observer.doing(stage.name, "listing its items")
+        with self._stop.at_once():
+            items = {i.key: i for i in stage.items({name: self._store.table(name) for name in stage.reads})}
+        self._observer.doing(stage.name, "")
         plan = self._store.plan(stage.name)
         self._check_disk(stage, len(items))
         if retry_failed:
@@ -136,10 +163,12 @@ class Engine:
         with self._stop.shield():
             self._store.drop_items(stage.name, sorted(failed - items.keys()))
             self._store.start_stage(stage.name, stage.version, len(items), len(finished - failed))
-        self._observer.stage_started(stage.name, len(items), len(finished))
+        lengths = [math.fsum(items[key].length for key in keys) for keys in (items, finished)]
+        self._observer.stage_started(stage.name, len(items), len(finished), *lengths)
         capacity = self._executor.accelerator.capacity_bytes()
         sizes = self._limits.sizes.get(stage.name, ())
-        budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name), sizes)
+        rate = self._limits.rates.get(stage.name)
+        budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name), sizes, rate)
         while True:
             plan += self._plan_more(stage, items, plan, budget)
             todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: place(b, plan)))
@@ -152,9 +181,9 @@ class Engine:
         return self._finish(stage, plan, budget)
 
     def _plan_more(self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch], budget: Budget) -> list[Batch]:
-        """Store batches for the items that no batch holds yet: all of them, or on a GPU first those that measure it."""
+        """Store batches for the items that no batch holds yet: all of them, or first one that measures time and memory."""
         if budget.tokens is None and any(b.status == "planned" for b in plan):
-            return []  # a run that was killed before its probes were done: measure first
+            return []  # measure first
         planned = {key for b in plan for key in b.keys}
         new = [item for key, item in items.items() if key not in planned]
         batches = list(budget.cut(new, len(plan), stage.name))
@@ -184,15 +213,24 @@ class Engine:
     def _execute(
         self, stage: Stage, items: Mapping[str, Item], todo: deque[Batch], budget: Budget, next_id: int
     ) -> None:
-        """Compute and commit what is planned. A batch that does not fit, or fails whole, comes back as two halves."""
+        """Compute and commit what is planned, and what is planned once that was measured. A batch that does not fit, or fails
+        whole, comes back as two halves."""
 
         def pull() -> Iterator[tuple[Batch, list[Item]]]:
-            while todo:
+            while todo or plan_more():
                 batch = todo.popleft()
                 if budget.allows(batch):
                     yield batch, [items[key] for key in batch.keys if key in items]
                 else:
                     split(batch, "ceiling_split", f"{batch.padded_tokens} padded tokens are over the learned ceiling")
+
+        def plan_more() -> bool:
+            nonlocal next_id
+            plan = self._store.plan(stage.name)
+            budget.remember(plan)
+            todo.extend(self._plan_more(stage, items, plan, budget))
+            next_id = len(plan) + len(todo)
+            return bool(todo)
 
         def split(batch: Batch, kind: str, why: str) -> None:
             nonlocal next_id
@@ -205,23 +243,31 @@ class Engine:
             logger.log("DEBUG" if kind == "ceiling_split" else "WARNING", "{}", message)
             todo.extendleft(reversed(parts))
 
-        with self._stop.droppable():
-            for outcome in self._executor.map(stage.setup, stage.run, pull()):
-                batch: Batch = outcome.token
-                if outcome.out_of_memory and len(batch.keys) > 1:
-                    budget.learn(batch)
-                    split(batch, "oom_split", "out of memory")
-                elif outcome.error is not None and len(batch.keys) > 1:
-                    logger.debug("traceback of a failed batch:\n{}", outcome.traceback)
-                    split(batch, "error_split", outcome.error)
-                else:
-                    with self._stop.shield():
-                        self._commit(stage, batch, outcome, [key for key in batch.keys if key not in items])
-                if self._stop.requested:
-                    raise Stopped("stopped by a signal")
+        self._stop.check()
+        for outcome in self._executor.map(partial(self._set_up, stage), stage.run, pull()):
+            batch: Batch = outcome.token
+            if outcome.error is not None and self._stop.dropped:
+                self._stop.check()
+            if outcome.out_of_memory and len(batch.keys) > 1:
+                budget.learn(batch)
+                split(batch, "oom_split", "out of memory")
+            elif outcome.error is not None and len(batch.keys) > 1:
+                logger.debug("traceback of a failed batch:\n{}", outcome.traceback)
+                split(batch, "error_split", outcome.error)
+            else:
+                with self._stop.shield():
+                    self._commit(stage, batch, outcome, items)
+            self._stop.check()
 
-    def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, dropped: list[str]) -> None:
-        result = collect(batch, outcome, dropped)
+    def _set_up(self, stage: Stage) -> Any:
+        self._observer.doing(stage.name, "loading what it needs")
+        with self._stop.at_once():
+            context = stage.setup()
+        self._observer.doing(stage.name, "")
+        return context
+
+    def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, items: Mapping[str, Item]) -> None:
+        result = collect(batch, outcome, [key for key in batch.keys if key not in items])
         self._write_artifacts(outcome, result)
         for failure in result.failures:
             logger.error("{} failed on {}: {}", stage.name, failure.key, failure.message)
@@ -230,8 +276,9 @@ class Engine:
         self._store.commit(batch, result)
         self._store.publish_if_due(self._paths.live)
         self._check_reserve()
+        length = math.fsum(items[key].length for key in batch.keys if key in items)
         self._observer.batch_done(
-            stage.name, len(batch.keys), result.tokens, result.seconds, len(batch.keys), result.peak_bytes
+            BatchReport(stage.name, len(batch.keys), length, result.tokens, result.seconds, result.peak_bytes)
         )
 
     def _write_artifacts(self, outcome: Outcome, result: BatchResult) -> None:
@@ -265,6 +312,8 @@ class Engine:
             num_rows=row["num_rows"],
             seconds=round(row["seconds"], 3),
             tokens=row["tokens"],
+            prefill_tokens=row["prefill_tokens"],
+            padding_tokens=row["padding_tokens"],
             tokens_per_s=round(row["tokens"] / row["seconds"], 1) if row["seconds"] else 0.0,
             num_batches=len(done),
             splits=sum(b.status == "split" for b in plan),
@@ -294,7 +343,11 @@ class Engine:
 
 def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
     """The rows of the items that worked; a failure for each that did not, NaN and infinity included."""
-    result = BatchResult(seconds=outcome.seconds, peak_bytes=outcome.peak_bytes, dropped=dropped)
+    forwarded = outcome.forwarded
+    result = BatchResult(
+        seconds=outcome.seconds, work_s=outcome.work_s, tokens=round(forwarded.tokens), prefill_tokens=round(forwarded.prefill),
+        padding_tokens=round(forwarded.padding), peak_bytes=outcome.peak_bytes, dropped=dropped,
+    )  # fmt: skip
     keys = [key for key in batch.keys if key not in dropped]
     whole = outcome.error or (
         "does not fit in memory even alone; shorten it or free memory" if outcome.out_of_memory else None
@@ -312,7 +365,6 @@ def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
         if error is not None:
             result.failures.append(Failure(key, error or "failed without a message"))
             continue
-        result.tokens += item.tokens
         result.replaced.extend((item.replaces or {}).items())
         for target, given in ((result.rows, item.rows), (result.updates, item.updates or {})):
             for table, rows in given.items():

@@ -8,10 +8,12 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from harness import tally
 from harness.errors import EnvironmentFault, HarnessError, machine_fault
+from harness.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,6 @@ class ItemResult:
     rows: dict[str, list[dict[str, Any]]]
     updates: dict[str, list[dict[str, Any]]] | None = None
     error: str | None = None
-    tokens: int = 0
-    """Tokens forwarded for it."""
     artifacts: tuple[Artifact, ...] = ()
     replaces: dict[str, dict[str, Any]] | None = None
     """Per table, the values that mark older rows which these take the place of."""
@@ -64,12 +64,18 @@ class ItemResult:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one batch: results, or out of memory, or an error with its remote traceback."""
+    """What became of one batch: results, or out of memory, or an error with its remote traceback.
+
+    `work_s` is how long it would have taken on a machine with nothing else to do, as far as can be told; `forwarded` are
+    the tokens that went through a model for it.
+    """
 
     token: Any
     results: Sequence[ItemResult] = ()
     seconds: float = 0.0
     peak_bytes: int = 0
+    work_s: float = 0.0
+    forwarded: Tally = field(default_factory=Tally)
     out_of_memory: bool = False
     error: str | None = None
     traceback: str | None = None
@@ -77,7 +83,7 @@ class Outcome:
 
 @runtime_checkable
 class Accelerator(Protocol):
-    """The memory a batch is computed in."""
+    """Where a batch is computed: its memory, and how long work takes there."""
 
     out_of_memory: tuple[type[BaseException], ...]
 
@@ -93,6 +99,10 @@ class Accelerator(Protocol):
 
     def capacity_bytes(self) -> int | None:
         """Memory this process may use in all, the reserve left out; None where it is not known."""
+        ...
+
+    def work_s(self, wall_s: float, cpu_s: float) -> float:
+        """Seconds of work in a batch that took `wall_s` and `cpu_s` of this process's threads together."""
         ...
 
 
@@ -112,6 +122,10 @@ class Host:
 
     def capacity_bytes(self) -> int | None:
         return None
+
+    def work_s(self, wall_s: float, cpu_s: float) -> float:
+        """The lesser: a machine that is busy with something else lengthens the one, further threads the other."""
+        return min(wall_s, cpu_s)
 
 
 Setup = Callable[[], Any]
@@ -153,7 +167,7 @@ class Inline:
 
     def _one(self, context: Any, run: Run, token: Any, items: Sequence[Item]) -> Outcome:
         self.accelerator.reset_peak()
-        start = time.perf_counter()
+        wall, cpu, before = time.perf_counter(), time.process_time(), tally.now()
         exhausted, results = False, []
         try:
             results = list(run(context, items)) if items else []
@@ -170,10 +184,12 @@ class Inline:
                 raise fault from e
             if not exhausted:
                 return Outcome(token, error=_name(e), traceback=traceback.format_exc())
+        wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
         if exhausted:
             self.accelerator.release()
-            return Outcome(token, out_of_memory=True, seconds=time.perf_counter() - start)
-        return Outcome(token, results, time.perf_counter() - start, self.accelerator.peak_bytes())
+            return Outcome(token, out_of_memory=True, seconds=wall_s)
+        peak, work_s = self.accelerator.peak_bytes(), self.accelerator.work_s(wall_s, cpu_s)
+        return Outcome(token, results, wall_s, peak, work_s, tally.now() - before)
 
 
 def _name(error: BaseException) -> str:

@@ -6,18 +6,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loguru import logger
+from rich.table import Table
 
 from harness import environment, log, own, seal, stages, summary
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.errors import HarnessError, ModelError, RunError, SettingsError, Stopped
-from harness.executor import Host, Inline
+from harness.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
+from harness.executor import Accelerator, Host, Inline
 from harness.fetch import FETCHABLE, path_of
 from harness.files import is_file, replacing
 from harness.manifests import Difference, bit_differences, differences, shortened
@@ -39,10 +41,18 @@ from harness.run import (
 )  # fmt: skip
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
 from harness.stages.inputs import Inputs
-from harness.stop import StopSignal
-from harness.store import MEASURED, Reader, Store
+from harness.stop import StopNow, StopSignal
+from harness.store import MEASURED, Reader, Store, TableSeal
 from harness.text.conditions import BUILT_IN, Template
 from harness.text.prompts import PromptSet, read_prompts, take
+
+_CERTIFICATE = "sanity"
+_CERTIFICATE_SHARE, _CERTIFICATE_MOST_S = 0.05, 60.0
+"""What the certificate may take of a run."""
+_LEAST_PROMPTS, _LEAST_WORK = 24, 4e9
+"""Prompts, and contexts × parameters, of a run that is long enough for an estimate: 32 contexts of a model with 135 million."""
+_TOLD = 4
+"""Stages that the line of an estimate names."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,38 @@ def _check_patched(resolved: Resolved, conditions: Mapping[str, Template]) -> No
 
 def run(
     resolved: Resolved, experiment: str = "gravity", resume: str = "auto", retry_failed: bool = False,
-    argv: list[str] | None = None,
+    argv: list[str] | None = None, is_dry: bool = False,
 ) -> int:  # fmt: skip
-    """The whole command; its exit code. Raises HarnessError for what cannot be started."""
-    return start(prepare(resolved, experiment), resolved, resume, retry_failed, argv).code
+    """The whole command; its exit code. Raises HarnessError for what cannot be started. `is_dry`: say what it would take."""
+    plan = prepare(resolved, experiment)
+    if is_dry:
+        return say_estimate(plan, resolved.settings)
+    return start(plan, resolved, resume, retry_failed, argv).code
+
+
+def say_estimate(plan: Plan, settings: Settings) -> int:
+    """Print what a new run would take, stage by stage; the exit code. Writes no run."""
+    _say_rejections(plan.prompt_set)
+    logger.info("a new run would be {}", _describe(plan))
+    with StopSignal() as stop, stop.droppable(), stop.at_once():
+        whole = _estimated(plan, settings, stop)
+    log.print_out(*estimate_table(whole))
+    return 0
+
+
+def estimate_table(whole: Estimate) -> Iterator[object]:
+    """An estimate for people: a row a stage, and what it rests on."""
+    table = Table(title="Estimate", title_justify="left")
+    for column in ("stage", "items", "tokens", "time", "share"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, s in whole.stages.items():
+        items, tokens = (f"{n:,}" if n else "" for n in (s.items, s.tokens))
+        table.add_row(name, items, tokens, duration(s.seconds), f"{s.seconds / (whole.seconds or 1):.0%}")
+    yield table
+    yield (
+        f"{duration(whole.seconds)} in all, as {whole.num_prompts} of {whole.of_prompts} prompts say, which took "
+        f"{duration(whole.cost_s)}. What rests on results that are not there yet is an upper bound."
+    )
 
 
 def start(
@@ -204,10 +242,7 @@ def _execute(
     warnings: log.WarningCount,
 ) -> int:  # fmt: skip
     """Run the stages; leave a manifest that tells the truth however it ends."""
-    accelerator = device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
-    given = settings.batching.max_tokens
-    reserve_disk_bytes, sizes = int(settings.runtime.reserve_disk_gb * 1e9), manifest.get("recorded_sizes") or {}
-    limits = Limits(given if isinstance(given, int) else None, reserve_disk_bytes, sizes)
+    limits = replace(_limits(settings), sizes=manifest.get("recorded_sizes") or {})
     start = time.perf_counter()
     reports: dict[str, Any] = dict(manifest.get("stages") or {})
 
@@ -220,18 +255,34 @@ def _execute(
         counts = dict(warnings.counts)
         return {"status": status, "ended": now_text(), "seconds": seconds, "warnings": counts, **more}
 
+    def measured() -> dict[str, TableSeal]:
+        """Everything, from the estimate to the digests of what was measured."""
+        with stop.droppable(), stop.at_once():
+            whole = _estimate_once(plan, settings, store, manifest, stop)
+        chosen = plan.stages if whole is None else _build(plan, budget_s=_CERTIFICATE_SHARE * _others_s(whole))
+        forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
+        rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
+        with log.ConsoleProgress(forecast) as progress:
+            engine = Engine(
+                store, paths, Inline(_accelerator(plan, settings)), replace(limits, rates=rates), progress, stop
+            )
+            engine.run(chosen, after_stage, retry_failed)
+            progress.doing("all stages", "making a digest of every row")
+            with stop.droppable(), stop.at_once():
+                store.publish(paths.live)
+                return store.seal(paths.row_digests)
+
     store.publish(paths.live)
+    stop = StopSignal()
     try:
-        with manifest.beating(), StopSignal() as stop, log.ConsoleProgress() as progress:
-            engine = Engine(store, paths, Inline(accelerator), limits, progress, stop)
-            engine.run(plan.stages, after_stage, retry_failed)
-            store.publish(paths.live)
-            tables = store.seal(paths.row_digests)
-    except Stopped as e:
-        store.publish(paths.live)
-        manifest.update(**ended("interrupted", reason=str(e)))
-        logger.warning("{}; nothing is lost: type the same command again to go on with {}", e, paths.run_id)
-        return Stopped.exit_code
+        with stop, manifest.beating():
+            try:
+                tables = measured()
+            except (Stopped, StopNow) as e:  # in here: a further signal must not cut short what is written now
+                store.publish(paths.live)
+                manifest.update(**ended("interrupted", reason=str(e)))
+                logger.warning("{}; nothing is lost: type the same command again to go on with {}", e, paths.run_id)
+                return Stopped.exit_code
     except BaseException as e:
         logger.error("run {} stopped: {}", paths.run_id, e)
         with _best_effort():
@@ -264,6 +315,77 @@ def _execute(
     seal.write(paths, tables, manifest.with_changes(**last))
     manifest.update(**last)
     return 1 if failed or apart else 0
+
+
+def _limits(settings: Settings) -> Limits:
+    given = settings.batching.max_tokens
+    return Limits(given if isinstance(given, int) else None, int(settings.runtime.reserve_disk_gb * 1e9))
+
+
+def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
+    return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
+
+
+def _build(plan: Plan, **changes: Any) -> tuple[Stage, ...]:
+    """The stages of a plan from other inputs, which decide no result."""
+    return stages.build(plan.experiment, replace(plan.inputs, **changes))
+
+
+def _estimate_once(
+    plan: Plan, settings: Settings, store: Store, manifest: Manifest, stop: StopSignal
+) -> Estimate | None:
+    """The run's estimate: made before its first batch, kept in its manifest. None where the run is too small for one."""
+    if (known := manifest.get("estimate")) is not None:
+        return Estimate.recorded(known)
+    if store.stage_rows() or not _is_long(plan):
+        return None
+    whole = _estimated(plan, settings, stop)
+    manifest.update(estimate=whole.record())
+    longest = sorted(whole.stages.items(), key=lambda item: -item[1].seconds)[:_TOLD]
+    logger.info(
+        "about {} in all: {}; tried on {} of {} prompts in {}",
+        duration(whole.seconds),
+        ", ".join(f"{name} {duration(s.seconds)}" for name, s in longest),
+        whole.num_prompts,
+        whole.of_prompts,
+        duration(whole.cost_s),
+    )
+    return whole
+
+
+def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
+    """The experiment on a few of its prompts, without what is optional and without the certificate, which has a budget."""
+    given = plan.inputs
+    names = stages.wanted(
+        plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)]
+    )
+
+    def build(number: int, folder: Path) -> tuple[Stage, ...]:
+        some = spread(given.prompts, number, lambda p: len(p.question))
+        return _build(plan, prompts=tuple(some), stages=names, data_folder=folder)
+
+    logger.info("trying every stage on a few prompts, to say how long the run takes…")
+    logger.disable("harness.engine")  # an item that fails is told of when its turn comes
+    try:
+        with log.ConsoleProgress() as shown:
+            executor = Inline(_accelerator(plan, settings))
+            whole = measure(build, len(given.prompts), executor, _limits(settings), stop, shown)
+    finally:
+        logger.enable("harness.engine")
+    if _CERTIFICATE in given.stages:
+        seconds = min(_CERTIFICATE_MOST_S, _CERTIFICATE_SHARE * whole.seconds)
+        whole = whole.with_stage(_CERTIFICATE, StageEstimate(seconds, 0, 0, 0.0))
+    return whole
+
+
+def _others_s(whole: Estimate) -> float:
+    return sum(s.seconds for name, s in whole.stages.items() if name != _CERTIFICATE)
+
+
+def _is_long(plan: Plan) -> bool:
+    contexts = len(plan.inputs.prompts) * len(plan.inputs.conditions)
+    weights = int(plan.inputs.identity.about.get("num_parameters") or 0)
+    return len(plan.inputs.prompts) >= _LEAST_PROMPTS and contexts * weights >= _LEAST_WORK
 
 
 def conditions_of(settings: Settings) -> dict[str, Template]:

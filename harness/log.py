@@ -5,9 +5,10 @@ Called by entry points only.
 
 import os
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -15,13 +16,20 @@ from typing import IO, Any, cast
 from loguru import logger
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.control import Control
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.segment import Segment
 
+from harness.engine import BatchReport
 from harness.errors import EnvironmentFault
+from harness.estimate import Forecast, duration
 from harness.terminal import Steady, plain
 
-_PLAIN_EVERY_S = 10.0
+_FIRST_S = 4.0
+"""Without a terminal, a stage that takes longer has its first line then; and none comes sooner after another."""
+_EVERY = 0.1
+"""Share of a stage's time until now that passes before the next line."""
+_MOST_S = 60.0
+_TICK_S = 0.5
 
 
 class _Plain(RenderHook):
@@ -110,66 +118,108 @@ def to_file(path: Path) -> WarningCount:
 
 
 class ConsoleProgress:
-    """Shows an engine at work: items done of all, items/s, tokens/s, time left, batch size, GPU memory."""
+    """Shows an engine at work: items done of all, items/s, tokens/s forwarded, batch size, GPU memory, and what is left of the
+    stage and of the run. On a terminal a bar; elsewhere a line some seconds after a stage begins, then ever fewer.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, forecast: Forecast | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._bar = _bar() if console.is_terminal else None
-        self._task: object = None
+        self._forecast = forecast or Forecast()
+        self._clock = clock
+        self._task: TaskID | None = None
+        self._stage = self._what = self._detail = ""
         self._total = self._done = self._first = self._tokens = 0
-        self._start = self._last_line = 0.0
+        self._start = self._due = clock()
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._keep_telling, name="progress", daemon=True)
 
     def __enter__(self) -> "ConsoleProgress":
         if self._bar:
             self._bar.start()
+        else:
+            self._ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         if self._bar:
             self._bar.stop()
 
-    def stage_started(self, stage: str, total: int, done: int) -> None:
-        self._total, self._done, self._first, self._tokens = total, done, done, 0
-        self._start = time.perf_counter()
-        self._last_line = self._start
-        if self._bar:
-            self._task = self._bar.add_task(stage, total=total, completed=done, detail="")
+    def doing(self, stage: str, what: str) -> None:
+        self._begin(stage)
+        self._what = what
+        self._show()
 
-    def batch_done(self, stage: str, items: int, tokens: int, seconds: float, batch: int, peak_bytes: int) -> None:
-        self._done += items
-        self._tokens += tokens
-        detail = self._rates(batch, peak_bytes)
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, detail=detail)  # type: ignore[arg-type]
-        elif time.perf_counter() - self._last_line > _PLAIN_EVERY_S:
-            self._last_line = time.perf_counter()
-            logger.info("{} {}/{}  {}  {} left", stage, self._done, self._total, detail, self._left())
+    def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
+        self._begin(stage)
+        self._total, self._done, self._first = total, done, done
+        self._forecast.started(stage, length, length_done)
+        self._show()
+
+    def batch_done(self, batch: BatchReport) -> None:
+        self._done += batch.num_items
+        self._tokens += batch.tokens
+        self._forecast.advanced(batch.length, self._clock() - self._start)
+        self._detail = self._rates(batch)
+        self._show()
 
     def stage_finished(self, stage: str) -> None:
-        if self._bar:
-            self._bar.stop_task(self._task)  # type: ignore[arg-type]
+        self._forecast.ended()
+        if self._bar and self._task is not None:
+            self._bar.stop_task(self._task)
+        self._stage, self._task = "", None
         if self._done > self._first:
-            elapsed = time.perf_counter() - self._start
+            elapsed = self._clock() - self._start
             logger.info("{} done: {} items in {:.1f} s", stage, self._done - self._first, elapsed)
 
-    def _rates(self, batch: int, peak_bytes: int) -> str:
-        elapsed = max(time.perf_counter() - self._start, 1e-6)
+    def tell_if_due(self) -> None:
+        """A line, where it is time for one."""
+        now = self._clock()
+        if not self._stage or now < self._due:
+            return
+        self._due = now + min(max(_FIRST_S, _EVERY * (now - self._start)), _MOST_S)
+        logger.info("{}", f"{self._stage} {self._done}/{self._total or '?'}  {self._told()}")
+
+    def _begin(self, stage: str) -> None:
+        if stage != self._stage:
+            self._stage, self._what, self._detail = stage, "", ""
+            self._total = self._done = self._first = self._tokens = 0
+            self._start = self._clock()
+            self._due = self._start + _FIRST_S
+            if self._bar:
+                self._task = self._bar.add_task(stage, total=None, detail="")
+
+    def _show(self) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, total=self._total or None, completed=self._done, detail=self._told())
+
+    def _keep_telling(self) -> None:
+        # From a thread: loading and long batches give no other moment.
+        while not self._ended.wait(_TICK_S):
+            self.tell_if_due()
+
+    def _told(self) -> str:
+        left, whole = self._forecast.stage_left_s(), self._forecast.run_left_s()
+        told = [self._what and f"{self._what}…", self._detail]
+        told += [
+            "" if left is None else f"{duration(left)} left",
+            "" if whole is None else f"{duration(whole)} of the run",
+        ]
+        return "  ".join(part for part in told if part) or "first batch…"
+
+    def _rates(self, batch: BatchReport) -> str:
+        elapsed = max(self._clock() - self._start, 1e-6)
         text = f"{(self._done - self._first) / elapsed:,.0f} items/s"
         if self._tokens:
             text += f"  {self._tokens / elapsed:,.0f} tokens/s"
-        text += f"  batch {batch}"
-        return text + (f"  {peak_bytes / 1e9:.1f} GB" if peak_bytes else "")
-
-    def _left(self) -> str:
-        elapsed = time.perf_counter() - self._start
-        rate = (self._done - self._first) / max(elapsed, 1e-6)
-        seconds = int((self._total - self._done) / rate) if rate else 0
-        return f"{seconds // 60}:{seconds % 60:02d}"
+        text += f"  batch {batch.num_items}"
+        return text + (f"  {batch.peak_bytes / 1e9:.1f} GB" if batch.peak_bytes else "")
 
 
 def _bar() -> Progress:
     return Progress(
         SpinnerColumn(), TextColumn("{task.description:<12}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=console,
+        TextColumn("{task.fields[detail]}"), console=console,
     )  # fmt: skip
 
 

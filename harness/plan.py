@@ -1,4 +1,5 @@
-"""How items are cut into batches: by a budget of padded tokens, given, measured, or learned by running out of memory.
+"""How items are cut into batches: by a budget of padded tokens, given, or measured on the first small batches of a stage,
+in time and where it can be in memory; lower after running out of memory.
 
 Pure arithmetic on lengths; stores nothing and computes nothing.
 """
@@ -12,9 +13,16 @@ from harness.executor import Item
 from harness.store import Batch
 
 CPU_BUDGET = 8_192
-"""Padded tokens a batch where memory is not measured."""
-_PROBES = (2_048, 8_192)
-"""Padded tokens of the two small batches that a GPU's memory is measured with."""
+"""Most padded tokens a batch where memory is not measured."""
+TARGET_S = 4.0
+"""Most that a batch may take, as far as the first ones tell. A budget is the largest power of two that keeps to it, so
+batches take two to four seconds, and a measurement that wavers by a little cuts the same plan."""
+_MOST_S = 10.0
+"""Most that a batch may take which measures, as far as is known before it."""
+CPU_PROBES = (256, 1_024)
+"""Padded tokens of the two small batches that a stage's speed is measured with."""
+GPU_PROBES = (2_048, 8_192)
+"""The same where memory is measured with them too."""
 _SAFETY = 0.85
 """Share of the measured room that is used: allocators fragment."""
 
@@ -29,13 +37,17 @@ class Budget:
         plan: Sequence[Batch],
         ran_out: Collection[int],
         sizes: Sequence[int] = (),
+        expected_rate: float | None = None,
     ):
         """`capacity_bytes`: all the memory there is for this process, None where it is not measured. `ran_out`: ids of
         the batches of `plan` that did not fit, in an earlier life of this run. `sizes`: items a batch where the items are
-        to be cut as another run cut them; ignored where they are not as many."""
+        to be cut as another run cut them; ignored where they are not as many. `expected_rate`: seconds a padded token, as
+        far as known before the first batch, which alone it makes smaller."""
         self._sizes = tuple(sizes)
-        self._capacity = capacity_bytes if given is None else None
-        self.tokens: int | None = given or (None if self._capacity is not None else CPU_BUDGET)
+        self._capacity = capacity_bytes
+        self._probes = CPU_PROBES if capacity_bytes is None else GPU_PROBES
+        self._expected_rate = expected_rate
+        self.tokens = given
         self._ceiling: int | None = None
         for batch in plan:
             if batch.batch_id in ran_out:
@@ -52,22 +64,22 @@ class Budget:
         self._ceiling = min(half, self._ceiling or half)
 
     def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
-        """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys."""
+        """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys.
+
+        Of items that the budget is still to be measured on, one batch: it is to be remembered before the next.
+        """
         ordered = sorted(items, key=lambda i: (-i.length, i.key))
         if ordered and len(ordered) == sum(self._sizes):
             for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
                 yield batch_of(stage, next_id + n, ordered[end - size : end])
             return
-        if self.tokens is None and self._any_done:
-            self.tokens = self._from_measurement() if self._measured else CPU_BUDGET
-        if self.tokens is None:
-            for probe in _PROBES:
-                batch = _take(ordered, probe)
-                if batch:
-                    ordered = ordered[len(batch) :]
-                    yield batch_of(stage, next_id, batch)
-                    next_id += 1
+        if self.tokens is None and self._num_cut < len(self._probes):
+            batch = _take(ordered, self._probe())
+            if batch:
+                yield batch_of(stage, next_id, batch)
             return
+        if self.tokens is None:
+            self.tokens = self._measured_budget(math.fsum(i.length for i in ordered))
         while ordered:
             batch = _take(ordered, self.tokens)
             ordered = ordered[len(batch) :]
@@ -75,23 +87,57 @@ class Budget:
             next_id += 1
 
     def remember(self, plan: Sequence[Batch]) -> None:
-        """Take the peaks of the batches that are done as measurements; a stage that uses no GPU memory has none."""
-        self._any_done = any(b.status == "done" for b in plan)
-        self._measured = [b for b in plan if b.status == "done" and b.peak_bytes]
+        """Take seconds and peaks of the batches that are done as measurements; a stage that uses no GPU memory has no peaks."""
+        self._num_cut = sum(b.parent is None for b in plan)
+        self._measured = [b for b in plan if b.status == "done" and b.padded_tokens]
 
-    def _from_measurement(self) -> int:
+    @property
+    def _rate(self) -> float | None:
+        """Seconds a padded token, of the fastest batch so far: what is slow for once says nothing. None before the first."""
+        return min((b.work_s / b.padded_tokens for b in self._measured if b.work_s), default=None)
+
+    def _probe(self) -> int:
+        size = self._probes[self._num_cut]
+        if not self._num_cut:
+            return size if self._expected_rate is None else min(size, within(self._expected_rate, float(size), _MOST_S))
+        largest = max((b.padded_tokens for b in self._measured), default=0)
+        if self._rate is None:
+            return size
+        # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
+        double = min(2 * largest, within(self._rate, float(size), _MOST_S))
+        return min(size, max(within(self._rate, float(size)), double))
+
+    def _measured_budget(self, length: float) -> int:
+        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory."""
+        by_memory = self._by_memory() if self._capacity is not None else CPU_BUDGET
+        rate = self._rate
+        return by_memory if rate is None else min(by_memory, within(rate, length))
+
+    def _by_memory(self) -> int:
         """Room over what is always there, divided by bytes per padded token: a line through the two probes.
 
         Never less than the largest batch that did fit.
         """
-        small = min(self._measured, key=lambda b: b.padded_tokens)
-        large = max(self._measured, key=lambda b: b.padded_tokens)
-        rise = (large.peak_bytes or 0) - (small.peak_bytes or 0)
-        if large.padded_tokens == small.padded_tokens or rise <= 0:
-            return 4 * large.padded_tokens
-        per_token = rise / (large.padded_tokens - small.padded_tokens)
-        room = (self._capacity or 0) - ((small.peak_bytes or 0) - per_token * small.padded_tokens)
-        return max(int(_SAFETY * room / per_token), large.padded_tokens)
+        peaks = {b.padded_tokens: b.peak_bytes for b in self._measured if b.peak_bytes}
+        if not peaks:
+            return CPU_BUDGET
+        small, large = min(peaks), max(peaks)
+        rise = peaks[large] - peaks[small]
+        if large == small or rise <= 0:
+            return 4 * large
+        per_token = rise / (large - small)
+        room = (self._capacity or 0) - (peaks[small] - per_token * small)
+        return max(int(_SAFETY * room / per_token), large)
+
+
+def within(rate: float, length: float, target_s: float = TARGET_S) -> int:
+    """The largest power of two of padded tokens that take no longer than `target_s` at `rate` seconds each; at least one.
+
+    Of items that are no longer than `length` together and keep to it whole, any number does.
+    """
+    if rate * length <= target_s:
+        return 2**62
+    return 2 ** max(0, math.floor(math.log2(target_s / rate)))
 
 
 def _take(ordered: Sequence[Item], budget: int) -> list[Item]:

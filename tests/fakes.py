@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import duckdb
 import pytest
 
-from harness.engine import Engine, Limits, StageReport
+from harness import tally
+from harness.engine import BatchReport, Engine, Limits, StageReport
 from harness.errors import Stopped
 from harness.executor import Accelerator, Host, Inline, Item, ItemResult
 from harness.run import RunPaths
@@ -29,10 +30,11 @@ def score(key: str) -> float:
 
 
 def scored(items: Sequence[Item]) -> list[ItemResult]:
-    """One `psem` row an item."""
+    """One `psem` row an item; a token forwarded for each."""
+    tally.add(float(len(items)))
     return [
         ItemResult(i.key, {"psem": [{"prompt_id": i.key, "condition": "baseline", "p_sem": score(i.key),
-                                     "logprobs": [score(i.key + "/a"), score(i.key + "/b")]}]}, tokens=1)
+                                     "logprobs": [score(i.key + "/a"), score(i.key + "/b")]}]})
         for i in items
     ]  # fmt: skip
 
@@ -95,7 +97,8 @@ class OutOfRoom(Exception):
 
 @dataclass
 class Memory:
-    """An accelerator whose peak is `base + per_token` × padded tokens, and where more than `room` tokens do not fit."""
+    """An accelerator whose peak is `base + per_token` × padded tokens, where more than `room` tokens do not fit, and whose
+    clock says `base_s + per_token_s` × padded tokens."""
 
     room: float = math.inf
     base: int = 0
@@ -105,6 +108,9 @@ class Memory:
     peak: int = 0
     peaks: list[int] = field(default_factory=list)
     releases: int = 0
+    base_s: float = 0.0
+    per_token_s: float = 0.0
+    seconds: float = 0.0
 
     def release(self) -> None:
         assert sys.exc_info() == (None, None, None), "released while the exception keeps the batch's tensors alive"
@@ -119,6 +125,9 @@ class Memory:
     def capacity_bytes(self) -> int | None:
         return self.capacity
 
+    def work_s(self, wall_s: float, cpu_s: float) -> float:
+        return self.seconds
+
     def scored(self, items: Sequence[Item]) -> list[ItemResult]:
         """`scored`, in this memory."""
         padded = padded_tokens([i.length for i in items])
@@ -126,6 +135,7 @@ class Memory:
             raise OutOfRoom(f"{padded} tokens")
         self.peak = self.base + self.per_token * padded
         self.peaks.append(self.peak)
+        self.seconds = self.base_s + self.per_token_s * padded
         return scored(items)
 
 
@@ -140,12 +150,18 @@ class Watcher:
     started: list[tuple[str, int, int]] = field(default_factory=list)
     batches: list[tuple[str, int]] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    done: list[BatchReport] = field(default_factory=list)
+    doings: list[tuple[str, str]] = field(default_factory=list)
 
-    def stage_started(self, stage: str, total: int, done: int) -> None:
+    def doing(self, stage: str, what: str) -> None:
+        self.doings.append((stage, what))
+
+    def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
         self.started.append((stage, total, done))
 
-    def batch_done(self, stage: str, items: int, tokens: int, seconds: float, batch: int, peak_bytes: int) -> None:
-        self.batches.append((stage, items))
+    def batch_done(self, batch: BatchReport) -> None:
+        self.batches.append((batch.stage, batch.num_items))
+        self.done.append(batch)
 
     def stage_finished(self, stage: str) -> None:
         self.finished.append(stage)

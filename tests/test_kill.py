@@ -69,8 +69,8 @@ class Stage:
 
 def _prompt(item: Item) -> ItemResult:
     return ItemResult(item.key, {"prompts": [{
-        "prompt_id": item.key, "category": "idioms", "question": f"«{item.key}» ?", "alternatives": ["a", item.key]}]},
-        tokens=3)  # fmt: skip
+        "prompt_id": item.key, "category": "idioms", "question": f"«{item.key}» ?",
+        "alternatives": ["a", item.key]}]})  # fmt: skip
 
 
 def _psem(item: Item) -> ItemResult:
@@ -79,7 +79,7 @@ def _psem(item: Item) -> ItemResult:
     first, second = score(item.key), score(item.key + "/2")
     return ItemResult(item.key, {"psem": [{
         "prompt_id": item.payload[0], "condition": item.payload[1], "p_sem": first, "sequences": [[1, 2], [3]],
-        "logprobs": [first, second], "num_sequences": 2}]}, tokens=5)  # fmt: skip
+        "logprobs": [first, second], "num_sequences": 2}]})  # fmt: skip
 
 
 def _completion(item: Item) -> ItemResult:
@@ -89,7 +89,7 @@ def _completion(item: Item) -> ItemResult:
          "text": f"{item.payload:.12f}", "logprobs": [item.payload]} for mode in ("greedy", "sample")
     ]  # fmt: skip
     tier = "high" if item.payload > 0.5 else "low"
-    return ItemResult(item.key, {"completions": rows}, {"prompts": [{"prompt_id": item.key, "tier": tier}]}, tokens=2)
+    return ItemResult(item.key, {"completions": rows}, {"prompts": [{"prompt_id": item.key, "tier": tier}]})
 
 
 STAGES = (

@@ -70,3 +70,7 @@ class CudaMemory:
         """What is free now and what this process already holds, less the reserve."""
         free, _total = torch.cuda.mem_get_info()
         return max(0, free + torch.cuda.memory_reserved() - self._reserve_bytes)
+
+    def work_s(self, wall_s: float, cpu_s: float) -> float:
+        """What passed: the work is done elsewhere than in this process."""
+        return wall_s

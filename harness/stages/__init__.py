@@ -73,6 +73,11 @@ def wanted(experiment: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in entries if name in chosen)
 
 
+def optional(experiment: str) -> tuple[str, ...]:
+    """The stages that run only where they are named."""
+    return tuple(e.name for e in EXPERIMENTS[experiment] if e.optional)
+
+
 def build(experiment: str, given: Inputs) -> tuple[Stage, ...]:
     """The stages of `given.stages`, ready to run."""
     return tuple(e.build(given) for e in EXPERIMENTS[experiment] if e.name in given.stages)

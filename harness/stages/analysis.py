@@ -104,6 +104,9 @@ class Analysis:
     def items(self, tables: Tables) -> list[Item]:
         return [_item(name, uses, tables) for name, uses in _USES.items()]
 
+    def most_items(self, num_prompts: int) -> int:
+        return len(_USES)
+
     def setup(self) -> None:
         return None
 

@@ -71,4 +71,4 @@ def _one(codec: Codec, item: Item) -> ItemResult:
         "char_spans": [list(o.char_span) for o in found.occurrences],
         "token_spans": [list(o.token_span) for o in found.occurrences],
     }
-    return ItemResult(item.key, {"detections": [row]}, tokens=len(token_ids))
+    return ItemResult(item.key, {"detections": [row]})

@@ -76,7 +76,7 @@ class Generate:
             "token_ids": done.token_ids, "text": text, "answer": answer_of(text), "finish_reason": done.finish_reason,
             "logprobs": done.logprobs, "margins": done.margins,
         }  # fmt: skip
-        return ItemResult(item.key, {"completions": [row]}, tokens=len(done.token_ids))
+        return ItemResult(item.key, {"completions": [row]})
 
 
 class Greedy:

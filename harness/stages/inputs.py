@@ -23,6 +23,8 @@ class Inputs:
     stages: tuple[str, ...]
     seed: int
     data_folder: Path
+    budget_s: float | None = None
+    """Seconds that the certificate may take, where the run's own length is known beforehand. Decides no result."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _result(item: Item, view: View | ItemFailed) -> ItemResult:
             "top_neurons": None if view.top_neurons is None else view.top_neurons[layer].tolist(),
             "top_values": None if view.top_values is None else view.top_values[layer].tolist(),
         })  # fmt: skip
-    return ItemResult(item.key, rows, tokens=len(probe.tokens), artifacts=tuple(_artifacts(item.key, key, view)))
+    return ItemResult(item.key, rows, artifacts=tuple(_artifacts(item.key, key, view)))
 
 
 def _attention(step: StepView, lengths: Sequence[int | None]) -> Iterator[dict[str, Any]]:

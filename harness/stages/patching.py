@@ -84,6 +84,11 @@ class Patching:
             items += [Item(item_key(prompt_id, patch), rows, (subject, patch)) for patch in PATCHES]
         return items
 
+    def most_items(self, num_prompts: int) -> int:
+        """All that `choose` can take: half of the prompts where no P0 is high, fewer or as many of each outcome."""
+        most = num_prompts if self.rules.min_p0 is not None else num_prompts - num_prompts // 2
+        return len(PATCHES) * min(most, 2 * (self.rules.max_prompts or most))
+
     def setup(self) -> LM:
         return shared(self.model, self.identity)
 
@@ -222,7 +227,7 @@ def _result(
         ]  # fmt: skip
     except ItemFailed as e:
         return ItemResult.failed(item.key, e)
-    return ItemResult(item.key, {"patching": rows}, tokens=len(rows) * (1 + len(subject.trie)))
+    return ItemResult(item.key, {"patching": rows})
 
 
 def _p_sem(row: Patched) -> float:

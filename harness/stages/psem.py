@@ -62,7 +62,7 @@ class Psem:
         return [self._result(item, score) for item, score in zip(items, scores, strict=True)]
 
     def _result(self, item: Item, scores: TreeScores | ItemFailed) -> ItemResult:
-        prompt_id, condition, token_ids, forms = item.payload
+        prompt_id, condition, _, forms = item.payload
         if isinstance(scores, ItemFailed):
             return ItemResult.failed(item.key, scores)
         if not forms.events:
@@ -72,7 +72,7 @@ class Psem:
         row = {"prompt_id": prompt_id, "condition": condition} | measures(forms, scores)
         if row["p_sem"] > 1 + _ROUNDING:
             return ItemResult.failed(item.key, f"p_sem is {row['p_sem']:.6f}: disjoint events cannot exceed 1")
-        return ItemResult(item.key, {"psem": [row]}, tokens=row_length(token_ids, forms.trie))
+        return ItemResult(item.key, {"psem": [row]})
 
 
 def measures(forms: WordForms, scores: TreeScores) -> dict[str, Any]:

@@ -62,6 +62,9 @@ class Select:
         ]
         return [Item("selection", 1, candidates)]
 
+    def most_items(self, num_prompts: int) -> int:
+        return 1
+
     def setup(self) -> None:
         return None
 

@@ -34,6 +34,9 @@ class TokenTexts:
     def items(self, tables: Tables) -> list[Item]:
         return [Item("tokens", 1)]
 
+    def most_items(self, num_prompts: int) -> int:
+        return 1
+
     def setup(self) -> Codec:
         return load_codec(self.model, self.identity)
 

@@ -249,6 +249,15 @@ MIGRATIONS: tuple[str, ...] = (
         )
     };
     """,
+    # `tokens` of stages are those forwarded from here on; an older run's stages counted each in its own way.
+    """
+    ALTER TABLE batches ADD COLUMN tokens BIGINT;
+    ALTER TABLE batches ADD COLUMN prefill_tokens BIGINT;
+    ALTER TABLE batches ADD COLUMN padding_tokens BIGINT;
+    ALTER TABLE batches ADD COLUMN work_s DOUBLE;
+    ALTER TABLE stages ADD COLUMN prefill_tokens BIGINT DEFAULT 0;
+    ALTER TABLE stages ADD COLUMN padding_tokens BIGINT DEFAULT 0;
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 

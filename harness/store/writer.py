@@ -55,6 +55,7 @@ class Batch:
     attempt: int = 1
     status: BatchStatus = "planned"
     peak_bytes: int | None = None
+    work_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class BatchResult:
     dropped: list[str] = field(default_factory=list)
     """Items that are no more: what they rested on was measured again after the batch was planned."""
     seconds: float = 0.0
+    work_s: float = 0.0
     tokens: int = 0
+    prefill_tokens: int = 0
+    padding_tokens: int = 0
     peak_bytes: int = 0
 
 
@@ -148,7 +152,8 @@ class Store:
         """Record that a stage begins or goes on, with the number of items it has and of those done already."""
         with self._transaction():
             self._con.execute(
-                "INSERT INTO stages VALUES (?, ?, 'running', ?, ?, ?, 0, 0, 0) "
+                "INSERT INTO stages (stage, version, status, num_items, num_done, num_failed, seconds, tokens) "
+                "VALUES (?, ?, 'running', ?, ?, ?, 0, 0) "
                 "ON CONFLICT DO UPDATE SET status = 'running', version = excluded.version, "
                 "num_items = excluded.num_items, num_done = excluded.num_done, num_failed = excluded.num_failed",
                 [stage, version, num_items, num_done, len(self._failed(stage))],
@@ -172,7 +177,7 @@ class Store:
         rows = self.query("SELECT * FROM batches WHERE stage = ? ORDER BY batch_id", [stage])
         return [
             Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"],
-                  r["peak_bytes"])
+                  r["peak_bytes"], r["work_s"])
             for r in rows
         ]  # fmt: skip
 
@@ -213,21 +218,19 @@ class Store:
                             "info", "recovered_item", "measured on a later attempt", batch.stage, batch.batch_id, key
                         )
             self._con.execute(
-                "UPDATE batches SET status = 'done', seconds = ?, peak_bytes = ? WHERE stage = ? AND batch_id = ?",
-                [result.seconds, result.peak_bytes, batch.stage, batch.batch_id],
-            )
+                "UPDATE batches SET status = 'done', seconds = ?, peak_bytes = ?, work_s = ?, tokens = ?, "
+                "prefill_tokens = ?, padding_tokens = ? WHERE stage = ? AND batch_id = ?",
+                [result.seconds, result.peak_bytes, result.work_s, result.tokens, result.prefill_tokens,
+                 result.padding_tokens, batch.stage, batch.batch_id],
+            )  # fmt: skip
+            done = len(batch.keys) - len(failed) - len(result.dropped)
             self._con.execute(
                 "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ?, "
-                "num_rows = num_rows + ? WHERE stage = ?",
-                [
-                    len(batch.keys) - len(failed) - len(result.dropped),
-                    len(self._failed(batch.stage)),
-                    result.seconds,
-                    result.tokens,
-                    num_rows,
-                    batch.stage,
-                ],
-            )
+                "prefill_tokens = prefill_tokens + ?, padding_tokens = padding_tokens + ?, num_rows = num_rows + ? "
+                "WHERE stage = ?",
+                [done, len(self._failed(batch.stage)), result.seconds, result.tokens, result.prefill_tokens,
+                 result.padding_tokens, num_rows, batch.stage],
+            )  # fmt: skip
 
     def event(self, level: str, kind: str, message: str, stage: str | None = None, item_key: str | None = None) -> None:
         with self._transaction():

