@@ -1,5 +1,6 @@
 """Stage `patching`: which layer's activations, taken from the baseline, change what is said under a ban (gravity.md §6)."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,9 @@ class Patching:
             source, changed = contexts[prompt_id, "baseline"], contexts[prompt_id, self.rules.condition]
             pair = align(source, changed)
             subject = Subject(prompt_id, target, pair, trie(target), _num_span(pair, changed["spans"]["question"]))
-            rows = self.identity.num_layers * (1 + len(subject.trie))
-            items += [Item(item_key(prompt_id, patch), rows, (subject, patch)) for patch in PATCHES]
+            # A row goes through the layers from the one it is patched at, which is half of them in the mean.
+            tokens = math.ceil(self.identity.num_layers / 2) * (1 + len(subject.trie))
+            items += [Item(item_key(prompt_id, patch), tokens, (subject, patch)) for patch in PATCHES]
         return items
 
     def most_items(self, num_prompts: int) -> int:
