@@ -23,6 +23,8 @@ class Inputs:
     stages: tuple[str, ...]
     seed: int
     data_folder: Path
+    budget_s: float | None = None
+    """Seconds that the certificate may take, of those the run is going to; None where that is not known."""
 
 
 @dataclass(frozen=True)
