@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
 
-from harness import launch
+from harness import launch, store
 from harness import sanity as command
 from harness.errors import EnvironmentFault, ItemFailed, NotFinite
 from harness.executor import Item
@@ -24,11 +24,12 @@ from harness.models.inside import View, look_inside
 from harness.models.load import LM, ModelSpec, identify, load, load_codec
 from harness.models.patch import PATCHES
 from harness.models.score import TreeScores
+from harness.plan import CPU_BUDGET
 from harness.settings import resolve
 from harness.stages import sanity as stage
 from harness.stages.mechanism import probe_of
 from harness.stages.prompts import context_row
-from harness.stages.sanity import Bench, Sampler, Sanity, Subject, Verdict, Work, check, subjects_of, tasks_of
+from harness.stages.sanity import Bench, Sampler, Sanity, Subject, Task, Verdict, Work, check, subjects_of, tasks_of
 from harness.text.conditions import Template
 from harness.text.prompts import Prompt
 from harness.text.words import Trie
@@ -636,7 +637,9 @@ def cut_the_nucleus_early(monkeypatch: pytest.MonkeyPatch) -> None:
 def keep_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-p not applied at all."""
     real = decode_module.sample
-    monkeypatch.setattr(decode_module, "sample", lambda lo, k, t, s, *rest: real(lo, k, t, replace(s, top_p=1.0), *rest))
+    monkeypatch.setattr(
+        decode_module, "sample", lambda lo, k, t, s, *rest: real(lo, k, t, replace(s, top_p=1.0), *rest)
+    )
 
 
 def shift_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,32 +682,148 @@ def test_a_sampler_with_a_bug_turns_the_samples_red(
 
 
 class Clock:
-    """Time passes with what is measured: a second an item."""
+    """Time passes where something is measured, and nowhere else."""
 
-    def __init__(self, step: float = 0.5) -> None:
-        self.now, self.step = 0.0, step
+    def __init__(self) -> None:
+        self.now = 0.0
 
     def __call__(self) -> float:
-        self.now += self.step
         return self.now
 
 
-LETTERS = {"first?": "hi", "so": "q"}
+class Certificate:
+    """The stage on the demo model's first two prompts, an item taking as long as `costs` says, and measuring nothing."""
+
+    def __init__(self, demo: LM, monkeypatch: pytest.MonkeyPatch, costs: Callable[[str], float] = lambda kind: 1.0):
+        self.plan = launch.prepare(resolve({"data.limit": "2"}, None, {}))
+        self.clock = Clock()
+        self.measured: list[str] = []
+        self.bench = Bench(demo, HOT)
+
+        def measure(bench: Bench, task: Task) -> list[Verdict]:
+            self.clock.now += costs(task.kind)
+            self.measured.append(f"{task.kind}|{task.name}")
+            return [replace(v, left_out=False, max_abs=0.0, num_items=1, ok=True) for v in stage.left_out(bench, task)]
+
+        monkeypatch.setattr(stage, "measure", measure)
+
+    def items(self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()) -> tuple[Sanity, list[Item]]:
+        made = replace(Sanity.build(self.plan.inputs), budget_s=budget_s, clock=self.clock)
+        return made, made.items({**command.make_tables(self.plan, 2), "sanity_items": list(known)})
+
+    def rows(
+        self, budget_s: float | None, known: Sequence[dict[str, Any]] = (), some: slice = slice(None)
+    ) -> list[dict[str, Any]]:
+        """What one process stores for some of the items."""
+        made, items = self.items(budget_s, known)
+        work = Work(self.bench, None)
+        return [row for item in items[some] for r in made.run(work, [item]) for row in r.rows["sanity_items"]]
 
 
-def certified(monkeypatch: pytest.MonkeyPatch, budget_s: float | None, known: Sequence[dict[str, Any]] = (), take: int | None = None,
-              step: float = 1.0) -> tuple[list[Item], list[dict[str, Any]]]:  # fmt: skip
-    """The items of a certificate of four contexts, and the rows of the first ones, an item taking `step` seconds."""
-    lm = tiny_lm()
-    monkeypatch.setattr(stage, "load_codec", lambda *given: lm.codec)
-    monkeypatch.setattr(stage, "measure", lambda bench, task: [replace(v, left_out=False, max_abs=0.0, ok=True) for v in stage.left_out(bench, task)])
-    made = Sanity(ModelSpec("none"), replace(lm.identity, about={}), COOL, 2, 0, budget_s, Clock(step))
-    monkeypatch.setattr(Sanity, "num_layers", property(lambda self: len(lm.anatomy.blocks)), raising=False)
-    contexts = [s.row for s in tiny_subjects(lm, LETTERS)]
-    told = {"prompts": [{"prompt_id": k, "target": v} for k, v in LETTERS.items()], "contexts": contexts, "sanity_items": list(known)}
-    items = made.items(told)
-    work = Work(Bench(lm, COOL), None)
-    return items, [row for item in items[:take] for r in made.run(work, [item]) for row in r.rows["sanity_items"]]
+def names_of(rows: Sequence[Mapping[str, Any]], *, left_out: bool) -> set[tuple[str, str]]:
+    return {(r["measurement"], r["subject"]) for r in rows if r["left_out"] is left_out}
+
+
+def test_items_go_once_through_all_measurements_before_any_is_repeated(
+    demo: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which an engine cuts them, each in a batch of its own."""
+    _, items = Certificate(demo, monkeypatch).items(None)
+    ordered = sorted(items, key=lambda i: (-i.length, i.key))
+    assert ordered == items
+    assert all(i.length > CPU_BUDGET / 2 for i in items)
+    kinds = [i.payload.kind for i in items]
+    assert kinds[:10] == ["scores", "greedy", "samples", "inside", *PATCHES]
+    assert [i.payload.is_least for i in items] == [n < 10 for n in range(len(items))]
+    assert len({i.payload.subject.key for i in items[:10]}) == 1
+    assert {i.payload.layer for i in items[4:10]} == {0, 2, 5}, "first, middle and last layer, going round"
+    assert len({(i.payload.kind, i.payload.name) for i in items}) == len(items) == 4 * 4 + 2 * 6 * 3
+
+
+@pytest.mark.parametrize("budget_s", [0.0, 10.0, 15.5, 30.0, None])
+def test_a_budget_leaves_out_by_name_what_does_not_fit_and_never_a_whole_measurement(
+    demo: LM, monkeypatch: pytest.MonkeyPatch, budget_s: float | None
+) -> None:
+    made = Certificate(demo, monkeypatch)
+    rows = made.rows(budget_s)
+    assert len(made.measured) == {0.0: 10, 10.0: 10, 15.5: 15, 30.0: 29, None: 52}[budget_s]
+    assert made.clock.now <= max(10.0, budget_s or 1e9), "within the budget, but for what is always measured"
+    certificate = store.certificate(rows)
+    assert {v["measurement"] for v in certificate} == EVERYTHING
+    assert all(v["ok"] for v in certificate)
+    told = {(v["measurement"], subject) for v in certificate for subject in v["left_out"]}
+    assert told == names_of(rows, left_out=True)
+    assert len(told) + len(names_of(rows, left_out=False)) == len(rows) == 4 * 13 + 36
+    assert (told == set()) == (budget_s is None)
+
+
+def test_what_is_dear_is_left_out_and_what_is_cheap_still_made(demo: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the next item would end beyond the budget is told from the last one of its kind."""
+    made = Certificate(demo, monkeypatch, lambda kind: 20.0 if kind == "inside" else 1.0)
+    made.rows(60.0)
+    assert sum(name.startswith("inside") for name in made.measured) == 2
+    assert made.clock.now <= 60.0
+    assert len(made.measured) > 20
+
+
+def test_a_run_that_goes_on_keeps_what_it_measured_and_what_it_left_out(
+    demo: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Certificate(demo, monkeypatch)
+    first = made.rows(12.5, some=slice(0, 14))
+    assert (len(made.measured), made.clock.now) == (12, 12.0)
+    rest = made.rows(14.5, first, slice(14, None))
+    assert len(made.measured) == 14, "two more: what was spent before the kill counts"
+    assert names_of(rest, left_out=False)
+    assert names_of(first, left_out=True)
+    # As `harness verify` does: the same items again, whatever the clock says now.
+    made.measured.clear()
+    again = made.rows(0.0, [*first, *rest])
+    assert names_of(again, left_out=True) == names_of([*first, *rest], left_out=True)
+    assert len(made.measured) == 14
+    made.measured.clear()
+    assert names_of(made.rows(None, [*first, *rest]), left_out=True) == names_of(again, left_out=True)
+    assert len(made.rows(None)) == len(again), "the control: without what was stored all is measured"
+    assert len(made.measured) == 14 + 52
+
+
+@pytest.mark.parametrize(
+    ("setting", "known", "budget_s"),
+    [("auto", None, 20.0), ("auto", 3.5, 3.5), ("auto", 500.0, 60.0), ("7.5", 3.5, 7.5), ("0", 500.0, 0.0),
+     ("300", 3.5, 300.0), ("unlimited", 3.5, None)],
+)  # fmt: skip
+def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for(
+    setting: str, known: float | None, budget_s: float | None
+) -> None:
+    plan = launch.prepare(resolve({"experiment.sanity.budget": setting}, None, {}))
+    made = Sanity.build(replace(plan.inputs, budget_s=known))
+    assert made.budget_s == budget_s
+    assert plan.fingerprint == launch.prepare(resolve({}, None, {})).fingerprint, "it decides no number"
+
+
+def test_full_depth_compares_every_spelling_and_sweeps_each_patch_alone(
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in one rare spelling of one word: the usual certificate takes six of them, the likeliest and the longest."""
+    real = stage.sweep
+    tasks = [t for t in tasks_of(demo_subjects, 6) if t.kind == "mlp"]
+    num = len(tasks[0].subject.forms.events)
+
+    def off_by_one(*given: Any) -> Any:
+        rows = real(*given)
+        last = np.argsort(-rows[0].scores.logprobs, kind="stable")[5]
+        for row in rows[1:]:
+            row.scores.logprobs[last] += 1.0
+        return rows
+
+    usual = [stage.measure(Bench(demo, COOL), t)[0] for t in tasks[:4]]
+    full = [stage.measure(Bench(demo, COOL, is_full=True), t)[0] for t in tasks[:4]]
+    assert all(v.ok for v in (*usual, *full)), "the control"
+    assert [v.num_items for v in usual] == [1, 1, 2, 2]
+    assert [v.num_items for v in full] == [2, 2, 2, 2]
+    if num > 6:
+        monkeypatch.setattr(stage, "sweep", off_by_one)
+        assert not stage.measure(Bench(demo, COOL, is_full=True), tasks[0])[0].ok
 
 
 # Half precision

@@ -48,6 +48,7 @@ MEASURED: dict[str, dict[str, Literal["nats", "prob"]]] = {
     **{patch: {f"patch {patch}": "nats"} for patch in PATCHES},
 }  # fmt: skip
 """The measurements of each kind of item, and which tolerance holds them."""
+_KIND = {measurement: kind for kind, measurements in MEASURED.items() for measurement in measurements}
 BATCH_SIZES = (1, 4, 16)
 """Contexts a batch; each size divides the next, so that a smaller batch lies within a larger one."""
 MOST_S = 60.0
@@ -148,8 +149,8 @@ class Task:
     """The first of its kind: measured whatever the budget is."""
     was: Literal["measured", "left out"] | None = None
     """What the run has already: a decision of the clock is made once."""
-    spent_s: float = 0.0
-    """Seconds that an earlier process spent on this certificate."""
+    before_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that an earlier process spent on each item of this certificate, by its key."""
 
     @property
     def name(self) -> str:
@@ -528,7 +529,7 @@ class Work:
     widened: Widened | None
     spent_s: float = 0.0
     last_s: dict[str, float] = field(default_factory=dict)
-    """What the last item of a kind took; all patches are of one kind."""
+    """What the last item of each kind took."""
 
 
 @dataclass(frozen=True)
@@ -567,13 +568,17 @@ class Sanity:
         rows = [row for row in tables["contexts"] if row["prompt_id"] in targets]
         tasks = tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
         known = {(r["measurement"], r["subject"]): r["left_out"] for r in tables["sanity_items"]}
-        spent_s = sum((r["seconds"] or 0.0 for r in tables["sanity_items"]), 0.0)
+        before_s: dict[str, float] = {}
+        for r in tables["sanity_items"]:
+            if not r["left_out"]:
+                key = item_key(_KIND[r["measurement"]], r["subject"])
+                before_s[key] = before_s.get(key, 0.0) + (r["seconds"] or 0.0)
         was = {False: "measured", True: "left out", None: None}
         return [
             Item(
                 item_key(task.kind, task.name),
                 _LENGTH + len(tasks) - n,  # the longest comes first
-                replace(task, was=was[known.get((next(iter(MEASURED[task.kind])), task.name))], spent_s=spent_s),
+                replace(task, was=was[known.get((next(iter(MEASURED[task.kind])), task.name))], before_s=before_s),
             )
             for n, task in enumerate(tasks)
         ]
@@ -598,7 +603,7 @@ class Sanity:
             return ItemResult.failed(key, e)
         seconds = self.clock() - start
         work.spent_s += seconds
-        work.last_s[_cost(task)] = seconds
+        work.last_s[task.kind] = seconds
         for v in verdicts:
             if not v.ok:
                 logger.error(
@@ -610,11 +615,9 @@ class Sanity:
         """Decided once: what a run has measured, or left out, stays so where it is looked at again."""
         if self.budget_s is None or task.is_least or task.was is not None:
             return task.was != "left out"
-        return task.spent_s + work.spent_s + work.last_s.get(_cost(task), 0.0) < self.budget_s
-
-
-def _cost(task: Task) -> str:
-    return "patch" if task.layer is not None else task.kind
+        alike = [s for key, s in task.before_s.items() if key.startswith(f"{task.kind}|")]
+        next_s = work.last_s.get(task.kind, alike[-1] if alike else 0.0)
+        return sum(task.before_s.values()) + work.spent_s + next_s < self.budget_s
 
 
 def told(verdict: Verdict) -> str:
