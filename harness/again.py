@@ -7,7 +7,7 @@ from typing import Any
 
 from harness import diff
 from harness.checks import Check, checks_of
-from harness.diff import TOLERANCE, TableDrift, table_drift
+from harness.diff import TableDrift, table_drift
 from harness.engine import Stage, collect
 from harness.errors import HarnessError
 from harness.executor import Host, Inline, Outcome
@@ -17,6 +17,7 @@ from harness.models import device
 from harness.recorded import prepare_again
 from harness.settings import Resolved
 from harness.store import Batch, BatchResult, Reader, Row
+from harness.tolerance import TOLERANCE
 
 
 def measured_again(
@@ -46,7 +47,7 @@ def measured_again(
         return
     here = surroundings(plan, resolved)
     apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
-    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype]
+    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype].nats
     how = (
         "bit for bit"
         if not apart

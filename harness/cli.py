@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import EnvironmentFault, HarnessError, ModelError, RunError, SettingsError, Stopped, machine_fault
-from harness.settings import SHORT_FLAGS, PathSettings, Resolved, describe, field_names, nearest, resolve
+from harness.settings import (
+    SECTION_ALIASES,
+    SHORT_FLAGS,
+    PathSettings,
+    Resolved,
+    describe,
+    field_names,
+    nearest,
+    resolve,
+)
 from harness.terminal import plain
 
 _LINE = 1_500
@@ -183,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         "sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement"
     )
     sanity.add_argument("--num-prompts", type=int, default=4, metavar="N", help="prompts to compare (default 4)")
+    sanity.add_argument(
+        "--full", action="store_true", help="everything, however long it takes (default: what fits in a minute)"
+    )
     bench = command("bench", _bench, "fast path against naive path, same model, same items, one process")
     bench.add_argument("--stage", choices=_BENCHED, action="append", help="what to time (default: all)")
     bench.add_argument("--shape", default="llama-40m", help="a model shape with random weights (default llama-40m)")
@@ -196,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file")
     group = parser.add_argument_group(
-        "settings", "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file"
+        "settings",
+        "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file; "
+        + ", ".join(f"{alias}. is another name for {name}." for alias, name in SECTION_ALIASES.items()),
     )
     short = {name: flag for flag, name in SHORT_FLAGS.items()}
     for name in field_names():
@@ -204,6 +218,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=describe(name).replace("%", "%%")
         )
+    for alias, section in SECTION_ALIASES.items():
+        for rest in (n.removeprefix(f"{section}.") for n in field_names() if n.startswith(f"{section}.")):
+            group.add_argument(f"--{alias}.{rest}", dest=f"set:{alias}.{rest}", help=argparse.SUPPRESS)
 
 
 def _flags(args: argparse.Namespace) -> dict[str, str]:
@@ -344,7 +361,7 @@ def _sanity(args: argparse.Namespace) -> int:
         raise RunError(f"--num-prompts: expected at least 1, found {args.num_prompts}")
     from harness import sanity
 
-    return sanity.command(resolved, args.num_prompts)
+    return sanity.command(resolved, args.num_prompts, is_full=args.full)
 
 
 _PRINTERS = (_fetch, _runs, _show, _diff)

@@ -17,11 +17,12 @@ from harness.listing import open_snapshot
 from harness.manifests import manifest_differences, shortened
 from harness.run import RunPaths, read_manifest, state
 from harness.store import MEASURED, Aligned, Reader, Row
+from harness.tolerance import TOLERANCE
 
-TOLERANCE = {"float64": 5e-5, "float32": 5e-5, "bfloat16": 1e-2, "float16": 1e-2}
-"""How far rounding may move a number x, as a share of max(1, |x|): the certificate's tolerances on logits."""
-DERIVED = ("statistics", "sanity", "artifacts")
+DERIVED = ("statistics", "sanity_items", "artifacts")
 """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
+CLOCKED = ("seconds",)
+"""Columns that tell how long something took."""
 RANKS = ("top_ids", "top_neurons")
 """Orders of things that may be equally large; the sizes stand in columns of their own."""
 Verdict = Literal["identical", "rounding", "apart"]
@@ -79,16 +80,16 @@ def table_drift(table: str, rows: Aligned) -> TableDrift:
     drifts = [
         drift
         for column in rows.one.column_names
-        if column not in rows.key and (drift := _column_drift(column, rows)) is not None
+        if column not in (*rows.key, *CLOCKED) and (drift := _column_drift(column, rows)) is not None
     ]
     return TableDrift(table, len(rows.one), rows.only_one, rows.only_other, tuple(drifts))
 
 
 def verdict(drifts: Sequence[TableDrift], dtype: str) -> Verdict:
-    """Whether results are the same bits, the same up to rounding in `dtype`, or something else."""
+    """Whether results are the same bits, the same up to rounding in `dtype` (as a share of max(1, |x|)), or something else."""
     if all(d.is_equal for d in drifts):
         return "identical"
-    tolerance = TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype].nats
     judged = [d for d in drifts if d.table not in DERIVED]
     is_near = not any(d.only_one or d.only_other for d in judged) and all(
         c.scaled <= tolerance for d in judged for c in d.columns if c.column not in RANKS

@@ -292,7 +292,7 @@ def _execute(
         raise
     failed = sum(r["num_failed"] for r in store.stage_rows())
     certificate = store.table("sanity")
-    apart = [v["measurement"] for v in certificate if not v["ok"]]
+    apart = [v["measurement"] for v in certificate if v["ok"] is False]
     if apart:
         logger.error(
             "the fast path and the plain reference disagree on {}: do not trust this run; see `harness show {}`",
@@ -314,7 +314,12 @@ def _execute(
     )
     seal.write(paths, tables, manifest.with_changes(**last))
     manifest.update(**last)
-    return 1 if failed or apart else 0
+    return 1 if failed or not _agrees(certificate) else 0
+
+
+def _agrees(certificate: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every measurement was made and agrees."""
+    return all(v["ok"] for v in certificate)
 
 
 def _limits(settings: Settings) -> Limits:
@@ -505,7 +510,7 @@ def _report_finished(paths: RunPaths) -> int:
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
         log.print_out(f"{failed} items failed; --retry-failed tries just those.")
-    return 1 if failed or not all(v["ok"] for v in manifest.get("sanity") or []) else 0
+    return 1 if failed or not _agrees(manifest.get("sanity") or []) else 0
 
 
 def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:

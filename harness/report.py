@@ -492,14 +492,15 @@ def _paper(manifest: Mapping[str, Any], data: FigureData) -> list[Section]:
 def _sanity(reader: Reader) -> Table:
     rows = reader.query("SELECT * FROM sanity ORDER BY ok, measurement") if "sanity" in reader.tables() else []
     columns = ("measurement", "verdict", "items", "largest difference", "relative", "tolerance", "flips", "near ties",
-               "worst item", "repeated")  # fmt: skip
+               "worst item", "repeated", "left out")  # fmt: skip
     cells = [
-        (r["measurement"], "agrees" if r["ok"] else "DISAGREES", _count(r["num_items"]),
+        (r["measurement"], "left out" if r["ok"] is None else "agrees" if r["ok"] else "DISAGREES", _count(r["num_items"]),
          *(_power(r[k]) for k in ("max_abs", "max_rel", "tolerance")), _count(r["flips"]), _count(r["near_ties"]),
-         r["worst"] or "–", r["repeated"] or "–")
+         r["worst"] or "–", r["repeated"] or "–", ", ".join(r.get("left_out") or ()) or "–")
         for r in rows
     ]  # fmt: skip
-    note = "Every measurement of the fast, batched path against a plain one-by-one reference, on a few prompts of this run."
+    note = ("Every measurement of the fast, batched path against a plain one-by-one reference, on a few prompts of this run; and "
+            "which of them its budget of time left out.")  # fmt: skip
     return Table("Sanity certificate", columns, cells, note, 2, "not checked in this run")
 
 

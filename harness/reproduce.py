@@ -15,6 +15,7 @@ from harness.manifests import Difference, environment_differences, shortened, to
 from harness.recorded import prepare_again
 from harness.run import RunPaths, find_run, read_manifest, read_manifest_file, state
 from harness.settings import Resolved
+from harness.tolerance import TOLERANCE
 
 _WITH_RESULTS = (0, 1)
 """Exit codes of a run that came to its end, failed items or not."""
@@ -79,7 +80,7 @@ def _compare(was: Mapping[str, Any], original: RunPaths | None, again: RunPaths)
     found = diff.verdict(drifts, dtype)
     log.print_out({
         "identical": "Reproduced: bit for bit the same results.",
-        "rounding": f"Reproduced up to rounding: within {diff.TOLERANCE[dtype]:g} of every measured number, the same tokens, "
+        "rounding": f"Reproduced up to rounding: within {TOLERANCE[dtype].nats:g} of every measured number, the same tokens, "
         "texts and verdicts." + ("" if apart else " Nothing here explains that the bits are not the same."),
         "apart": "Not reproduced: results differ by more than rounding.",
     }[found])  # fmt: skip

@@ -42,6 +42,8 @@ ALIASES = {
 NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_VERSION", "HARNESS_IMAGE_CREATED", "HARNESS_IMAGE_SOURCE",
                 "HARNESS_IMAGE_DIGEST", "HARNESS_IMAGE_SBOM_SHA256")  # fmt: skip
 """What a container says about itself, its labels and what it was handed: facts for the manifest."""
+SECTION_ALIASES = {"gravity": "experiment"}
+"""Other names of sections, in flags, variables and files. What is recorded has the name on the right."""
 SHORT_FLAGS = {
     "model": "model.name",
     "prompts": "data.prompts",
@@ -198,6 +200,9 @@ class SanitySettings(Section):
 
     num_prompts: Annotated[int, Field(ge=1)] = 2
     """Prompts measured both ways, in every condition."""
+    budget: Annotated[float, Field(ge=0, le=1e9)] | Literal["auto", "unlimited"] = "auto"
+    """Seconds it may take; what does not fit is left out, by name. `auto`: 5 % of the run, a minute at most. Each
+    measurement is made once even at 0. `unlimited`: everything, with every spelling of every patch."""
 
 
 class ExperimentSettings(Section):
@@ -358,7 +363,7 @@ def resolve(
     layers += [(name, value, f"flag: --{name}") for name, value in (flags or {}).items()]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for name, value, source in layers:
+    for name, value, source in _canonical(layers):
         _check_name(name, source)
         _put(tree, name, value, source)
         sources = {n: s for n, s in sources.items() if not n.startswith(name + ".")} | {name: source}
@@ -368,6 +373,25 @@ def resolve(
         raise _refusal(e, sources) from e
     _check_trust(resolved)
     return resolved
+
+
+def canonical(name: str) -> str:
+    """A dotted name with its section's own name in place of an alias."""
+    section, dot, rest = name.partition(".")
+    return SECTION_ALIASES.get(section, section) + dot + rest
+
+
+def _canonical(layers: list[tuple[str, Any, str]]) -> Iterator[tuple[str, Any, str]]:
+    """Values by their canonical names. Of two names for one value, in one place, none is the stronger."""
+    written: dict[tuple[str, str], str] = {}
+    for name, value, source in layers:
+        place = source.partition(":")[0]
+        other = written.setdefault((place, canonical(name)), name)
+        if other != name:
+            raise SettingsError(
+                f"{_cut(name)} ({_cut(source)}): {_cut(other)} is given too, and both name one setting; keep one"
+            )
+        yield canonical(name), value, source
 
 
 def _check_trust(resolved: Resolved) -> None:
@@ -445,7 +469,7 @@ def _file_values(path: Path | None) -> Iterator[tuple[str, Any, str]]:
 def _toml_leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in field_names():
+        if isinstance(value, dict) and canonical(name) not in field_names():
             yield from _toml_leaves(value, f"{name}.")
         else:
             yield name, value

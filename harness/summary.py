@@ -39,13 +39,16 @@ class Summary:
     conditions: tuple[ConditionSummary, ...]
     num_failed: int
     bin_counts: tuple[int, ...]
-    certificate: Mapping[str, bool]
-    """Measurement -> whether the fast path agrees with the plain reference; empty where that was not checked."""
+    certificate: Mapping[str, bool | None]
+    """Measurement -> whether the fast path agrees with the plain reference; empty where that was not checked, None where
+    there was no time for any of it."""
     taxonomy: Mapping[str, Mapping[str, int]]
     """Condition -> kind of failure -> greedy answers."""
     strongest_patches: tuple[Mapping[str, Any], ...]
     """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
     remarks: tuple[Remark, ...]
+    num_left_out: int = 0
+    """Comparisons of the certificate that its budget left out."""
 
 
 def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
@@ -96,10 +99,11 @@ def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
         "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
         "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
     ) if not is_older else []  # fmt: skip
-    certificate = reader.query("SELECT measurement, ok FROM sanity") if not is_older else []
+    certificate = reader.query("SELECT * FROM sanity ORDER BY measurement") if not is_older else []
     return Summary(
         tuple(conditions), int(failed), tuple(int(c) for c in counts), {r["measurement"]: r["ok"] for r in certificate},
         taxonomy, tuple(strongest), tuple(remarks.remarks_of(reader, manifest)),
+        sum(r.get("num_left_out") or 0 for r in certificate),
     )  # fmt: skip
 
 
@@ -147,12 +151,7 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
         )
         shown.append(f"Patching {result.strongest_patches[0]['n']} prompts, largest mean ΔP of each patch: {told}")
     if result.certificate:
-        apart = [name for name, ok in result.certificate.items() if not ok]
-        shown.append(
-            f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
-            if apart
-            else f"Certificate: all {len(result.certificate)} measurements agree with the plain reference."
-        )
+        shown.append(_certificate_told(result, "sanity" in (manifest.get("stages") or {})))
     shown.extend(f"Note: {line}" for line in remarks.lines(result.remarks))
     if result.num_failed:
         shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
@@ -235,3 +234,16 @@ def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
     return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _certificate_told(result: Summary, is_whole: bool) -> str:
+    """In one line; `is_whole`: the stage that makes it has come to its end."""
+    apart = [name for name, ok in result.certificate.items() if ok is False]
+    if apart:
+        return f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
+    missing = [name for name, ok in result.certificate.items() if ok is None]
+    made = len(result.certificate) - len(missing)
+    told = f"Certificate: all {made} measurements{'' if is_whole else ' made so far'} agree with the plain reference"
+    told += f"; NOT measured: {', '.join(missing)}" if missing and is_whole else ""
+    left = result.num_left_out
+    return told + (f"; {left} further comparisons left out for its budget, see `sanity`." if left else ".")

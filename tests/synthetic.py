@@ -414,9 +414,10 @@ def _sanity(store: Store) -> None:
     rows = [("p_sem", 3e-8, 2e-7), ("p_word", 4e-8, 3e-7), ("logprobs", 2e-6, 1e-6), ("attention", 1e-6, 4e-6),
             ("lens", 5e-7, 2e-6), ("patching", 9e-5, 3e-4)]  # fmt: skip
     store._insert(
-        "sanity",
-        [{"measurement": name, "num_items": 24, "max_abs": a, "max_rel": r, "flips": 0, "near_ties": 0, "tolerance": 1e-5,
-          "worst": "facts_<Paris>|negative", "repeated": None, "ok": a <= 1e-5} for name, a, r in rows],
+        "sanity_items",
+        [{"measurement": name, "subject": "facts_<Paris>|negative", "num_items": 24, "max_abs": a, "max_rel": r, "flips": 0,
+          "near_ties": 0, "tolerance": 1e-5, "worst": "facts_<Paris>|negative", "repeated": None, "ok": a <= 1e-5,
+          "left_out": False, "seconds": 0.5} for name, a, r in rows],
     )  # fmt: skip
 
 

@@ -163,6 +163,7 @@ DECIDES_NOTHING = {
     "experiment.stages": "sanity,analysis,patching,mechanism,detect,samples,select",
     "experiment.sample_conditions": "baseline,negative,ban",
     "experiment.templates": json.dumps({"unused": "{question}", "ban": BAN}), "model.dtype": "float32",
+    "experiment.sanity.budget": "unlimited",
 }  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def test_nulls_are_dashes_and_never_zeros(tmp_path: Path) -> None:
     def fill(store: Store) -> None:
         synthetic.fill(store, Shape(30, 2, 2, 4, num_bootstraps=50))
         store._con.execute("UPDATE statistics SET value = NULL, se = NULL, low = NULL, high = NULL, p = NULL, q = NULL")
-        store._con.execute("UPDATE sanity SET max_abs = NULL, flips = NULL, worst = NULL")
+        store._con.execute("UPDATE sanity_items SET max_abs = NULL, flips = NULL, worst = NULL")
 
     page = rendered(run_of(tmp_path, fill))
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.html.partition('id="mechanism"')[2].partition('id="patching"')[0])

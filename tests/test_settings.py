@@ -26,7 +26,7 @@ OTHER: dict[str, Any] = {  # a legal value that is not the default, for every se
     "experiment.max_new_tokens_samples": 3, "experiment.stop_at_newline": False, "experiment.select.min_p0": 0.5,
     "experiment.select.per_bin": 5, "experiment.select.max_categories": 1, "experiment.stored.prompts": ("a", "b"),
     "experiment.stored.max_per_category": 3, "experiment.patching.condition": "ban", "experiment.patching.min_p0": 0.5,
-    "experiment.patching.max_prompts": 4, "experiment.sanity.num_prompts": 1,
+    "experiment.patching.max_prompts": 4, "experiment.sanity.num_prompts": 1, "experiment.sanity.budget": 7.5,
     "batching.max_tokens": 64,
     "batching.reserve_gb": 1.5, "runtime.device": "cpu", "runtime.seed": 9, "runtime.threads": 1,
     "runtime.executor": "inline", "runtime.reserve_disk_gb": 0.25, "paths.runs": "there", "paths.data": "stuff",
@@ -151,6 +151,42 @@ def test_names_people_already_have_are_aliases_that_the_full_name_beats() -> Non
     both = resolve({}, None, environ | {"HARNESS_PATHS__RUNS": "/full"})
     assert at(both, "paths.runs") == Path("/full")
     assert at(resolve({}, None, {"OUTPUT_ROOT": ""}), "paths.runs") == Path("runs"), "an empty alias is not set"
+
+
+def test_a_sections_other_name_is_the_section_and_sources_keep_what_was_typed(tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text(
+        '[gravity]\nnum_samples = 3\n[gravity.sanity]\nbudget = 9\n[gravity.conditions.mine]\ntext = "{question}"\n'
+    )
+    environ = {"HARNESS_GRAVITY__TOP_P": "0.5"}
+    resolved = resolve({"gravity.chat": "true", "gravity.num_samples": "4"}, config, environ)
+    found = {name: (value, source) for name, value, source in resolved.rows()}
+    assert found["experiment.chat"] == (True, "flag: --gravity.chat")
+    assert found["experiment.num_samples"] == (4, "flag: --gravity.num_samples"), (
+        "a flag beats the file under this name too"
+    )
+    assert found["experiment.top_p"] == (0.5, "env: HARNESS_GRAVITY__TOP_P")
+    assert found["experiment.sanity.budget"] == (9.0, f"file: {config}")
+    assert list(resolved.settings.experiment.conditions) == ["mine"]
+    assert [name for name, _, _ in resolved.rows()] == field_names(), "what is recorded has one name"
+    assert resolve({"experiment.num_samples": "5"}, config, {}).settings.experiment.num_samples == 5
+
+
+def test_two_names_of_one_setting_in_one_place_are_refused(tmp_path: Path) -> None:
+    config = toml_file(tmp_path, {"gravity.chat": True, "experiment.chat": True})
+    for told in (
+        refusal({"gravity.chat": "true", "experiment.chat": "true"}),
+        refusal({}, environ={"HARNESS_GRAVITY__CHAT": "1", "HARNESS_EXPERIMENT__CHAT": "1"}),
+        refusal({}, config),
+    ):
+        assert "gravity.chat" in told
+        assert "experiment.chat" in told
+        assert "keep one" in told
+        assert "\n" not in told
+
+
+def test_an_unknown_name_in_a_section_named_otherwise_is_refused_with_the_nearest() -> None:
+    assert "did you mean 'experiment.chat'" in refusal({"gravity.chatt": "true"})
 
 
 def test_what_a_container_says_of_itself_is_not_taken_for_a_setting() -> None:

@@ -23,8 +23,21 @@ from hypothesis import strategies as st
 from harness.errors import EnvironmentFault, StoreError
 from harness.executor import Item, ItemResult
 from harness.run import RunPaths
-from harness.store import SCHEMA_VERSION, TABLES, VIEWS, Batch, BatchResult, Failure, Reader, Row, Store, writer
-from tests.fakes import Fake, measured, plan_of, run_stages, same_lengths, scored, with_migration
+from harness.store import (
+    SCHEMA_VERSION,
+    TABLES,
+    VIEWS,
+    Batch,
+    BatchResult,
+    Failure,
+    Reader,
+    Row,
+    Store,
+    certificate,
+    schema,
+    writer,
+)
+from tests.fakes import Fake, measured, older_store, plan_of, run_stages, same_lengths, scored, with_migration
 
 ROOT = Path(__file__).parents[1]
 BATCH = Batch("scores", 0, ("a", "b"), 10)
@@ -121,6 +134,52 @@ def test_a_file_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path, monk
     with pytest.raises(StoreError, match=f"schema {SCHEMA_VERSION + 1}, this harness knows up to {SCHEMA_VERSION}"):
         Store(path)
     assert path.read_bytes() == before
+
+
+# -- the certificate
+
+
+def item(measurement: str, subject: str, **more: Any) -> Row:
+    return {
+        "measurement": measurement, "subject": subject, "num_items": 2, "max_abs": 1e-6, "max_rel": 1e-5, "flips": 0,
+        "near_ties": 0, "tolerance": 1e-5, "worst": subject, "repeated": None, "ok": True, "left_out": False, "seconds": 0.5,
+    } | more  # fmt: skip
+
+
+LEFT = {"num_items": 0, "max_abs": None, "max_rel": None, "worst": None, "ok": None, "left_out": True, "seconds": 0.0}
+
+
+def test_the_certificate_is_a_row_a_measurement_of_what_its_items_came_to(store: Store) -> None:
+    store._insert("sanity_items", [
+        item("lens", "a"), item("lens", "b", max_abs=3e-6, flips=1, near_ties=1), item("lens", "c", **LEFT),
+        item("p_sem", "a", ok=False, max_abs=2e-5, repeated="float64: still apart"),
+        item("p_sem", "b", max_abs=9e-5, repeated="x"),
+        item("greedy", "b", **LEFT), item("greedy", "a", **LEFT),
+    ])  # fmt: skip
+    found = {row["measurement"]: row for row in store.table("sanity")}
+    assert found["lens"] == {
+        "measurement": "lens", "num_items": 4, "max_abs": 3e-6, "max_rel": 1e-5, "flips": 1, "near_ties": 1, "tolerance": 1e-5,
+        "worst": "b", "repeated": None, "ok": True, "num_left_out": 1, "left_out": ["c"],
+    }  # fmt: skip
+    apart = found["p_sem"]
+    assert (apart["ok"], apart["worst"], apart["repeated"]) == (False, "a", "float64: still apart"), (
+        "what disagrees is the worst"
+    )
+    assert (found["greedy"]["ok"], found["greedy"]["left_out"], found["greedy"]["num_items"]) == (None, ["a", "b"], 0)
+    assert certificate(store.table("sanity_items")) == store.table("sanity"), "and so it is without a store"
+
+
+def test_a_certificate_of_an_older_schema_is_kept(tmp_path: Path) -> None:
+    """It was a table, a row a measurement."""
+    path = tmp_path / "results.duckdb"
+    old = next(n for n, sql in enumerate(schema.MIGRATIONS) if "CREATE TABLE sanity_items" in sql)
+    older_store(path, old)
+    values = ("lens", 12, 1e-6, 2e-5, 1, 1, 1e-5, "a|negative", None, True)
+    with duckdb.connect(str(path)) as con:
+        con.execute(f"INSERT INTO sanity VALUES ({', '.join('?' * len(values))})", values)
+    with Store(path) as store:
+        (row,) = store.table("sanity")
+        assert tuple(row.values()) == (*values, 0, [])
 
 
 # -- means

@@ -599,7 +599,7 @@ PLANTED = {  # stage: (table, column, the row, its new value); nothing that a la
     "mechanism": ("attention", "mean_row", f"{MILK} AND step_kind = 'first' AND layer = 1",
                   "list_transform(mean_row, lambda x: x + 1e-3)"),
     "analysis": ("statistics", "se", "true QUALIFY row_number() OVER (ORDER BY ALL) = 1", "1e-9"),
-    "sanity": ("sanity", "max_abs", "measurement = (SELECT min(measurement) FROM sanity)", "max_abs + 1e-9"),
+    "sanity": ("sanity_items", "max_abs", "measurement = 'entropy' AND subject LIKE '%baseline'", "max_abs + 1e-9"),
 }  # fmt: skip
 MORE = {
     "decomposition": ("p_in", f"{MILK} AND step_kind = 'first' AND layer = 1"),

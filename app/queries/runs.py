@@ -57,12 +57,15 @@ def _stages_done(manifest: Mapping[str, Any]) -> str:
 
 
 def verdict(manifest: Mapping[str, Any]) -> str:
-    """What the certificate says: `agrees`, `DISAGREES on …`, or `not checked`."""
+    """What the certificate says: `agrees`, `DISAGREES on …`, `not measured: …`, or `not checked`."""
     certificate = manifest.get("sanity") or []
     if not certificate:
         return "not checked"
-    apart = [str(v["measurement"]) for v in certificate if not v["ok"]]
-    return f"DISAGREES on {', '.join(apart)}" if apart else "agrees"
+    apart = [str(v["measurement"]) for v in certificate if v["ok"] is False]
+    missing = [str(v["measurement"]) for v in certificate if v["ok"] is None]
+    if apart:
+        return f"DISAGREES on {', '.join(apart)}"
+    return f"not measured: {', '.join(missing)}" if missing else "agrees"
 
 
 # -- how it goes
@@ -164,17 +167,20 @@ def event_counts(paths: RunPaths) -> tuple[int, int]:
 
 
 def certificate(paths: RunPaths) -> pd.DataFrame:
-    """The certificate: measurement, verdict, max_abs, tolerance, max_rel, num_items, flips, near_ties, worst, repeated; what
-    disagrees first. Without rows where nothing was checked.
+    """The certificate: measurement, verdict, max_abs, tolerance, max_rel, num_items, flips, near_ties, worst, repeated, left_out;
+    what disagrees first. Without rows where nothing was checked.
     """
     names = ["measurement", "verdict", "max_abs", "tolerance", "max_rel", "num_items", "flips", "near_ties", "worst",
-             "repeated"]  # fmt: skip
-    if "sanity" not in queries.tables(paths):
+             "repeated", "left_out"]  # fmt: skip
+    tables = queries.tables(paths)
+    if "sanity" not in tables:
         return pd.DataFrame(columns=names)
+    left_out = "array_to_string(left_out, ', ')" if "sanity_items" in tables else "''"  # an older run had no budget
     return queries.ask(
         paths,
-        "SELECT measurement, CASE WHEN ok THEN 'agrees' ELSE 'DISAGREES' END AS verdict, max_abs, tolerance, max_rel, "
-        "num_items, flips, near_ties, worst, repeated FROM sanity ORDER BY ok, measurement",
+        "SELECT measurement, CASE WHEN ok IS NULL THEN 'left out' WHEN ok THEN 'agrees' ELSE 'DISAGREES' END AS verdict, "
+        "max_abs, tolerance, max_rel, num_items, flips, near_ties, worst, repeated, "
+        f"{left_out} AS left_out FROM sanity ORDER BY ok, measurement",
     )
 
 

@@ -1,23 +1,25 @@
-"""The deliberately plain reference: one prompt at a time, no padding, no cache, eager attention, full logits.
+"""The deliberately plain reference: one prompt at a time, no padding, no cache of ours, eager attention, full logits.
 
 Written to be checked by eye and slow on purpose. The tests, `harness sanity` and `harness bench` hold the fast paths
-against it.
+against it. It draws its own tokens: of the fast path's sampler and noise nothing is used here.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from harness.models import attend
 from harness.models.anatomy import first_tensor, record_outputs
-from harness.models.decode import Completion, Request, Sampling, sample
+from harness.models.decode import Completion, Request, Sampling
 from harness.models.inside import Probe
 from harness.models.load import LM
 from harness.models.patch import Pair
@@ -54,18 +56,73 @@ def word_end_logprob(lm: LM, context: Sequence[int], sequence: Sequence[int]) ->
     return float(p[torch.from_numpy(lm.vocabulary.ends_word).to(p.device)].sum().log())
 
 
+def continuations(
+    lm: LM, context: Sequence[int], sequences: Sequence[Sequence[int]]
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """`sequence_logprob` and `word_end_logprob` of each sequence. One forward tells of a sequence and of all that it begins
+    with, so only those that begin no other one are forwarded."""
+    logprobs, ends = {}, {}
+    for sequence in sorted(map(tuple, sequences), key=len, reverse=True):
+        if sequence in logprobs:
+            continue
+        log_p = next_logits(lm, [*context, *sequence])[len(context) - 1 :].log_softmax(-1).double()
+        is_end = torch.from_numpy(lm.vocabulary.ends_word).to(log_p.device)
+        total = 0.0
+        for n, token in enumerate(sequence):
+            total += float(log_p[n, token])
+            logprobs[sequence[: n + 1]] = total
+            ends[sequence[: n + 1]] = float(log_p[n + 1].exp()[is_end].sum().log())
+    return tuple(np.array([of[tuple(s)] for s in sequences]) for of in (logprobs, ends))  # type: ignore[return-value]
+
+
 def complete(lm: LM, request: Request, sampling: Sampling) -> Completion:
     """One completion, the whole text forwarded again for every token."""
     done = Completion()
-    key: Int[Tensor, " 1"] = torch.tensor([request.key], dtype=torch.long, device=lm.device)
     for step in range(sampling.max_new_tokens):
-        logits = next_logits(lm, [*request.context, *done.token_ids])[-1:]
-        token = int(logits.argmax() if sampling.temperature == 0 else sample(logits, key, step, sampling))
-        best = logits[0].topk(2).values
-        logprob, margin = float(logits.log_softmax(-1)[0, token]), float(best[0] - best[1])
+        logits = next_logits(lm, [*request.context, *done.token_ids])[-1]
+        greedy = sampling.temperature == 0
+        token = int(logits.argmax()) if greedy else draw(logits.double().cpu().numpy(), request.key, step, sampling)
+        best = logits.topk(2).values
+        logprob, margin = float(logits.log_softmax(-1)[token]), float(best[0] - best[1])
         if not done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline):
             break
     return done
+
+
+def draw(logits: Float[np.ndarray, " V"], key: int, step: int, sampling: Sampling) -> int:
+    """The token that `noise.RULE` draws from the smallest set of most probable tokens that holds `top_p`.
+
+    In float64: softmax of logits / temperature, all tokens sorted; one is kept while those before it hold less than
+    `top_p`, so the one that crosses it is kept too.
+    """
+    scaled = logits / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    kept, held = [], 0.0
+    for token in np.argsort(-p, kind="stable").tolist():
+        if held >= sampling.top_p and sampling.top_p < 1:
+            break
+        kept.append(token)
+        held += p[token]
+    return max(kept, key=lambda token: scaled[token] + gumbel(key, step, token))
+
+
+def gumbel(key: int, step: int, token: int) -> float:
+    """`noise.RULE` in Python's own integers: -ln(-ln u), where u is the middle of one of 2^52 equal parts of (0, 1)."""
+    at_step = _splitmix64(key + step * _GAMMA)
+    bits = _splitmix64(at_step + (token + 1) * _GAMMA) >> 12
+    return -math.log(-math.log((bits + 0.5) / 2**52))
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _splitmix64(z: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014), modulo 2^64."""
+    z %= 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
 
 
 def attention_rows(lm: LM, token_ids: Sequence[int], at: int) -> Float[np.ndarray, "L H S"]:
@@ -105,12 +162,13 @@ def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]
 
     found: dict[str, list[Any]] = {}
     before = entered[0]
+    log_p = lens(before[0, at])
     for n in range(len(a.blocks)):
         after = outputs[f"block {n}"]
         middle = before[0, at] + a.multiplier * outputs[f"attention {n}"][0, at]
-        log_p = lens(after[0, at])
+        log_p_before, log_p = log_p, lens(after[0, at])
         for name, value in {
-            "p_in": lens(before[0, at])[targets].exp().sum(), "p_attn": lens(middle)[targets].exp().sum(),
+            "p_in": log_p_before[targets].exp().sum(), "p_attn": lens(middle)[targets].exp().sum(),
             "p_out": log_p[targets].exp().sum(), "p_emitted": log_p[emitted].exp(),
             "entropy": -(log_p.exp() * log_p).sum(), "kl_final": (final.exp() * (final - log_p)).sum(),
         }.items():  # fmt: skip
@@ -123,25 +181,54 @@ def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]
     return {name: np.array(values) for name, values in found.items()}
 
 
+@dataclass
+class Before:
+    """What all patches of a pair go on from: computed once, copied by each of them, written to by none."""
+
+    target: DynamicCache
+    """The target's text up to its last token."""
+    parts: Mapping[tuple[str, int], Float[Tensor, " D"]]
+    """The source's activation at its last token, by (`resid`, `attn` or `mlp`; layer)."""
+    moved: dict[int, DynamicCache] = field(default_factory=dict)
+    """The source's whole text, by the number of places it was moved; filled as patches ask for it."""
+
+
+@torch.inference_mode()
+def before(lm: LM, pair: Pair) -> Before:
+    """One forward of the target without its last token, one of the source with every part's output recorded."""
+    a, target = lm.anatomy, DynamicCache()
+    parts = {"resid": a.blocks, "attn": a.attention_out, "mlp": a.mlp_out}
+    modules = {f"{name} {n}": module for name, part in parts.items() for n, module in enumerate(part)}
+    with eager(lm), record_outputs(modules) as outputs:
+        lm.model(input_ids=_row(lm, pair.source), use_cache=False)
+        found = {
+            (name, n): outputs[f"{name} {n}"][0, -1].clone() for name, part in parts.items() for n in range(len(part))
+        }
+    with eager(lm):
+        lm.model(input_ids=_row(lm, pair.target[:-1]), past_key_values=target, use_cache=True)
+    return Before(target, found)
+
+
 @torch.inference_mode()
 def patched(
-    lm: LM, pair: Pair, patch: str, layer: int, sequences: Sequence[Sequence[int]], sampling: Sampling
-) -> tuple[Float[np.ndarray, " N"], Completion]:
+    lm: LM, pair: Pair, patch: str, layer: int, sequences: Sequence[Sequence[int]], sampling: Sampling,
+    start: Before | None = None,
+) -> tuple[Float[np.ndarray, " N"], Completion]:  # fmt: skip
     """ln P of each sequence and the greedy completion with one patch at one layer ('' for none), by Hugging Face's own
-    caches: each forward gets a copy of the cache it goes on from."""
+    caches: each forward gets a copy of the cache it goes on from. `start`: `before` of the same pair, where it is there."""
+    start = start or before(lm, pair)
+    cache = copy.deepcopy(start.target)
     with eager(lm):
-        cache = DynamicCache()
-        lm.model(input_ids=_row(lm, pair.target[:-1]), past_key_values=cache, use_cache=True)
         if patch.startswith("kv_"):
-            _copy_keys(lm, pair, patch, layer, cache)
-        with _patched_forward(lm, pair, patch, layer):
+            _copy_keys(lm, pair, patch, layer, start, cache)
+        with _patched_forward(lm, pair, patch, layer, start):
             logits = lm.model(
                 input_ids=_row(lm, pair.target[-1:]), past_key_values=cache, use_cache=True,
                 attention_mask=torch.ones(1, len(pair.target), dtype=torch.long, device=lm.device),
             ).logits[0, -1]  # fmt: skip
         logprobs = []
         for sequence in sequences:
-            own, after, log_p = copy.deepcopy(cache), logits, 0.0
+            own, after, log_p = copy.deepcopy(cache) if len(sequence) > 1 else cache, logits, 0.0
             for n, token in enumerate(sequence):
                 log_p += float(after.to(torch.promote_types(after.dtype, torch.float32)).log_softmax(-1)[token])
                 if n + 1 < len(sequence):
@@ -159,14 +246,18 @@ def patched(
     return np.array(logprobs), done
 
 
-def _copy_keys(lm: LM, pair: Pair, patch: str, layer: int, cache: DynamicCache) -> None:
+def _copy_keys(lm: LM, pair: Pair, patch: str, layer: int, start: Before, cache: DynamicCache) -> None:
     """Token by token, from the source text moved so that the token stands where it is going to be read."""
     move = pair.question if patch == "kv_question" else pair.instruction
     assert move is not None, f"{patch} needs its span"
     shift = move.shift if lm.anatomy.is_relative else 0
-    source = DynamicCache()
-    positions = torch.arange(len(pair.source), device=lm.device)[None] + shift
-    lm.model(input_ids=_row(lm, pair.source), position_ids=positions, past_key_values=source, use_cache=True)
+    if shift not in start.moved:
+        start.moved[shift] = DynamicCache()
+        positions = torch.arange(len(pair.source), device=lm.device)[None] + shift
+        lm.model(
+            input_ids=_row(lm, pair.source), position_ids=positions, past_key_values=start.moved[shift], use_cache=True
+        )
+    source = start.moved[shift]
     for n in range(move.length):
         for kind in ("keys", "values"):
             value = getattr(source.layers[layer], kind)[0, :, move.start + n]
@@ -174,15 +265,13 @@ def _copy_keys(lm: LM, pair: Pair, patch: str, layer: int, cache: DynamicCache) 
 
 
 @contextmanager
-def _patched_forward(lm: LM, pair: Pair, patch: str, layer: int) -> Iterator[None]:
+def _patched_forward(lm: LM, pair: Pair, patch: str, layer: int, start: Before) -> Iterator[None]:
     """The one forward of the target's last token in which activations are replaced, or attention is blocked."""
     a = lm.anatomy
     handles = []
     if patch in ("resid", "attn", "mlp"):
         module = {"resid": a.blocks, "attn": a.attention_out, "mlp": a.mlp_out}[patch][layer]
-        with record_outputs({"it": module}) as outputs:
-            lm.model(input_ids=_row(lm, pair.source), use_cache=False)
-        value = outputs["it"][0, -1]
+        value = start.parts[patch, layer]
 
         def replace(_module: nn.Module, _args: object, output: object) -> object:
             tensor = first_tensor(output)
@@ -194,14 +283,14 @@ def _patched_forward(lm: LM, pair: Pair, patch: str, layer: int) -> Iterator[Non
         handles.append(module.register_forward_hook(replace))
     elif patch == "knockout_instruction":
         assert pair.prohibition is not None, "a knockout needs its span"
-        start, end = pair.prohibition
+        first, end = pair.prohibition
         module = next(
             m for m in a.blocks[layer].modules() if getattr(m, "layer_idx", None) == layer and m is not a.blocks[layer]
         )
 
         def block(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             mask = kwargs["attention_mask"].clone()
-            mask[..., start:end] = torch.finfo(mask.dtype).min
+            mask[..., first:end] = torch.finfo(mask.dtype).min
             return args, {**kwargs, "attention_mask": mask}
 
         handles.append(module.register_forward_pre_hook(block, with_kwargs=True))

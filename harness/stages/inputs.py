@@ -24,7 +24,7 @@ class Inputs:
     seed: int
     data_folder: Path
     budget_s: float | None = None
-    """Seconds that the certificate may take, where the run's own length is known beforehand. Decides no result."""
+    """Seconds that the certificate may take, where the run's own length is known beforehand; decides no result."""
 
 
 @dataclass(frozen=True)

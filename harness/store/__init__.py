@@ -27,3 +27,4 @@ from harness.store.writer import BatchStatus as BatchStatus
 from harness.store.writer import Failure as Failure
 from harness.store.writer import Store as Store
 from harness.store.writer import TableSeal as TableSeal
+from harness.store.writer import certificate as certificate

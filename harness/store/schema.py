@@ -258,19 +258,36 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE stages ADD COLUMN prefill_tokens BIGINT DEFAULT 0;
     ALTER TABLE stages ADD COLUMN padding_tokens BIGINT DEFAULT 0;
     """,
+    # The certificate's items. Its one row a measurement is computed from them: a killed run's is that of what it has.
+    """
+    CREATE TABLE sanity_items (
+        measurement VARCHAR, subject VARCHAR, num_items INTEGER, max_abs DOUBLE, max_rel DOUBLE, flips INTEGER,
+        near_ties INTEGER, tolerance DOUBLE, worst VARCHAR, repeated VARCHAR, ok BOOLEAN, left_out BOOLEAN, seconds DOUBLE,
+        PRIMARY KEY (measurement, subject));
+    INSERT INTO sanity_items BY NAME SELECT *, 'all' AS subject, false AS left_out FROM sanity;
+    DROP TABLE sanity;
+    CREATE VIEW sanity AS
+        SELECT measurement, sum(num_items)::INTEGER AS num_items, max(max_abs) AS max_abs, max(max_rel) AS max_rel,
+               sum(flips)::INTEGER AS flips, sum(near_ties)::INTEGER AS near_ties, max(tolerance) AS tolerance,
+               first(worst ORDER BY ok, max_abs DESC, subject) FILTER (NOT left_out) AS worst,
+               first(repeated ORDER BY ok, max_abs DESC, subject) FILTER (repeated IS NOT NULL) AS repeated,
+               bool_and(ok) AS ok, (count(*) FILTER (left_out))::INTEGER AS num_left_out,
+               coalesce(list(subject ORDER BY subject) FILTER (left_out), []) AS left_out
+        FROM sanity_items GROUP BY measurement;
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
 TABLES = (
     "vocabulary", "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
-    "activations", "artifacts", "statistics", "sanity", "stages", "batches", "events",
+    "activations", "artifacts", "statistics", "sanity_items", "stages", "batches", "events",
 )  # fmt: skip
 VIEWS = (
     "suppression", "violation", "outcomes", "greedy_answers", "compared", "attention_heads", "attention_moments", "lens_moments",
-    "decomposition_moments",
+    "decomposition_moments", "sanity",
 )  # fmt: skip
-MACHINERY = ("stages", "batches", "events")
-"""Tables that tell how a run went; the others tell what it measured."""
+MACHINERY = ("sanity_items", "stages", "batches", "events")
+"""Tables that tell how a run went, which a clock has a part in; the others tell what it measured."""
 MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
 
 DROPPED = "what it rested on was measured again, and it is not among the items any more"

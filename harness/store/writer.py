@@ -26,6 +26,7 @@ from harness.store.schema import (
     DATABASE,
     DROPPED,
     FAILED,
+    MIGRATIONS,
     TABLES,
     Row,
     check,
@@ -373,6 +374,17 @@ class Store:
             "keys": list(batch.keys), "num_items": len(batch.keys), "padded_tokens": batch.padded_tokens,
             "attempt": batch.attempt,
         }  # fmt: skip
+
+
+def certificate(items: Sequence[Row]) -> list[Row]:
+    """The view `sanity` over these rows of `sanity_items`, without a store."""
+    with duckdb.connect(":memory:") as con:
+        for migration in MIGRATIONS:
+            con.execute(migration)
+        schema = con.sql("SELECT * FROM sanity_items LIMIT 0").to_arrow_table().schema
+        con.register("incoming", pa.Table.from_pylist(list(items), schema=schema))
+        con.execute("INSERT INTO sanity_items BY NAME SELECT * FROM incoming")
+        return stored_rows(con, "SELECT * FROM sanity ORDER BY ALL", None)
 
 
 def stored_rows(con: duckdb.DuckDBPyConnection, sql: str, params: Sequence[object] | None) -> list[Row]:

@@ -308,22 +308,22 @@ def _mark_stages() -> None:
 
 def _remember_certificate(folder: Path) -> None:
     """Let a measurement of the certificate that an earlier life made be read, not made: nothing is written in making it."""
-    from harness.executor import Item, ItemResult
-    from harness.stages.sanity import Sanity
+    from harness.stages import sanity
 
-    measure = Sanity._one
+    measure = sanity.measure
     folder.mkdir(exist_ok=True)
 
-    def remembered(self: Sanity, lm: Any, item: Item) -> ItemResult:
-        asked = repr((item.key, [s.token_ids for s in item.payload], self.sampler, self.seed, self.num_prompts))
+    def remembered(bench: sanity.Bench, task: sanity.Task) -> list[sanity.Verdict]:
+        texts = [s.token_ids for s in task.company]
+        asked = repr((task.kind, task.name, task.is_alone, texts, bench.sampler, bench.is_full))
         kept = folder / hashlib.sha256(asked.encode()).hexdigest()
         if not kept.exists():
             beside = kept.with_name(f"{kept.name}.{os.getpid()}")
-            beside.write_bytes(pickle.dumps(measure(self, lm, item)))
+            beside.write_bytes(pickle.dumps(measure(bench, task)))
             beside.replace(kept)
         return pickle.loads(kept.read_bytes())
 
-    Sanity._one = remembered
+    sanity.measure = remembered
 
 
 def _address_space() -> int:
