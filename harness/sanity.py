@@ -30,7 +30,7 @@ def command(resolved: Resolved, num_prompts: int, *, is_full: bool = False) -> i
     tables = make_tables(plan, num_prompts)
     items, rows, failed = stage.items(tables), [], 0
     with log.ConsoleProgress() as progress:
-        progress.stage_started(stage.name, len(items), 0, sum(i.length for i in items), 0)
+        progress.stage_started(stage.name, len(items), 0, float(sum(i.length for i in items)), 0.0)
         work = stage.setup()
         for item in items:
             start, before = stage.clock(), tally.now()
@@ -40,7 +40,7 @@ def command(resolved: Resolved, num_prompts: int, *, is_full: bool = False) -> i
             if result.error is not None:
                 logger.error("{} failed on {}: {}", stage.name, item.key, result.error)
             tokens = round((tally.now() - before).tokens)
-            progress.batch_done(BatchReport(stage.name, 1, item.length, tokens, stage.clock() - start, 0))
+            progress.batch_done(BatchReport(stage.name, 1, float(item.length), tokens, stage.clock() - start, 0))
         progress.stage_finished(stage.name)
     found = store.certificate(rows)
     title = (

@@ -15,10 +15,11 @@ from harness import launch, store
 from harness import sanity as command
 from harness.errors import EnvironmentFault, ItemFailed, NotFinite
 from harness.executor import Item
-from harness.models import attend, inside, patch, plain, prefix, taps
+from harness.models import attend, inside, patch, plain, taps
 from harness.models import decode as decode_module
 from harness.models import score as score_module
 from harness.models.attend import Layout
+from harness.models.cells import Cells, Late, shared_cells
 from harness.models.decode import Completion, Sampling
 from harness.models.inside import View, look_inside
 from harness.models.load import LM, ModelSpec, identify, load, load_codec
@@ -136,7 +137,7 @@ Break = Callable[[pytest.MonkeyPatch], Any]
 def shift_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token after the first stands one place too far for each one before it (RoPE does not see a common shift)."""
     real = score_module.Layout
-    monkeypatch.setattr(score_module, "Layout", lambda q, k, allowed=None: real(2 * q, k, allowed))
+    monkeypatch.setattr(score_module, "Layout", lambda q, k, *more, **given: real(2 * q, k, *more, **given))
 
 
 def open_tree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,9 @@ def open_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """New nodes see the padding behind the shorter prompts of their batch."""
     real = decode_module.Layout
     monkeypatch.setattr(
-        decode_module, "Layout", lambda q, k, allowed=None: real(q, k, None if allowed is None else allowed | True)
+        decode_module,
+        "Layout",
+        lambda q, k, allowed=None, **more: real(q, k, None if allowed is None else allowed | True, **more),
     )
 
 
@@ -170,24 +173,15 @@ def pad_texts_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "right_padded", left_padded)
 
 
-def put_each_tree_in_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No break: few short contexts fit in one row without any padding, so that its side would not matter."""
-    monkeypatch.setattr(score_module, "pack", lambda lengths: [(row, 0) for row in range(len(lengths))])
-
-
 def pad_trees_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of scoring trees, one a context, pushed to the right end; the layout left where it was."""
-    put_each_tree_in_its_own_row(monkeypatch)
     real = score_module.tree_batch
 
     def left_padded(contexts: Sequence[Sequence[int]], tries: Sequence[Trie], *rest: Any) -> Any:
-        tokens, layout, places = real(contexts, tries, *rest)
-        shared = rest[1]
-        filled = [0] * len(tokens)
-        for (row, start), context, trie in zip(places, contexts, tries, strict=True):
-            filled[row] = max(filled[row], start + len(context) - shared + len(trie))
+        tokens, layout = real(contexts, tries, *rest)
+        filled = [len(context) + len(trie) for context, trie in zip(contexts, tries, strict=True)]
         rolled = [row.roll(tokens.shape[1] - n) for row, n in zip(tokens, filled, strict=True)]
-        return torch.stack(rolled), layout, places
+        return torch.stack(rolled), layout
 
     monkeypatch.setattr(score_module, "tree_batch", left_padded)
 
@@ -197,9 +191,9 @@ def pad_prompts_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
     real_init, real_hidden = decode_module._Tree.__init__, LM.hidden
     prompts: list[Sequence[Sequence[int]]] = []
 
-    def init(self: Any, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]]) -> None:
+    def init(self: Any, lms: Sequence[LM], contexts: Sequence[tuple[int, ...]], is_apart: bool = False) -> None:
         prompts.append(contexts)
-        real_init(self, lms, contexts)
+        real_init(self, lms, contexts, is_apart)
         prompts.pop()
 
     def hidden(self: LM, token_ids: Tensor, layout: Layout, cache: Any = None) -> Tensor:
@@ -217,9 +211,12 @@ def lose_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """No position ids: the decoder counts from the length of its cache, whatever stands in it."""
 
     def hidden(self: LM, token_ids: Tensor, layout: Layout, cache: Any = None) -> Tensor:
-        with attend.use(layout):
+        cells = layout.cells
+        if cells is not None:
+            token_ids = cells.gather(token_ids)
+        with attend.use(layout, is_cached=cache is not None):
             output = self.model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None)
-        return output.last_hidden_state
+        return output.last_hidden_state if cells is None else cells.spread(output.last_hidden_state)
 
     monkeypatch.setattr(LM, "hidden", hidden)
 
@@ -309,11 +306,37 @@ def see_the_words_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The continuation after a patch looks at the spellings that were scored beside it."""
     real = patch._next_layout
 
-    def layout(rows: int, seen: int, num_nodes: int, step: int, device: torch.device) -> Layout:
-        right = real(rows, seen, num_nodes, step, device)
-        return Layout(right.q_positions, right.k_positions, right._allowed | True)  # type: ignore[operator]
+    def layout(*given: Any) -> Layout:
+        right = real(*given)
+        return Layout(right.q_positions, right.k_positions, right._allowed | True, cells=right.cells)  # type: ignore[operator]
 
     monkeypatch.setattr(patch, "_next_layout", layout)
+
+
+def share_one_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token in which a context differs from the batch's first one is taken as common too."""
+
+    def shared(contexts: Sequence[Sequence[int]], *rest: Any) -> Cells:
+        cells = shared_cells(contexts, *rest)
+        for row, context in enumerate(contexts):
+            pairs = enumerate(zip(contexts[0], context, strict=False))
+            apart = next((c for c, (a, b) in pairs if a != b), None)
+            if apart is not None:
+                cells.source[row, apart] = cells.source[0, apart]
+        return cells
+
+    for module in (score_module, decode_module, inside):
+        monkeypatch.setattr(module, "shared_cells", shared)
+
+
+def enter_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go through the layers from the one after that they are patched at."""
+    real = patch.enter_late
+
+    def late(layers: Sequence[int], texts: Sequence[Sequence[int]], num_layers: int) -> Late:
+        return real([n if n < 0 else min(n + 1, num_layers - 1) for n in layers], texts, num_layers)
+
+    monkeypatch.setattr(patch, "enter_late", late)
 
 
 EDITS = {"patch resid", "patch attn", "patch mlp"}
@@ -340,6 +363,8 @@ BREAKS: dict[Break, tuple[set[str], set[str]]] = {
     knock_out_everywhere: (KNOCKOUT, KNOCKOUT),
     see_the_words_nodes: (PATCHED, PATCHED),
     shift_spans: ({"attention"}, {"attention"}),
+    share_one_token_too_many: (SCORES | TOKENS | INSIDE, SCORES | TOKENS | INSIDE),
+    enter_too_late: (PATCHED, PATCHED),
 }
 """What each break must turn red, and what it may: all else must stay green."""
 
@@ -381,14 +406,6 @@ def test_the_least_certificate_of_one_context_of_each_condition_sees_them_as_wel
     assert red(check(demo, subjects, HOT, is_least=True)) == set(), "the control"
     open_padding(monkeypatch)
     assert red(check(demo, subjects, HOT, is_least=True)) == TOKENS
-
-
-def test_trees_in_rows_of_their_own_are_no_break(
-    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control of the padding of trees: padded on the right they are green."""
-    put_each_tree_in_its_own_row(monkeypatch)
-    assert red(check(demo, [demo_subjects[0], demo_subjects[3]], HOT, ["scores"])) == set()
 
 
 def test_a_lost_sliding_window_turns_everything_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,22 +460,12 @@ def keep_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch, "fork", remembering(patch.fork, lambda cache, rows: rows))
 
 
-def keep_the_common_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache for all batches that open with the same words."""
-    again = remembering(prefix.shared_cache, lambda lm, tokens, rows: (tuple(tokens), rows))
-    monkeypatch.setattr(score_module, "shared_cache", again)
-    monkeypatch.setattr(decode_module, "shared_cache", again)
-
-
-@pytest.mark.parametrize(
-    ("broken", "groups"), [(keep_the_fork, [*PATCHES]), (keep_the_common_start, ["scores", "greedy", "samples"])]
-)
 def test_a_cache_that_is_used_again_and_so_has_grown_is_refused(
-    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch, broken: Break, groups: list[str]
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not left to the certificate: no number is computed with it. That the groups pass before is `green`."""
-    broken(monkeypatch)
-    for group in groups:
+    """Not left to the certificate: no number is computed with it. That patches pass before is `green`."""
+    keep_the_fork(monkeypatch)
+    for group in PATCHES:
         with pytest.raises(AssertionError, match=r"the cache holds \d+ keys where the layout has \d+"):
             [check(demo, demo_subjects, COOL, [group]) for _ in range(2)]  # a certificate computes a batch once
 
