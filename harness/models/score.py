@@ -151,7 +151,11 @@ def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"
 
 
 def _read(
-    lm: LM, rows: Float[Tensor, "N D"], picks: Int[Tensor, "P 2"], first: Int[Tensor, " B"], is_end: Bool[Tensor, " N"],
+    lm: LM,
+    rows: Float[Tensor, "N D"],
+    picks: Int[Tensor, "P 2"],
+    first: Int[Tensor, " B"],
+    is_end: Bool[Tensor, " N"],
     top_k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The numbers wanted of each row, a block of rows at a time, so that the full [N, V] logits never stand in memory.

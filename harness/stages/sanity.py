@@ -463,8 +463,12 @@ def _in_batches(bench: Bench, task: Task, fast: Fast) -> Iterator[Any]:
 
 
 def _in_chunk(bench: Bench, task: Task, fast: Fast, chunk: tuple[int, int]) -> Any:
-    """The subject's result in a batch of its neighbours and of one text that is longer than all of theirs."""
-    batch = task.company[slice(*chunk)]
+    """The subject's result in a batch of its neighbours and of one text that is longer than all of theirs.
+
+    Last first: a beginning in common is computed in the first row that has it, and it is the later rows, the certificate's
+    first subject among them, that show what was shared wrongly.
+    """
+    batch = task.company[slice(*chunk)][::-1]
     longest = max(batch, key=lambda s: len(s.token_ids))
     contexts = [*(s.token_ids for s in batch), (*longest.token_ids, *longest.token_ids[:_ECHO])]
     results = bench.once((task.kind, chunk), lambda: fast([*batch, longest], contexts)[:-1])
