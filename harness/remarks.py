@@ -252,13 +252,14 @@ def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark
 
 
 def _left_out(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+    """Measurements of which nothing was compared; that some comparisons had no time, the certificate's own line tells."""
     rows = reader.query("SELECT * FROM sanity_items")
-    left = [row for row in rows if row.get("left_out")]
-    if left:
-        names = sorted({str(row.get("measurement")) for row in left})
+    names = {str(row.get("measurement")) for row in rows}
+    missing = sorted(names - {str(row.get("measurement")) for row in rows if not row.get("left_out")})
+    if missing:
         yield Remark(
-            "left_out", None, len(left), len(rows),
-            f"{_share(len(left), len(rows), 'comparisons')} of the certificate were left out: {', '.join(names)}.",
+            "left_out", None, len(missing), len(names),
+            f"{_share(len(missing), len(names), 'measurements')} of the certificate were left out: {', '.join(missing)}.",
             "Try `harness sanity --full` with the same settings.",
         )  # fmt: skip
 

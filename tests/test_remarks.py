@@ -266,14 +266,14 @@ def test_a_measurement_over_half_of_its_tolerance_is_near_and_one_beyond_it_is_n
     assert said_of({}) == []
 
 
-def test_what_the_certificate_left_out_is_named(said_of, with_certificate) -> None:
+def test_a_measurement_that_the_certificate_left_out_whole_is_named(said_of, with_certificate) -> None:
     with_certificate(items=[
         {"measurement": m, "left_out": gone}
-        for m, gone in (("lens", True), ("patching", True), ("lens", False), ("p_sem", None))
+        for m, gone in (("lens", True), ("patching", True), ("patching", True), ("lens", False), ("p_sem", None))
     ])  # fmt: skip
     (found,) = said_of({})
-    assert kinds([found]) == [("left_out", None, 2, 4)]
-    assert "left out: lens, patching." in found.sentence
+    assert kinds([found]) == [("left_out", None, 1, 3)]
+    assert "left out: patching." in found.sentence
 
 
 # -- any run
