@@ -35,9 +35,13 @@ fmt:
 sanity *ARGS:
     harness sanity {{ARGS}}
 
-# fast path against naive path, as ratios
+# fast path against naive path and other libraries, as ratios
 bench *ARGS:
     harness bench {{ARGS}}
+
+# what only a GPU can show, in one call under ten minutes: `just gpu-check --json FILE`; `--cpu` tries it without one
+gpu-check *ARGS:
+    python -m tests.gpu_check {{ARGS}}
 
 # train the bundled demo model again (about 15 minutes on 2 cores)
 demo *ARGS:

@@ -195,13 +195,18 @@ def _parser() -> argparse.ArgumentParser:
     sanity.add_argument(
         "--full", action="store_true", help="everything, however long it takes (default: what fits in a minute)"
     )
-    bench = command("bench", _bench, "fast path against naive path, same model, same items, one process")
+    bench = command("bench", _bench, "fast path against naive path and other libraries, same items, one process")
     bench.add_argument("--stage", choices=_BENCHED, action="append", help="what to time (default: all)")
-    bench.add_argument("--shape", default="llama-40m", help="a model shape with random weights (default llama-40m)")
+    bench.add_argument(
+        "--shape", help="a model shape with random weights, in place of --model (with neither: llama-40m)"
+    )
     bench.add_argument(
         "--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)"
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    bench.add_argument(
+        "--tokens", action="store_true", help="instead: what a whole experiment forwards, against the least possible"
+    )
     return parser
 
 
@@ -369,6 +374,10 @@ _PRINTERS = (_fetch, _runs, _show, _diff)
 
 def _bench(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
+    if args.contexts < 1:
+        raise RunError(f"--contexts: expected at least 1, found {args.contexts}")
     from harness import bench
 
-    return bench.command(resolved, args.shape, tuple(args.stage or _BENCHED), args.contexts, args.json)
+    return bench.command(
+        resolved, args.shape, tuple(args.stage or _BENCHED), args.contexts, args.json, tokens=args.tokens
+    )

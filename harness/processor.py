@@ -1,4 +1,4 @@
-"""What this process may use of the CPU, and how fast torch multiplies with it in float32 and in bfloat16.
+"""What this process may use of the CPU, and how fast torch multiplies matrices with it, or on a GPU.
 
 Measures and reads; decides nothing. Texts for a person are `harness doctor`'s.
 """
@@ -14,6 +14,8 @@ import torch
 
 _SIDE = 1024
 """A product of two square matrices of this side is 2.1 GFLOP: about as large as one layer's for a batch, and 20 ms long."""
+_GPU_SIDE = 8192
+"""1.1 TFLOP: some milliseconds on a GPU, for which a smaller product is over before it has begun."""
 _REPEATS = 3
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -52,17 +54,32 @@ def half_instructions(cpuinfo: Path = _CPUINFO) -> list[str]:
     return [name for flag, name in _HALF_FLAGS.items() if flag in flags]
 
 
-def gflops(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, side: int = _SIDE) -> float:
-    """10⁹ operations a second in a matrix product on the CPU with the threads that torch has now; the best of three."""
+def gflops(
+    dtype: torch.dtype,
+    clock: Callable[[], float] = time.perf_counter,
+    side: int | None = None,
+    where: str | torch.device = "cpu",
+) -> float:
+    """10⁹ operations a second in a matrix product there, on a CPU with the threads that torch has now; the best of three."""
+    device = torch.device(where)
+    side = side or (_SIDE if device.type == "cpu" else _GPU_SIDE)
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(side, side, generator=generator).to(dtype) for _ in range(2))
+    one, other = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
     torch.mm(one, other)  # the first product chooses its kernel and may pack its weights
     best = float("inf")
     for _ in range(_REPEATS):
+        settle(device)
         start = clock()
         torch.mm(one, other)
+        settle(device)
         best = min(best, clock() - start)
     return 2 * side**3 / best / 1e9
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _quota(cgroups: Path, own: Path) -> float | None:

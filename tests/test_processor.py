@@ -94,6 +94,7 @@ def test_speed_is_operations_by_the_best_of_three_products() -> None:
     now = clock([0.0, 4.0, 10.0, 12.0, 20.0, 28.0])  # 4, 2 and 8 seconds
     # 8³ multiplications and as many additions in 2 seconds.
     assert gflops(torch.bfloat16, lambda: next(now), side=8) == pytest.approx(2 * 8**3 / 2 / 1e9)
+    assert gflops(torch.float32, side=8, where=torch.device("cpu")) > 0
 
 
 def test_the_doctor_says_how_many_threads_there_should_be() -> None:

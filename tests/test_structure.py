@@ -32,6 +32,8 @@ COMMANDS = (
     "again",
     "diff",
     "bench",
+    "least",
+    "peers",
     "doctor",
     "report",
     "figures",
