@@ -25,7 +25,7 @@ class Tally:
 
 
 _now = Tally()
-_is_prefill: ContextVar[bool] = ContextVar("is_prefill", default=False)
+_prefill_share: ContextVar[float] = ContextVar("prefill_share", default=0.0)
 
 
 def now() -> Tally:
@@ -36,15 +36,14 @@ def now() -> Tally:
 def add(tokens: float, padding: float = 0.0) -> None:
     """Count tokens that went through a model (or their share of it)."""
     global _now
-    prefill = tokens if _is_prefill.get() else 0.0
-    _now = Tally(_now.tokens + tokens, _now.prefill + prefill, _now.padding + padding)
+    _now = Tally(_now.tokens + tokens, _now.prefill + tokens * _prefill_share.get(), _now.padding + padding)
 
 
 @contextmanager
-def prefilling(yes: bool = True) -> Iterator[None]:
-    """What is forwarded inside the block are tokens of contexts."""
-    token = _is_prefill.set(yes)
+def prefilling(share: float = 1.0) -> Iterator[None]:
+    """Of what is forwarded inside the block, this share are tokens of contexts."""
+    token = _prefill_share.set(share)
     try:
         yield
     finally:
-        _is_prefill.reset(token)
+        _prefill_share.reset(token)

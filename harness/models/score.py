@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import Layout
 from harness.models.cells import shared_cells
@@ -81,7 +82,9 @@ def _score(
     lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int, is_apart: bool = False
 ) -> list[TreeScores | ItemFailed]:
     tokens, layout = tree_batch(contexts, tries, lm.device, is_apart)
-    hidden = lm.hidden(tokens, layout)
+    num_tokens, num_nodes = len(layout.cells or tokens), sum(map(len, tries))
+    with tally.prefilling(1 - num_nodes / num_tokens):
+        hidden = lm.hidden(tokens, layout)
     # What the head is applied to: per item its last context token, then its nodes.
     where = [
         (r, len(c) - 1 + i) for r, (c, t) in enumerate(zip(contexts, tries, strict=True)) for i in range(1 + len(t))
