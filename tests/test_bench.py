@@ -326,12 +326,8 @@ def test_an_experiment_forwards_no_less_than_the_least_and_small_batches_more(tm
         )  # fmt: skip
         return least.measure(launch.prepare(resolved), resolved)
 
-<<<<<<< HEAD
-    whole, cut = account(), account(**{"batching.max_tokens": "64"})
-=======
     # One batch a stage: beginnings are shared within a batch, not between two.
     whole, cut = (account(**{"batching.max_tokens": n}) for n in ("1000000", "64"))
->>>>>>> wip-bench
     stages = {s.stage: s for s in whole.stages}
     assert set(stages) == set(least.MEASURING)
     for name in ("psem", "greedy", "samples", "mechanism"):
