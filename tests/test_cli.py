@@ -587,6 +587,7 @@ def test_a_failed_item_is_exit_1_and_retry_recovers_once_its_cause_is_gone(
 ) -> None:
     root = tmp_path / "runs"
     args = [root if a == finished.root else a for a in finished.args] + ["--stages", "psem,detect"]
+    args += ["--batching.max_tokens", "8192"]  # one batch, in which one context is the shortest
     real = psem.score_trees
 
     def faulty(lm: Any, contexts: Sequence[Sequence[int]], tries: Sequence[Any]) -> list[Any]:

@@ -798,7 +798,8 @@ def failing(keys: set[str]) -> Callable[..., Any]:
 @pytest.fixture
 def tired(tmp_path: Path) -> tuple[Path, tuple[object, ...]]:
     """A run with one item that failed, among others in its batch, and its command."""
-    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "psem,greedy")
+    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "psem,greedy",
+            "--batching.max_tokens", "8192")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psem.Psem, "run", failing({"paris|negative"}))
         assert harness(*args).code == 1

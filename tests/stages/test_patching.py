@@ -240,7 +240,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
     folder = tmp_path_factory.mktemp("upstream") / "run"
     stages = stages_of(**SUBSET)
     assert stages[-1].name == "patching"
-    run_stages(folder, *stages[:-1], max_tokens=700)
+    run_stages(folder, *stages[:-1], max_tokens=350)
     return Upstream(folder, stages)
 
 
@@ -248,7 +248,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
 def ran(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = upstream.copy(tmp_path_factory.mktemp("patching") / "run")
     stage: Any = upstream.stages[-1]
-    run_stages(folder, stage, max_tokens=700)
+    run_stages(folder, stage, max_tokens=350)
     items = {i.key: i for i in stage.items(tables_of(folder, stage))}
     return Ran(folder, stage, items, stage.setup(), patching_rows(folder))
 
@@ -405,7 +405,7 @@ def patching_batches(folder: Path) -> list[list[str]]:
 def test_a_run_killed_amid_its_patches_ends_with_the_same_rows(ran: Ran, upstream: Upstream, tmp_path: Path) -> None:
     folder = upstream.copy(tmp_path / "run")
     with pytest.raises(_Killed):
-        run_stages(folder, _Mortal(ran.stage, []), max_tokens=700)
+        run_stages(folder, _Mortal(ran.stage, []), max_tokens=350)
     assert 0 < len(patching_rows(folder)) < len(ran.rows)
     run_stages(folder, ran.stage, max_tokens=10)  # a budget of now does not undo the plan
     assert patching_rows(folder) == ran.rows, "to the last bit: the batches are the same"
