@@ -14,6 +14,7 @@ from loguru import logger
 
 from harness.engine import BatchReport, Engine, Limits, Observer, Stage, StageReport
 from harness.executor import Executor
+from harness.plan import CPU_BUDGET, Pace
 from harness.run import RunPaths
 from harness.stop import StopSignal
 from harness.store import Store
@@ -99,6 +100,7 @@ def measure(
     what the stages raise where nothing can be run at all; an item that fails is left out.
     """
     start, watch = clock(), _Watch(clock, shown)
+    most_tokens = limits.max_tokens or (CPU_BUDGET if executor.accelerator.capacity_bytes() is None else None)
     most = min(_MOST_PROMPTS, num_prompts // _SHARE)
     with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results) as store:
         paths = RunPaths(Path(name))
@@ -108,7 +110,7 @@ def measure(
             engine.run(stages, lambda report, reports=reports: reports.__setitem__(report.name, report))
             for stage in stages:
                 _say_failed(store, reports[stage.name])
-            found = {s.name: watch.scaled(s, num, num_prompts) for s in stages}
+            found = {s.name: watch.scaled(s, num, num_prompts, most_tokens) for s in stages}
             whole = Estimate(found, num, num_prompts, clock() - start)
             if most <= 1 or whole.seconds < _LONG_S:
                 break
@@ -138,12 +140,11 @@ class _Measured:
 
     num_items: int = 0
     length: float = 0.0
-    listing_s: float = 0.0
-    largest: BatchReport | None = None
-    largest_s: float = 0.0
-    """With what it took to store it."""
+    listing_s: list[float] = field(default_factory=list)
+    """Of each time it was tried."""
+    batches: list[tuple[float, float]] = field(default_factory=list)
+    """Length and seconds of each, storing it included."""
     tokens: int = 0
-    length_done: float = 0.0
 
 
 class _Watch:
@@ -164,33 +165,36 @@ class _Watch:
 
     def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
         seen = self._stages[stage]
-        seen.num_items, seen.length, seen.listing_s = total, length, self._aside_s
+        seen.num_items, seen.length = total, length
+        seen.listing_s.append(self._aside_s)
         self._shown.stage_started(f"try {stage}", total, done, length, length_done)
         self._since = self._clock()
 
     def batch_done(self, batch: BatchReport) -> None:
-        now, seen = self._clock(), self._stages[batch.stage]
-        if seen.largest is None or batch.length >= seen.largest.length:
-            seen.largest, seen.largest_s = batch, now - self._since
+        seen = self._stages[batch.stage]
+        seen.batches.append((batch.length, self._clock() - self._since))
         seen.tokens += batch.tokens
-        seen.length_done += batch.length
         self._shown.batch_done(batch._replace(stage=f"try {batch.stage}"))
         self._since = self._clock()
 
     def stage_finished(self, stage: str) -> None:
         pass
 
-    def scaled(self, stage: Stage, num_prompts: int, of_prompts: int) -> StageEstimate:
-        """A stage at the speed of its largest batch, for all prompts."""
+    def scaled(self, stage: Stage, num_prompts: int, of_prompts: int, most_tokens: int | None) -> StageEstimate:
+        """A stage for all prompts, in batches as large as its pace says they will be."""
         seen = self._stages[stage.name]
         factor = of_prompts / num_prompts
         if isinstance(stage, Bounded) and seen.num_items:
             factor = min(factor, stage.most_items(of_prompts) / seen.num_items)
         length = seen.length * factor
-        rate = seen.largest_s / seen.largest.length if seen.largest and seen.largest.length else 0.0
-        tokens = seen.tokens / seen.length_done if seen.length_done else 0.0
-        seconds = seen.listing_s * factor + rate * length
-        return StageEstimate(seconds, round(tokens * length), round(seen.num_items * factor), length)
+        pace = Pace.fit(seen.batches)
+        done = sum(tokens for tokens, _ in seen.batches)
+        # Listing has a part that does not grow: what it reads of the model. The first time tells it.
+        listing_s = min(seen.listing_s) + max(0.0, seen.listing_s[-1] - seen.listing_s[0]) * factor
+        seconds = listing_s + (pace.whole(length, most_tokens) if pace else 0.0)
+        return StageEstimate(
+            seconds, round(seen.tokens / done * length) if done else 0, round(seen.num_items * factor), length
+        )
 
 
 @dataclass

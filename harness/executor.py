@@ -21,12 +21,14 @@ class Item:
     """The smallest unit a stage computes.
 
     `key` names its content, never its place. `length` is what it adds to a padded batch, in tokens; a fraction where
-    items that stand together share a context. `payload` is what the stage needs to compute it.
+    items that stand together share a context. `payload` is what the stage needs to compute it. Items of one `group` share
+    work, have one length, and are kept in one batch where it does not take too long.
     """
 
     key: str
     length: int | float
     payload: Any = None
+    group: str = ""
 
 
 @dataclass(frozen=True)

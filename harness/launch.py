@@ -47,7 +47,7 @@ from harness.text.conditions import BUILT_IN, Template
 from harness.text.prompts import PromptSet, read_prompts, take
 
 _CERTIFICATE = "sanity"
-_CERTIFICATE_SHARE, _CERTIFICATE_MOST_S = 0.05, 60.0
+_CERTIFICATE_SHARE, _CERTIFICATE_MOST_S = 0.04, 60.0
 """What the certificate may take of a run."""
 _LEAST_PROMPTS, _LEAST_WORK = 24, 4e9
 """Prompts, and contexts × parameters, of a run that is long enough for an estimate: 32 contexts of a model with 135 million."""

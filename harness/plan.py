@@ -6,7 +6,7 @@ Pure arithmetic on lengths; stores nothing and computes nothing.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from harness.executor import Item
@@ -18,13 +18,50 @@ TARGET_S = 4.0
 """Most that a batch may take, as far as the first ones tell. A budget is the largest power of two that keeps to it, so
 batches take two to four seconds, and a measurement that wavers by a little cuts the same plan."""
 _MOST_S = 10.0
-"""Most that a batch may take which measures, as far as is known before it."""
+"""Most that a batch may take which measures, or keeps items together that share work, as far as is known before it."""
 CPU_PROBES = (256, 1_024)
 """Padded tokens of the two small batches that a stage's speed is measured with."""
 GPU_PROBES = (2_048, 8_192)
 """The same where memory is measured with them too."""
 _SAFETY = 0.85
 """Share of the measured room that is used: allocators fragment."""
+_STEEP = 0.5
+"""Least share of its time that a batch is taken to owe to its tokens: two batches alone tell it badly."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a batch takes: so many seconds whatever is in it, and so many a token."""
+
+    fixed_s: float
+    per_token_s: float
+
+    @classmethod
+    def fit(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+        """From (tokens, seconds) of batches: a line through the smallest one and the fastest a token, since what is slow
+        for once says nothing. None of none."""
+        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        if not timed:
+            return None
+        tokens, seconds = min(timed, key=lambda b: (b[1] / b[0], b[0]))
+        fewest, its_seconds = min(timed)
+        rate = seconds / tokens
+        rise = (seconds - its_seconds) / (tokens - fewest) if tokens >= 1.5 * fewest else rate
+        per_token_s = min(rate, max(_STEEP * rate, rise))
+        return cls(max(0.0, seconds - per_token_s * tokens), per_token_s)
+
+    def seconds(self, tokens: int | float) -> float:
+        """What a batch of so many tokens takes."""
+        return self.fixed_s + self.per_token_s * tokens
+
+    def most(self, seconds: int | float) -> float:
+        """Tokens that fit into so many seconds; 0 where none do."""
+        return max(0.0, seconds - self.fixed_s) / self.per_token_s
+
+    def whole(self, tokens: int | float, most_tokens: int | None = None) -> float:
+        """Seconds of so many tokens, cut into batches of about the target, none of more than `most_tokens`."""
+        size = _power(min(self.most(TARGET_S), most_tokens or math.inf))
+        return math.ceil(tokens / size) * self.fixed_s + self.per_token_s * tokens
 
 
 class Budget:
@@ -68,20 +105,23 @@ class Budget:
 
         Of items that the budget is still to be measured on, one batch: it is to be remembered before the next.
         """
-        ordered = sorted(items, key=lambda i: (-i.length, i.key))
+        ordered = sorted(items, key=lambda i: (-i.length, i.group, i.key))
         if ordered and len(ordered) == sum(self._sizes):
             for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
                 yield batch_of(stage, next_id + n, ordered[end - size : end])
             return
-        if self.tokens is None and self._num_cut < len(self._probes):
-            batch = _take(ordered, self._probe())
-            if batch:
-                yield batch_of(stage, next_id, batch)
-            return
         if self.tokens is None:
-            self.tokens = self._measured_budget(math.fsum(i.length for i in ordered))
+            left = math.fsum(i.length for i in ordered)
+            probe = self._probe(left)
+            if probe is not None:
+                # How much memory a whole group takes is not known before the probes.
+                batch = _take(ordered, probe, self._most() if self._capacity is None else None)
+                if batch:
+                    yield batch_of(stage, next_id, batch)
+                return
+            self.tokens = self._measured_budget(left)
         while ordered:
-            batch = _take(ordered, self.tokens)
+            batch = _take(ordered, self.tokens, self._most())
             ordered = ordered[len(batch) :]
             yield batch_of(stage, next_id, batch)
             next_id += 1
@@ -92,26 +132,54 @@ class Budget:
         self._measured = [b for b in plan if b.status == "done" and b.padded_tokens]
 
     @property
-    def _rate(self) -> float | None:
-        """Seconds a padded token, of the fastest batch so far: what is slow for once says nothing. None before the first."""
-        return min((b.work_s / b.padded_tokens for b in self._measured if b.work_s), default=None)
+    def _pace(self) -> Pace | None:
+        return Pace.fit([(b.padded_tokens, b.work_s) for b in self._measured if b.work_s])
 
-    def _probe(self) -> int:
-        size = self._probes[self._num_cut]
-        if not self._num_cut:
-            return size if self._expected_rate is None else min(size, within(self._expected_rate, float(size), _MOST_S))
-        largest = max((b.padded_tokens for b in self._measured), default=0)
-        if self._rate is None:
-            return size
-        # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
-        double = min(2 * largest, within(self._rate, float(size), _MOST_S))
-        return min(size, max(within(self._rate, float(size)), double))
+    def _probe(self, length: float) -> int | None:
+        """Padded tokens of the next batch that measures; None where enough was measured. `length`: of what is left."""
+        pace, largest = self._pace, max((b.padded_tokens for b in self._measured), default=0)
+        if self._num_cut < len(self._probes):
+            size = self._probes[self._num_cut]
+            if not self._num_cut:
+                rate = self._expected_rate
+                return size if rate is None else min(size, _power(_MOST_S / rate))
+            if pace is None:
+                return size
+            # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
+            double = min(2 * largest, _power(pace.most(_MOST_S)))
+            return min(size, max(self._by_time(pace, largest), double))
+        if pace is None or pace.seconds(length) <= TARGET_S:
+            return None
+        size = self._by_time(pace, largest)
+        return size if 1.5 * largest <= size < self._ceiling_of_memory() else None
+
+    @staticmethod
+    def _by_time(pace: Pace, largest: int) -> int:
+        """The largest power of two that takes no longer than the target: for certain, were a batch to cost nothing beside
+        its tokens, or by the line as far as twice the largest that was measured."""
+        certain = _power(TARGET_S / (pace.per_token_s + pace.fixed_s / max(1, largest)))
+        return max(certain, min(_power(pace.most(TARGET_S)), 2 * _power(2 * largest - 1)))
+
+    def _most(self) -> float | None:
+        """Padded tokens up to which items are kept together that share work; None where nothing is known."""
+        rate = self._expected_rate
+        pace = self._pace or (Pace(0.0, rate) if rate else None)
+        if pace is None:
+            return None
+        return float(min(pace.most(_MOST_S), self._ceiling_of_memory(), self._ceiling or math.inf))
+
+    def _ceiling_of_memory(self) -> int:
+        return self._by_memory() if self._capacity is not None else CPU_BUDGET
 
     def _measured_budget(self, length: float) -> int:
-        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory."""
-        by_memory = self._by_memory() if self._capacity is not None else CPU_BUDGET
-        rate = self._rate
-        return by_memory if rate is None else min(by_memory, within(rate, length))
+        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory.
+
+        Of items that take no longer than the target whole, any number does.
+        """
+        pace, by_memory = self._pace, self._ceiling_of_memory()
+        if pace is None or pace.seconds(length) <= TARGET_S:
+            return by_memory
+        return min(by_memory, self._by_time(pace, max(b.padded_tokens for b in self._measured)))
 
     def _by_memory(self) -> int:
         """Room over what is always there, divided by bytes per padded token: a line through the two probes.
@@ -130,22 +198,29 @@ class Budget:
         return max(int(_SAFETY * room / per_token), large)
 
 
-def within(rate: float, length: float, target_s: float = TARGET_S) -> int:
-    """The largest power of two of padded tokens that take no longer than `target_s` at `rate` seconds each; at least one.
+def _power(tokens: int | float) -> int:
+    """The largest power of two that is no more; at least one."""
+    return 2 ** math.floor(math.log2(max(1.0, tokens)))
 
-    Of items that are no longer than `length` together and keep to it whole, any number does.
+
+def _take(ordered: Sequence[Item], budget: int, most: float | None) -> list[Item]:
+    """The most items from the front whose rows × longest row stay within the budget; at least one.
+
+    Items of one group come whole where that many padded tokens are at `most`, or else begin a batch of their own.
     """
-    if rate * length <= target_s:
-        return 2**62
-    return 2 ** max(0, math.floor(math.log2(target_s / rate)))
-
-
-def _take(ordered: Sequence[Item], budget: int) -> list[Item]:
-    """The most items from the front whose rows × longest row stay within the budget; at least one."""
     if not ordered:
         return []
     longest = max(1.0, ordered[0].length)
-    return list(ordered[: max(1, int(budget / longest))])
+    num = min(len(ordered), max(1, int(budget / longest)))
+    group = ordered[num - 1].group
+    if group and num < len(ordered) and ordered[num].group == group:
+        start = next(n for n, item in enumerate(ordered) if item.group == group)
+        whole = sum(item.group == group for item in ordered[start:])
+        if start:
+            num = start
+        elif whole * longest <= (most or 0.0):
+            num = whole
+    return list(ordered[:num])
 
 
 def batch_of(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:

@@ -159,7 +159,7 @@ def killed(lives: Lives, whole: Whole, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.slow
 def test_killed_at_any_call_a_run_ends_with_the_same_rows(killed: list[kills.Killed]) -> None:
-    assert sum(k.is_killed for k in killed) >= 11, "a heartbeat more or less can move the last call"
+    assert all(k.is_killed for k in killed)
     assert len({k.doing for k in killed}) >= 4
     assert all(k.is_identical for k in killed), [k for k in killed if not k.is_identical]
     assert [f for k in killed for f in k.findings if "does not go on" in f] == []

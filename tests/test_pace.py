@@ -19,7 +19,7 @@ from harness.errors import Stopped
 from harness.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
 from harness.executor import Host, Inline, Item, ItemResult
 from harness.log import ConsoleProgress
-from harness.plan import CPU_BUDGET, TARGET_S
+from harness.plan import CPU_BUDGET, TARGET_S, Pace
 from harness.run import RunPaths
 from harness.stop import StopSignal
 from harness.store import Store
@@ -76,6 +76,71 @@ def test_a_short_stage_is_not_cut_though_its_speed_says_so(tmp_path: Path) -> No
     """What is left takes less than the target whole: no power of two in it cuts it once more."""
     lengths = same_lengths(150, 20.0)  # 3,000 tokens, of which 1,260 measure
     assert paced(tmp_path, lengths, per_token_s=0.002) == [240, 1_020, 1_740]
+
+
+def test_what_every_batch_costs_is_shared_by_as_many_tokens_as_the_target_allows(tmp_path: Path) -> None:
+    """A second and a half whatever is in it: small batches make the tokens look dear, and larger ones are tried."""
+    sizes = paced(tmp_path / "dear", same_lengths(2_000, 20.0), base_s=1.5, per_token_s=5e-4)
+    assert sizes[:5] == [240, 500, 1_020, 2_040, 4_080]
+    assert set(sizes[5:-1]) == {4_080}
+    assert 1.5 + 5e-4 * max(sizes) <= TARGET_S
+    # Control: where only tokens cost, the same first batch says that a thousand of them are enough.
+    assert max(paced(tmp_path / "plain", same_lengths(2_000, 20.0), per_token_s=1.62 / 240)) < 1_024
+
+
+def test_a_line_through_batches_is_no_flatter_than_half_of_the_fastest_and_never_falls() -> None:
+    assert Pace.fit([(100, 1.0), (300, 2.0)]) == Pace(0.5, 0.005)
+    assert Pace.fit([(100, 1.0), (1_000, 1.0)]) == Pace(0.5, 0.0005)
+    assert Pace.fit([(100, 3.0), (1_000, 1.0), (1_000, 7.0)]) == Pace(0.5, 0.0005), "what is slow for once says nothing"
+    assert Pace.fit([(100, 1.0), (120, 1.0)]) == Pace(0.0, 1 / 120), "too near to each other for a line"
+    assert Pace.fit([(0, 1.0)]) is None
+    pace = Pace(0.5, 0.005)
+    assert (pace.seconds(100), pace.most(1.0), pace.most(0.1)) == (1.0, 100.0, 0.0)
+    assert pace.whole(1_024) == pytest.approx(2 * 0.5 + 5.12), "512 tokens take 3.06 seconds, 1,024 over four"
+    assert pace.whole(1_024, 64) == pytest.approx(16 * 0.5 + 5.12)
+
+
+@dataclass(frozen=True)
+class Grouped(Fake):
+    """Items of groups, named before the stroke of their keys."""
+
+    def items(self, tables: Mapping[str, Any]) -> list[Item]:
+        return [Item(key, float(length), None, key.split("|")[0]) for key, length in self.lengths.items()]
+
+
+def groups_of(folder: Path, stage: Fake, **options: Any) -> list[list[str]]:
+    """The groups that each batch has items of."""
+    run_stages(folder, stage, **options)
+    return [sorted({key.split("|")[0] for key in b["keys"]}) for b in rows_of(folder, "batches")]
+
+
+def test_items_that_share_work_stay_in_one_batch_where_it_does_not_take_too_long(tmp_path: Path) -> None:
+    machine = Memory(per_token_s=0.006)  # 100 tokens a group of five: .6 s; of a hundred items 12 s
+    small = {f"g{n:02d}|{i}": 20.0 for n in range(30) for i in range(5)}
+    batches = groups_of(tmp_path / "small", Grouped(small, machine.scored), max_tokens=None, memory=machine)
+    assert sum(map(len, batches)) == 30, "each group is in one batch"
+    assert max(len(b) for b in batches) > 1
+    middle = {f"g{n:02d}|{i:03d}": 20.0 for n in range(4) for i in range(40)}  # 800 tokens, 4.8 s: over the target
+    batches = groups_of(tmp_path / "middle", Grouped(middle, machine.scored), max_tokens=None, memory=machine)
+    assert batches[2:] == [["g01"], ["g02"], ["g03"]], "only the first one was cut, before anything was measured"
+    large = {f"g{n:02d}|{i:03d}": 20.0 for n in range(2) for i in range(100)}
+    batches = groups_of(tmp_path / "large", Grouped(large, machine.scored), max_tokens=None, memory=machine)
+    assert sum(b == ["g01"] for b in batches) > 1, "twelve seconds are too long"
+    assert max(padded_sizes(tmp_path / "large")) * 0.006 <= 10
+    # Control: without groups a budget cuts wherever it is full.
+    plain = groups_of(tmp_path / "plain", Fake(small, machine.scored), max_tokens=None, memory=machine)
+    assert sum(map(len, plain)) > 30
+    assert measured(tmp_path / "plain") == measured(tmp_path / "small")
+
+
+def test_a_group_larger_than_memory_is_cut(tmp_path: Path) -> None:
+    machine = Memory(base=50_000, per_token=70, capacity=750_000, per_token_s=1e-6)
+    lengths = {
+        f"g{n}|{i:03d}": 50.0 for n in range(3) for i in range(300)
+    }  # 15,000 tokens each, for 8,500 there is room
+    groups_of(tmp_path, Grouped(lengths, machine.scored), max_tokens=None, memory=machine)
+    assert 8_000 < max(padded_sizes(tmp_path)) <= 8_500
+    assert max(machine.peaks) <= 750_000
 
 
 def test_on_a_gpu_memory_and_time_hold_together(tmp_path: Path) -> None:

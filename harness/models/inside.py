@@ -211,14 +211,24 @@ def _unembed(
         final = lens_log_p(lm, found.resid[num_layers][r, c])
         p_start.append(measure.target_mass(lens_log_p(lm, found.resid[0][r, c]), *wanted))
         mids, layers = [], []
-        for layer in range(num_layers):
-            mids.append(measure.target_mass(
-                lens_log_p(lm, found.resid[layer][r, c] + found.attention[layer][r, c]), *wanted))  # fmt: skip
-            log_p = final if layer == num_layers - 1 else lens_log_p(lm, found.resid[layer + 1][r, c])
-            layers.append(measure.lens_rows(log_p, final, *wanted, emitted[some]))
+        # The head is a matrix too long for any cache: it is applied to several layers' vectors at once.
+        for several in torch.arange(num_layers).split(max(1, _HEAD_ROWS // len(r))):
+            again, last = len(several), int(several[-1]) == num_layers - 1
+            mid = [found.resid[n][r, c] + found.attention[n][r, c] for n in several.tolist()]
+            targets_again, is_target_again = (x.repeat(again, 1) for x in wanted)
+            log_p = lens_log_p(lm, torch.cat(mid))
+            mids += measure.target_mass(log_p, targets_again, is_target_again).split(len(r))
+            out = [found.resid[n + 1][r, c] for n in several.tolist() if n + 1 < num_layers]
+            log_ps = [lens_log_p(lm, torch.cat(out))] if out else []
+            if last:
+                log_ps.append(final)
+            layers.append(measure.lens_rows(
+                torch.cat(log_ps), final.repeat(again, 1), targets_again, is_target_again, emitted[some].repeat(again)
+            ))  # fmt: skip
         p_mid.append(torch.stack(mids, 1))
         for name in layers[0].__dataclass_fields__:
-            lens.setdefault(name, []).append(torch.stack([getattr(x, name) for x in layers], 1))
+            parts = torch.cat([getattr(x, name) for x in layers])
+            lens.setdefault(name, []).append(parts.reshape(num_layers, len(r), *parts.shape[1:]).transpose(0, 1))
     return {k: _numpy(torch.cat(v)) for k, v in lens.items()}, _numpy(torch.cat(p_mid)), _numpy(torch.cat(p_start))
 
 

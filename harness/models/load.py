@@ -22,7 +22,7 @@ import jinja2
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -232,9 +232,16 @@ class LM:
             )
         return output if cells is None else cells.spread(output)
 
-    def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The model's own logits for just these rows, in float32 (float64 for a float64 model)."""
-        raw = self.anatomy.to_logits(self.anatomy.head(hidden))
+    def logits(self, hidden: Float[Tensor, "*rows D"], tokens: slice | None = None) -> Float[Tensor, "*rows V"]:
+        """The model's own logits for just these rows, in float32 (float64 for a float64 model); of some tokens alone."""
+        head = self.anatomy.head
+        if tokens is None:
+            raw = head(hidden)
+        elif type(head) is nn.Linear:
+            raw = nn.functional.linear(hidden, head.weight[tokens], None if head.bias is None else head.bias[tokens])
+        else:
+            raw = head(hidden)[..., tokens]
+        raw = self.anatomy.to_logits(raw)
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
     def new_cache(self) -> DynamicCache:

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicCache
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.attend import GridCache, Layout
-from harness.models.cells import Cells, Late, late_cells
+from harness.models.cells import Cells, Late, late_cells, shared_cells
 from harness.models.decode import Completion
 from harness.models.load import LM
 from harness.models.score import TreeScores, read_trees
@@ -111,18 +111,19 @@ def sweep(
 
 @torch.inference_mode()
 def begin(lm: LM, pair: Pair, patches: Sequence[str]) -> Start:
-    """Forward the source, as often as it must be moved, and the target's prefix."""
+    """The source, as often as it must be moved, and the target's prefix, in one forward."""
     wanted = [
         m for n, m in (("kv_question", pair.question), ("kv_instruction", pair.instruction)) if n in patches and m
     ]
-    at = torch.tensor([[len(pair.source) - 1]], device=lm.device)
-    moved: dict[int, DynamicCache] = {}
+    shifts = sorted({0} | {_shift(lm, move) for move in wanted}, key=abs)
+    texts = [*((pair.source, shift) for shift in shifts), (pair.target[:-1], 0)]
     with tally.prefilling():
-        with capture(lm.anatomy, at) as found:
-            moved[0] = _prefill(lm, pair.source)
-        for shift in {_shift(lm, move) for move in wanted} - {0}:
-            moved[shift] = _prefill(lm, pair.source, shift)
-        return Start(found, moved, _prefill(lm, pair.target[:-1]))
+        try:
+            found, caches = _prefill(lm, texts)
+        except NotFinite:  # a masked NaN is still a NaN: one text may have it from another
+            (found, *_), caches = zip(*(_prefill(lm, [text], is_checked=False) for text in texts), strict=True)
+            caches = [cache for (cache,) in caches]
+    return Start(found, dict(zip(shifts, caches[:-1], strict=True)), caches[-1])
 
 
 @torch.inference_mode()
@@ -175,12 +176,36 @@ def _shift(lm: LM, move: Move) -> int:
     return move.shift if lm.anatomy.is_relative else 0
 
 
-def _prefill(lm: LM, tokens: Sequence[int], shift: int = 0) -> DynamicCache:
-    """Keys and values of one text that stands `shift` places further on."""
+def _prefill(
+    lm: LM, texts: Sequence[tuple[Sequence[int], int]], is_checked: bool = True
+) -> tuple[Captured, list[DynamicCache]]:
+    """Activations at the last token of the first text, and every text's keys and values, from one forward of all.
+
+    A text is its tokens, and how many places further on it stands. Raises NotFinite where anything is, if `is_checked`.
+    """
+    lengths, shifts = [len(t) for t, _ in texts], [shift for _, shift in texts]
+    width = max(lengths)
+    tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t, _ in texts], device=lm.device)
+    positions = torch.arange(width, device=lm.device) + torch.tensor(shifts, device=lm.device)[:, None]
+    # Equal tokens at other places are other tokens: nothing is shared. Padding stands behind, where no token looks.
+    cells = shared_cells([t for t, _ in texts], [0] * len(texts), lm.device, is_apart=True)
+    at = torch.full((len(texts), 1), lengths[0] - 1, device=lm.device)
     cache = lm.new_cache()
-    positions = torch.arange(len(tokens), device=lm.device)[None] + shift
-    lm.hidden(torch.tensor([list(tokens)], device=lm.device), Layout(positions, positions), cache)
-    return cache
+    with capture(lm.anatomy, at) as found:
+        hidden = lm.hidden(tokens, Layout(positions, positions, cells=cells), cache)
+    if is_checked and not bool(cells.gather(hidden).isfinite().all()):
+        raise NotFinite(NOT_FINITE)
+    first = Captured(*([x[:1] for x in part] for part in (found.resid, found.attention, found.mlp)))
+    return first, [_row(cache, n, length) for n, length in enumerate(lengths)]
+
+
+def _row(cache: DynamicCache, row: int, length: int) -> DynamicCache:
+    """Keys and values of one text of several."""
+    one = GridCache()
+    for n, layer in enumerate(cache.layers):
+        keys, values = (getattr(layer, kind)[row : row + 1, :, :length] for kind in ("keys", "values"))
+        one.update(keys, values, n)
+    return one
 
 
 def fork(cache: DynamicCache, rows: int) -> DynamicCache:

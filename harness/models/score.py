@@ -22,7 +22,11 @@ from harness.models.load import LM
 from harness.text.words import Trie
 
 _HEAD_ROWS = 256
-"""Rows per application of the head: 256 × 152k float32 logits are 150 MB."""
+"""Rows whose whole distribution stands in memory at once: 256 × 152k float32 logits are 150 MB."""
+_SLICE_ROWS = 2_048
+"""Rows that a slice of the vocabulary is computed for at once."""
+_SLICE_OF_CPU, _SLICE_OF_GPU = 2**21, 2**26
+"""Logits in a slice of the vocabulary for such rows: 8 MB, which stay in a CPU's cache, or few launches on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,10 @@ def _read(
     is_end: Bool[Tensor, " N"],
     top_k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers wanted of each row, a block of rows at a time, so that the full [N, V] logits never stand in memory.
+    """The numbers wanted of each row; the full [N, V] logits never stand in memory.
 
-    A vocabulary is long: every further pass over a block costs as much as a layer, so each is made for the rows that need it.
+    Only of the first rows a whole distribution is needed. Of the others, mostly all, it is a few tokens and the sum, for
+    which the vocabulary is gone through a slice at a time: head and all passes over it then stay within a CPU's cache.
     """
     num_rows, top_k = rows.shape[0], min(top_k, lm.vocabulary.ends_word.size)
     device = rows.device
@@ -174,18 +179,38 @@ def _read(
     entropy = torch.empty(first.shape[0], dtype=torch.float64, device=device)
     top_ids = torch.empty(first.shape[0], top_k, dtype=torch.long, device=device)
     top_probs = torch.empty(first.shape[0], top_k, dtype=torch.float64, device=device)
-    for begin in range(0, num_rows, _HEAD_ROWS):
-        end = min(begin + _HEAD_ROWS, num_rows)
-        log_p = lm.logits(rows[begin:end]).log_softmax(-1)
-        finite[begin:end] = log_p.sum(-1).isfinite()
-        ended = is_end[begin:end].nonzero()[:, 0]
+    place = torch.full((num_rows,), -1, dtype=torch.long, device=device)  # of a row among those looked at now
+    for some in torch.arange(len(first), device=device).split(_HEAD_ROWS):
+        mine = first[some]
+        log_p = lm.logits(rows[mine]).log_softmax(-1)
+        place.fill_(-1)[mine] = torch.arange(len(mine), device=device)
+        at = place[picks[:, 0]]
+        picked[at >= 0] = log_p[at[at >= 0], picks[at >= 0, 1]].double()
+        finite[mine] = log_p.sum(-1).isfinite()
+        entropy[some] = -(log_p.exp() * log_p).sum(-1).double()
+        values, ids = log_p.topk(top_k, dim=-1)
+        top_ids[some], top_probs[some] = ids, values.exp().double()
+    is_first = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    is_first[first] = True
+    others = (~is_first).nonzero()[:, 0]
+    for mine in others.split(_SLICE_ROWS) if len(others) else ():
+        place.fill_(-1)[mine] = torch.arange(len(mine), device=device)
+        at = place[picks[:, 0]]
+        ended = is_end[mine].nonzero()[:, 0]
+        sums, sums_of_ends, total = [], [], torch.zeros(len(mine), dtype=torch.float64, device=device)
+        width = max(1, (_SLICE_OF_CPU if device.type == "cpu" else _SLICE_OF_GPU) // len(mine))
+        for begin in range(0, len(ends_word), width):
+            some = slice(begin, begin + width)
+            logits = lm.logits(rows[mine], some)
+            here = (at >= 0) & (picks[:, 1] >= begin) & (picks[:, 1] < begin + width)
+            picked[here] = logits[at[here], picks[here, 1] - begin].double()
+            total += logits.sum(-1)
+            sums.append(logits.logsumexp(-1))
+            if len(ended):
+                sums_of_ends.append(logits[ended].masked_fill_(~ends_word[some], float("-inf")).logsumexp(-1))
+        whole = torch.stack(sums, -1).double().logsumexp(-1)
+        finite[mine] = (total - whole).isfinite()
+        picked[at >= 0] -= whole[at[at >= 0]]
         if len(ended):
-            word_end[begin + ended] = log_p[ended].masked_fill_(~ends_word, float("-inf")).logsumexp(-1).double()
-        here = (picks[:, 0] >= begin) & (picks[:, 0] < end)
-        picked[here] = log_p[picks[here, 0] - begin, picks[here, 1]].double()
-        mine = (first >= begin) & (first < end)
-        at_first = log_p[first[mine] - begin]
-        entropy[mine] = -(at_first.exp() * at_first).sum(-1).double()
-        values, ids = at_first.topk(top_k, dim=-1)
-        top_ids[mine], top_probs[mine] = ids, values.exp().double()
+            word_end[mine[ended]] = torch.stack(sums_of_ends, -1).double().logsumexp(-1) - whole[ended]
     return tuple(x.cpu().numpy() for x in (picked, word_end, entropy, top_ids, top_probs, finite))  # type: ignore[return-value]

@@ -49,6 +49,7 @@ class Generate:
                 item_key(row["prompt_id"], row["condition"], self.mode, sample_id),
                 len(row["token_ids"]) / self.num_samples + self.sampling.max_new_tokens,
                 (row["prompt_id"], row["condition"], sample_id, tuple(row["token_ids"])),
+                item_key(row["prompt_id"], row["condition"]),
             )
             for row in tables["contexts"]
             if row["prompt_id"] in admitted and row["condition"] in self.conditions

@@ -83,7 +83,7 @@ class Patching:
             subject = Subject(prompt_id, target, pair, trie(target), _num_span(pair, changed["spans"]["question"]))
             # A row goes through the layers from the one it is patched at, which is half of them in the mean.
             tokens = math.ceil(self.identity.num_layers / 2) * (1 + len(subject.trie))
-            items += [Item(item_key(prompt_id, patch), tokens, (subject, patch)) for patch in PATCHES]
+            items += [Item(item_key(prompt_id, patch), tokens, (subject, patch), prompt_id) for patch in PATCHES]
         return items
 
     def most_items(self, num_prompts: int) -> int:
