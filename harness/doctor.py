@@ -13,6 +13,7 @@ import torch
 from harness import environment, processor
 from harness.checks import Check
 from harness.errors import HarnessError
+from harness.fetch import FETCHABLE, path_of
 from harness.launch import model_spec, prompts_path
 from harness.models import device
 from harness.models.load import ModelSpec, identify, load
@@ -33,7 +34,7 @@ def examine(resolved: Resolved) -> Iterator[Check]:
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("code", _code), ("python", _python), ("gpu", _gpu), ("memory", _memory), ("threads", _threads),
         ("half precision", _half), ("runs folder", _runs), ("store", _store), ("data folder", _data), ("model", _model),
-        ("hub cache", _cache), ("forward", _forward),
+        ("hub cache", _hub_cache), ("model cache", _model_cache), ("forward", _forward),
     ]  # fmt: skip
     for name, check in checks:
         try:
@@ -145,13 +146,23 @@ def _model(settings: Settings) -> str:
     )
 
 
-def _cache(settings: Settings) -> str:
+def _hub_cache(settings: Settings) -> str:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HOME)
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    return _told_of_cache(Path(constants.HF_HOME), "HF_HOME")
+
+
+def _model_cache(settings: Settings) -> str:
+    folder = settings.paths.cache_folder
+    kept = [name for name in FETCHABLE if path_of(name, folder).exists()]
+    return f"{_told_of_cache(folder, 'paths.cache')}; fetched: {', '.join(kept) or 'nothing yet (harness fetch)'}"
+
+
+def _told_of_cache(folder: Path, setting: str) -> str:
+    """Raises OSError where nothing can be written to a folder that may be still to be made."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK):
-        raise OSError(f"{folder} is not writable; set HF_HOME")
+        raise OSError(f"{folder} is not writable; set {setting}")
     return (
         f"{folder}{'' if folder.exists() else ' (will be made)'}, {shutil.disk_usage(nearest).free / 1e9:.1f} GB free"
     )

@@ -67,7 +67,11 @@ _FAULTS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("the file system can only be read", (errno.EROFS,), ("read-only file system",)),
     ("the disk fails", (errno.EIO,), ("input/output error", "fsync failed")),
     ("too many files are open", (errno.EMFILE, errno.ENFILE), ("too many open files",)),
-    ("memory ran out", (errno.ENOMEM,), ("out of memory error", "cannot allocate memory", "can't allocate memory")),
+    (
+        "memory ran out",
+        (errno.ENOMEM,),
+        ("out of memory error", "cannot allocate memory", "can't allocate memory", "bad allocation"),
+    ),
 )
 _REMEDY = {
     "memory ran out": "free some, or give a smaller batching.max_tokens",

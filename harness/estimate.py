@@ -187,7 +187,7 @@ class _Watch:
         if isinstance(stage, Bounded) and seen.num_items:
             factor = min(factor, stage.most_items(of_prompts) / seen.num_items)
         length = seen.length * factor
-        pace = Pace.fit(seen.batches)
+        pace = Pace.typical(seen.batches)
         done = sum(tokens for tokens, _ in seen.batches)
         # Listing has a part that does not grow: what it reads of the model. The first time tells it.
         listing_s = min(seen.listing_s) + max(0.0, seen.listing_s[-1] - seen.listing_s[0]) * factor

@@ -27,6 +27,8 @@ _SAFETY = 0.85
 """Share of the measured room that is used: allocators fragment."""
 _STEEP = 0.5
 """Least share of its time that a batch is taken to owe to its tokens: two batches alone tell it badly."""
+_STEADY = 0.75
+"""The same where it is told from, and not tried: how long a run takes."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,26 @@ class Pace:
         timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
         if not timed:
             return None
-        tokens, seconds = min(timed, key=lambda b: (b[1] / b[0], b[0]))
-        fewest, its_seconds = min(timed)
-        rate = seconds / tokens
-        rise = (seconds - its_seconds) / (tokens - fewest) if tokens >= 1.5 * fewest else rate
-        per_token_s = min(rate, max(_STEEP * rate, rise))
-        return cls(max(0.0, seconds - per_token_s * tokens), per_token_s)
+        return cls._line(min(timed), min(timed, key=lambda b: (b[1] / b[0], b[0])), _STEEP)
+
+    @classmethod
+    def typical(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+        """The same through the smallest batch and the mean of the large ones: what a machine does that wavers."""
+        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        large = [b for b in timed if 2 * b[0] >= max(timed)[0]]
+        if not large:
+            return None
+        mean = (math.fsum(t for t, _ in large) / len(large), math.fsum(s for _, s in large) / len(large))
+        return cls._line(min(timed), mean, _STEADY)
+
+    @classmethod
+    def _line(
+        cls, small: tuple[int | float, int | float], large: tuple[int | float, int | float], steep: float
+    ) -> "Pace":
+        rate = large[1] / large[0]
+        rise = (large[1] - small[1]) / (large[0] - small[0]) if large[0] >= 1.5 * small[0] else rate
+        per_token_s = min(rate, max(steep * rate, rise))
+        return cls(max(0.0, large[1] - per_token_s * large[0]), per_token_s)
 
     def seconds(self, tokens: int | float) -> float:
         """What a batch of so many tokens takes."""

@@ -28,6 +28,7 @@ from tests.test_cli import harness
      (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many files are open"),
      (MemoryError(), "memory ran out"),
      (pa.ArrowMemoryError("malloc of size 64 failed"), "memory ran out"),
+     (duckdb.IOException("IO Error: bad allocation"), "memory ran out"),
      (duckdb.OutOfMemoryException("Out of Memory Error: failed to pin block of size 256.0 KiB"), "memory ran out")],
 )  # fmt: skip
 def test_what_the_machine_lacks_is_told_in_one_line_with_exit_4(

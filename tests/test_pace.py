@@ -94,6 +94,10 @@ def test_a_line_through_batches_is_no_flatter_than_half_of_the_fastest_and_never
     assert Pace.fit([(100, 3.0), (1_000, 1.0), (1_000, 7.0)]) == Pace(0.5, 0.0005), "what is slow for once says nothing"
     assert Pace.fit([(100, 1.0), (120, 1.0)]) == Pace(0.0, 1 / 120), "too near to each other for a line"
     assert Pace.fit([(0, 1.0)]) is None
+    assert Pace.typical([(100, 1.0), (250, 2.0), (350, 3.0), (300, 2.5)]) == Pace(0.25, 0.0075), (
+        "the mean of the large ones"
+    )
+    assert Pace.typical([]) is None
     pace = Pace(0.5, 0.005)
     assert (pace.seconds(100), pace.most(1.0), pace.most(0.1)) == (1.0, 100.0, 0.0)
     assert pace.whole(1_024) == pytest.approx(2 * 0.5 + 5.12), "512 tokens take 3.06 seconds, 1,024 over four"

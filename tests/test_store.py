@@ -846,3 +846,33 @@ def test_a_snapshot_without_room_leaves_the_last_one_and_no_rubbish(small_disk: 
         store.publish(live)
         with Reader(live) as reader:
             assert num_psem(reader) == 2
+
+
+class Failing:
+    """A connection whose statements fail where they begin with one of these words."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, **errors: Exception):
+        self._con, self._errors = con, errors
+
+    def execute(self, sql: str, *args: Any) -> Any:
+        if error := self._errors.get(sql.split()[0]):
+            raise error
+        return self._con.execute(sql, *args)
+
+
+def test_a_snapshot_without_memory_says_why_whatever_fails_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks = duckdb.IOException("IO Error: bad allocation")
+    after = duckdb.TransactionException("TransactionContext Error: cannot detach")
+
+    def published(name: str, **errors: Exception) -> None:
+        with Store(tmp_path / f"{name}.duckdb") as store, monkeypatch.context() as patch:
+            patch.setattr(store, "_con", Failing(store._con, **errors))
+            store.publish(tmp_path / "live.duckdb")
+
+    with pytest.raises(EnvironmentFault, match="memory ran out"):
+        published("both", COPY=lacks, DETACH=after)
+    # Control: alone, what fails at the end is told as it is.
+    with pytest.raises(duckdb.TransactionException):
+        published("last", DETACH=after)

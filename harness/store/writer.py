@@ -266,8 +266,11 @@ class Store:
             self._con.execute(f"ATTACH '{quoted(temporary.absolute())}' AS snapshot (TYPE duckdb)")
             try:
                 self._con.execute(f"COPY FROM DATABASE {DATABASE} TO snapshot")
-            finally:
-                self._con.execute("DETACH snapshot")
+            except BaseException:
+                with suppress(duckdb.Error):  # it may be unable to, and the first error says why
+                    self._con.execute("DETACH snapshot")
+                raise
+            self._con.execute("DETACH snapshot")
         self._publish_cost_s = time.perf_counter() - start
         self._published = time.perf_counter()
 
