@@ -22,7 +22,7 @@ class Item:
 
     `key` names its content, never its place. `length` is what it adds to a padded batch, in tokens; a fraction where
     items that stand together share a context. `payload` is what the stage needs to compute it. Items of one `group` share
-    work, have one length, and are kept in one batch where it does not take too long.
+    work, have one length and keys that sort together, and are kept in one batch where it does not take too long.
     """
 
     key: str

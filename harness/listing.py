@@ -42,12 +42,24 @@ def print_run(root: Path, wanted: str) -> None:
         facts.add_row(name, value)
     log.print_out(facts)
     progress = Table(title="Stages", title_justify="left")
-    for column in ("stage", "status", "items", "done", "failed", "seconds", "tokens", "tokens/s"):
+    for column in (
+        "stage",
+        "status",
+        "items",
+        "done",
+        "failed",
+        "seconds",
+        "tokens",
+        "of contexts",
+        "padding",
+        "tokens/s",
+    ):
         progress.add_column(column, justify="left" if column in ("stage", "status") else "right")
     for row in reader.query("SELECT s.* FROM stages s ORDER BY s.rowid"):
         progress.add_row(
             row["stage"], row["status"], str(row["num_items"]), str(row["num_done"]), str(row["num_failed"]),
-            f"{row['seconds']:.1f}", f"{row['tokens']:,}",
+            f"{row['seconds']:.1f}", f"{row['tokens']:,}", f"{row.get('prefill_tokens') or 0:,}",
+            f"{row.get('padding_tokens') or 0:,}",
             f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"] and row["seconds"] else "",
         )  # fmt: skip
     log.print_out(progress)

@@ -81,7 +81,7 @@ class Pace:
 
 
 class Budget:
-    """How many padded tokens a batch may have: given, or measured on the first two batches; lower after running out."""
+    """How many padded tokens a batch may have: given, or measured on the first batches; lower after running out."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Budget:
         self._capacity = capacity_bytes
         self._probes = CPU_PROBES if capacity_bytes is None else GPU_PROBES
         self._expected_rate = expected_rate
-        self.tokens = given
+        self.tokens = self._given = given
         self._ceiling: int | None = None
         for batch in plan:
             if batch.batch_id in ran_out:
@@ -121,7 +121,7 @@ class Budget:
 
         Of items that the budget is still to be measured on, one batch: it is to be remembered before the next.
         """
-        ordered = sorted(items, key=lambda i: (-i.length, i.group, i.key))
+        ordered = sorted(items, key=lambda i: (-i.length, i.key))
         if ordered and len(ordered) == sum(self._sizes):
             for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
                 yield batch_of(stage, next_id + n, ordered[end - size : end])
@@ -177,10 +177,10 @@ class Budget:
         return max(certain, min(_power(pace.most(TARGET_S)), 2 * _power(2 * largest - 1)))
 
     def _most(self) -> float | None:
-        """Padded tokens up to which items are kept together that share work; None where nothing is known."""
+        """Padded tokens up to which items are kept together that share work; None: not known, or a budget is given."""
         rate = self._expected_rate
         pace = self._pace or (Pace(0.0, rate) if rate else None)
-        if pace is None:
+        if pace is None or self._given is not None:
             return None
         return float(min(pace.most(_MOST_S), self._ceiling_of_memory(), self._ceiling or math.inf))
 

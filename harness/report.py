@@ -629,7 +629,8 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
     ]
     stages = [
         (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
-         f"{r['num_rows']:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}",
+         f"{r['num_rows']:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
+         f"{r.get('padding_tokens') or 0:,}",
          f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "")
         for r in reader.query("SELECT * FROM stages ORDER BY rowid")
     ]  # fmt: skip
@@ -648,7 +649,7 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
     return [
         Table("Settings, and where each came from", ("setting", "value", "source"), settings, num_words=3),
         Table("Stages", ("stage", "version", "status", "items", "done", "failed", "rows", "seconds", "tokens",
-                         "tokens/s"), stages, num_words=3),
+                         "of contexts", "padding", "tokens/s"), stages, num_words=3),
         Table("Warnings and errors", ("level", "kind", "stage", "item", "message"), events,
               "The first 50; all are in the table `events`.", 5, "none"),
         Table("Rows of each table", ("table", "rows", "sha256 of what was measured"), tables),

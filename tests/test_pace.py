@@ -131,6 +131,9 @@ def test_items_that_share_work_stay_in_one_batch_where_it_does_not_take_too_long
     batches = groups_of(tmp_path / "large", Grouped(large, machine.scored), max_tokens=None, memory=machine)
     assert sum(b == ["g01"] for b in batches) > 1, "twelve seconds are too long"
     assert max(padded_sizes(tmp_path / "large")) * 0.006 <= 10
+    given = groups_of(tmp_path / "given", Grouped(middle, machine.scored), max_tokens=256, memory=machine)
+    assert sum(map(len, given)) > 4
+    assert max(padded_sizes(tmp_path / "given")) <= 256, "a budget that is given holds whatever belongs together"
     # Control: without groups a budget cuts wherever it is full.
     plain = groups_of(tmp_path / "plain", Fake(small, machine.scored), max_tokens=None, memory=machine)
     assert sum(map(len, plain)) > 30

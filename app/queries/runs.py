@@ -206,13 +206,14 @@ def leaves(tree: Any, names: Sequence[str] = ()) -> pd.DataFrame:
 
 _STAGE_COLUMNS = {
     "status": "status", "items": "num_items", "failed": "num_failed", "rows": "num_rows", "batches": "num_batches",
-    "splits": "splits", "tokens": "tokens", "seconds": "seconds", "tokens_per_s": "tokens_per_s",
+    "splits": "splits", "tokens": "tokens", "of_contexts": "prefill_tokens", "padding": "padding_tokens",
+    "seconds": "seconds", "tokens_per_s": "tokens_per_s",
 }  # fmt: skip
 
 
 def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """stage, status, items, failed, rows, batches, splits, tokens, seconds, tokens_per_s, peak_mb of every stage that ended,
-    as the manifest has them; a column is empty where an older harness did not write it.
+    """stage, status, items, failed, rows, batches, splits, tokens, of_contexts, padding, seconds, tokens_per_s, peak_mb of
+    every stage that ended, as the manifest has them; a column is empty where an older harness did not write it.
     """
     rows = []
     for name, told in _mapping(manifest.get("stages")).items():

@@ -159,7 +159,7 @@ def _manifest(entry: RunEntry) -> None:
     st.dataframe(
         asked.stages(manifest), hide_index=True,
         column_config={"peak_mb": _number("peak memory, MB", "%.0f"), "seconds": _number("seconds", "%.1f"),
-                       "tokens_per_s": _number("tokens/s", "%.0f")},
+                       "of_contexts": _number("of contexts", "%.0f"), "tokens_per_s": _number("tokens/s", "%.0f")},
     )  # fmt: skip
     if manifest.get("tables"):
         st.caption("Rows of each table")
