@@ -450,10 +450,16 @@ def test_a_patch_that_cannot_be_made_fails_with_its_reason_and_the_others_are_ma
 def test_a_patch_whose_numbers_are_not_finite_fails_and_leaves_no_row_of_any_layer(ran: Ran) -> None:
     """The baseline overflows in its last blocks: what is taken there, or behind, is not known."""
     items = next(iter(ran.prompts.values()))
-    length, late = len(items[0].payload[0].pair.source), ran.stage.identity.num_layers - 1
+    pair, late = items[0].payload[0].pair, ran.stage.identity.num_layers - 1
+    length, behind = len(pair.source), len(pair.target) - 1
+    together = {
+        k * length + behind: k * length for k in (1, 2, 3)
+    }  # the source, as often as it is moved, then the target
 
-    def overflow(_module: object, _args: object, output: Tensor) -> Tensor | None:
-        return output * torch.nan if output.shape[:2] == (1, length) else None
+    def overflow(_module: object, _args: object, output: Tensor) -> Tensor:
+        changed, num = output.clone(), output.shape[1] if len(output) == 1 else 0
+        changed[:, : length if num == length else together.get(num, 0)] = torch.nan
+        return changed
 
     handle = ran.lm.anatomy.blocks[late].register_forward_hook(overflow)
     try:
