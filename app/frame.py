@@ -14,7 +14,7 @@ import streamlit as st
 
 from app import queries
 from harness.errors import HarnessError
-from harness.remarks import TITLES, Kind, lines
+from harness.experiments.gravity.remarks import TITLES, Kind, lines
 from harness.run import RunEntry, RunPaths, state
 from harness.spreadsheet import defused
 

@@ -249,7 +249,7 @@ def _resolved(args: argparse.Namespace) -> Resolved:
 
 def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
-    from harness import launch
+    from harness.commands import launch
 
     return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv, args.dry_run)
 
@@ -257,7 +257,7 @@ def _run(args: argparse.Namespace) -> int:
 def _fetch(args: argparse.Namespace) -> int:
     paths = _resolved(args).settings.paths
     from harness import log
-    from harness.fetch import FETCHABLE, fetch, listing
+    from harness.models.fetch import FETCHABLE, fetch, listing
 
     if args.list:
         log.print_out(listing())
@@ -271,31 +271,31 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _runs(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import listing
+    from harness.commands import show
 
-    listing.print_runs(root)
+    show.print_runs(root)
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import listing
+    from harness.commands import show
 
-    listing.print_run(root, args.run)
+    show.print_run(root, args.run)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import listing
+    from harness.commands import show
 
-    listing.export(root, args.run, args.to, args.format, is_safe=args.safe)
+    show.export(root, args.run, args.to, args.format, is_safe=args.safe)
     return 0
 
 
 def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
     """The settings that a recorded run had, under those that this command gives."""
-    from harness.recorded import settings_of
+    from harness.commands.replay import settings_of
 
     recorded = settings_of(manifest, PathSettings().state_folder)
     return resolve(_flags(args), args.config, recorded=recorded, recorded_by=f"run {manifest['run_id']}")
@@ -305,7 +305,7 @@ def _verify(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     if args.batches < 0:
         raise RunError(f"--batches: expected 0 or more, found {args.batches}")
-    from harness import verify
+    from harness.commands import verify
 
     seed = secrets.randbelow(10_000) if args.sample is None else args.sample
     return verify.command(root, args.run, partial(_again, args), args.batches, seed)
@@ -313,7 +313,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _reproduce(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import reproduce
+    from harness.commands import reproduce
 
     manifest, original = reproduce.find(root, args.run)
     return reproduce.command(manifest, original, _again(args, manifest), accept=args.anyway, argv=args.argv)
@@ -321,7 +321,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import diff
+    from harness.commands import diff
     from harness.run import find_run
 
     return diff.command(find_run(root, args.run_a), find_run(root, args.run_b), ends_in_1=args.exit_code)
@@ -329,7 +329,8 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness import log, report
+    from harness import log
+    from harness.experiments.gravity import report
     from harness.run import find_run
 
     log.print_out(f"report written to {report.write(find_run(root, args.run), args.to)}")
@@ -338,9 +339,9 @@ def _report(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
-    from harness import checks, doctor
+    from harness.commands import doctor, findings
 
-    shown = checks.print_checks(doctor.examine(resolved))
+    shown = findings.print_checks(doctor.examine(resolved))
     return 0 if all(c.verdict == "ok" for c in shown) else EnvironmentFault.exit_code
 
 
@@ -364,7 +365,7 @@ def _sanity(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     if args.num_prompts < 1:
         raise RunError(f"--num-prompts: expected at least 1, found {args.num_prompts}")
-    from harness import sanity
+    from harness.commands import sanity
 
     return sanity.command(resolved, args.num_prompts, is_full=args.full)
 
@@ -376,7 +377,7 @@ def _bench(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     if args.contexts < 1:
         raise RunError(f"--contexts: expected at least 1, found {args.contexts}")
-    from harness import bench
+    from harness.experiments.gravity import bench
 
     return bench.command(
         resolved, args.shape, tuple(args.stage or _BENCHED), args.contexts, args.json, tokens=args.tokens

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segment
 
 from harness.engine import BatchReport
+from harness.engine.estimate import Forecast, duration
 from harness.errors import EnvironmentFault
-from harness.estimate import Forecast, duration
 from harness.terminal import Steady, plain
 
 _FIRST_S = 4.0

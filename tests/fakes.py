@@ -15,10 +15,10 @@ import pytest
 
 from harness import tally
 from harness.engine import BatchReport, Engine, Limits, StageReport
+from harness.engine.executors import Accelerator, Host, Inline, Item, ItemResult
+from harness.engine.stop import StopSignal
 from harness.errors import Stopped
-from harness.executor import Accelerator, Host, Inline, Item, ItemResult
 from harness.run import RunPaths
-from harness.stop import StopSignal
 from harness.store import MACHINERY, SCHEMA_VERSION, TABLES, Row, Store, schema
 
 MEASURED = tuple(name for name in TABLES if name not in MACHINERY)

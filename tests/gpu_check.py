@@ -109,7 +109,7 @@ def steps_of(folder: Path, *, is_cpu: bool, model: str) -> list[Step]:
 
 def _lacks(model: str) -> str:
     """Why the real model cannot be run here; nothing where it can."""
-    from harness import launch
+    from harness.commands import launch
     from harness.errors import HarnessError
     from harness.models.load import identify
     from harness.settings import resolve
@@ -212,8 +212,6 @@ def cramp(more_mb: int, arguments: Sequence[str]) -> int:
     else:
         import resource
 
-        from harness import launch  # its imports take memory too
-
         assert launch
         torch.ones(64, 64) @ torch.ones(64, 64)  # and so do the threads of the first product
         status = Path("/proc/self/status").read_text()
@@ -233,7 +231,7 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def _about(*, is_cpu: bool) -> dict[str, Any]:
-    from harness import environment
+    from harness.run import environment
 
     code = environment.code()
     gpu = "" if is_cpu else torch.cuda.get_device_name()

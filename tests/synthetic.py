@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from harness.experiments.gravity.conditions import BUILT_IN, Template, token_span
 from harness.run import Manifest, RunPaths, fingerprint, new_run_id, now_text
 from harness.settings import resolve
 from harness.stats import NUM_BOOTSTRAPS
 from harness.store import Row, Store
-from harness.text.conditions import BUILT_IN, Template, token_span
 from harness.text.prompts import Prompt, read_prompts, take
 
 ROOT = Path(__file__).parents[1]
@@ -423,7 +423,7 @@ def _sanity(store: Store) -> None:
 
 def _statistics(store: Store, shape: Shape) -> list[str]:
     """The table `statistics`, by the stage that makes it; the names of the stages that ran."""
-    from harness.stages.analysis import Analysis
+    from harness.experiments.gravity.stages.analysis import Analysis
 
     patched = _compared(shape)[0] if _compared(shape) else "negative"
     stage = Analysis(shape.conditions, patched, shape.seed, shape.num_bootstraps)

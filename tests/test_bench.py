@@ -14,9 +14,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import bench, cli, launch, least, peers
-from harness.bench import Course, Figure, Subject, Way, disagreements, in_turn, law_apart, operations
+from harness import cli
+from harness.commands import launch
 from harness.errors import SettingsError
+from harness.experiments.gravity import bench, least
+from harness.experiments.gravity.bench import (
+    Course,
+    Figure,
+    Subject,
+    Way,
+    disagreements,
+    in_turn,
+    law_apart,
+    operations,
+)
+from harness.models import peers
 from harness.models.decode import Completion, Sampling
 from harness.models.patch import Pair, Patched
 from harness.models.score import TreeScores

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import launch, listing, seal, verify
-from harness.checks import Check
+from harness.commands import launch, verify
+from harness.commands.findings import Check
 from harness.errors import RunError
 from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
-from harness.store import Reader, Store, open_copy, reader
+from harness.store import Reader, Store, open_copy, reader, seal
 from tests.test_cli import ROWS, harness, only_run, prompt_file, refused
 from tests.test_verify import copied, hashes
 

@@ -22,12 +22,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.bins import bin_of
 from harness.cli import main
 from harness.errors import ItemFailed
+from harness.experiments.gravity.bins import bin_of
+from harness.experiments.gravity.stages import psem
+from harness.experiments.gravity.stages.select import Candidate, choose
 from harness.settings import field_names, resolve
-from harness.stages import psem
-from harness.stages.select import Candidate, choose
 from harness.text.prompts import read_prompts
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from harness.diff import compare_results, verdict
-from harness.manifests import environment_differences
+from harness.commands.diff import compare_results, verdict
+from harness.run.differences import environment_differences
 from harness.store import Reader
 from tests.test_cli import ROWS, harness, manifest, run_folders
 from tests.test_launch import MEASURED

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from harness.experiments.gravity.conditions import BUILT_IN
+from harness.experiments.gravity.stages.psem import measures
 from harness.models.load import LM, ModelSpec, load
 from harness.models.score import TreeScores, score_trees
-from harness.stages.psem import measures
 from harness.stats import fit_violations
-from harness.text.conditions import BUILT_IN
 from harness.text.prompts import PromptSet, read_prompts
 from harness.text.words import word_forms
 from tests.test_cli import DATA, harness, only_run, query

@@ -17,17 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.diff import (
-    DERIVED,
-    RANKS,
-    TOLERANCE,
-    ColumnDrift,
-    TableDrift,
-    table_drift,
-    verdict,
-)
-from harness.manifests import environment_differences
-from harness.stages import psem
+from harness.commands.diff import DERIVED, RANKS, TOLERANCE, ColumnDrift, TableDrift, table_drift, verdict
+from harness.experiments.gravity.stages import psem
+from harness.run.differences import environment_differences
 from harness.store import Aligned
 from tests.app.conftest import _older_schema
 from tests.test_cli import ROWS, Told, harness, manifest, prompt_file, run_folders

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from loguru import logger
 
 from harness.engine import Engine, Limits
+from harness.engine.executors import Executor, Host, Inline, Item, ItemResult, Outcome
+from harness.engine.stop import StopSignal
 from harness.errors import EnvironmentFault, Stopped
-from harness.executor import Executor, Host, Inline, Item, ItemResult, Outcome
 from harness.run import RunPaths
-from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import (
     Fake,

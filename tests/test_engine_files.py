@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from harness.engine.executors import Artifact, Item, ItemResult
 from harness.errors import EnvironmentFault
-from harness.executor import Artifact, Item, ItemResult
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Store
 from tests.fakes import Fake, events_of, rows_of, run_stages, same_lengths, score

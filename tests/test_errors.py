@@ -10,8 +10,8 @@ import pytest
 from loguru import logger
 
 from harness import cli, log
+from harness.engine.executors import Host, Inline, Item
 from harness.errors import EnvironmentFault, StoreError, machine_fault
-from harness.executor import Host, Inline, Item
 from tests.test_cli import harness
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from harness.engine.executors import Inline, Item, ItemResult, Outcome
 from harness.errors import EnvironmentFault, ItemFailed
-from harness.executor import Inline, Item, ItemResult, Outcome
 from tests.fakes import Memory, OutOfRoom, scored
 
 ITEMS = [Item("a", 3.0), Item("b", 2.0)]

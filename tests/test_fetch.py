@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import pytest
 
-from harness import fetch, own
 from harness.cli import main
 from harness.errors import EnvironmentFault, HarnessError
+from harness.models import fetch
+from harness.run import given
 from harness.settings import PathSettings
 from tests.test_cli import harness, refused
 
@@ -333,8 +334,8 @@ def test_a_fetched_models_name_is_no_path_and_a_gguf_file_is_one(
     """What a recorded run names is opened only where this user gave it; a name of ours opens what this user fetched."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
-    assert own.recorded_paths({"model.name": "smollm2"}) == {}
-    assert own.recorded_paths({"model.name": "theirs.gguf"}) == {"model.name": "theirs.gguf"}
+    assert given.recorded_paths({"model.name": "smollm2"}) == {}
+    assert given.recorded_paths({"model.name": "theirs.gguf"}) == {"model.name": "theirs.gguf"}
 
 
 def test_the_cache_is_where_the_desktop_rules_say_or_where_the_setting_says(

@@ -13,8 +13,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
-from harness import figures
-from harness.figures import FIGURES, FigureData
+from harness.experiments.gravity import figures
+from harness.experiments.gravity.figures import FIGURES, FigureData
 from harness.store import Reader, Store
 from tests import synthetic
 from tests.synthetic import Shape

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from harness.engine import Engine, Limits, StageReport
-from harness.executor import Host, Inline, Item, ItemResult
+from harness.engine.executors import Host, Inline, Item, ItemResult
+from harness.engine.stop import StopSignal
 from harness.run import Manifest, RunPaths, locked, read_manifest
-from harness.stop import StopSignal
 from harness.store import Batch, BatchResult, Reader, Row, Store
 from tests.fakes import Watcher, measured, plan_of, score
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.launch import prepare
+from harness.commands.launch import prepare
 from harness.settings import resolve
 from tests.test_cli import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness import launch
+from harness.commands import launch
+from harness.experiments.gravity.stages import generate, psem
 from harness.run import list_runs, read_manifest
 from harness.settings import resolve
-from harness.stages import generate, psem
 from harness.store import Reader
 
 FLAGS = {"data.limit": "6", "experiment.num_samples": "5", "runtime.device": "cpu",

@@ -15,13 +15,13 @@ from loguru import logger
 
 from harness import tally
 from harness.engine import BatchReport, Limits
+from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
+from harness.engine.executors import Host, Inline, Item, ItemResult
+from harness.engine.plan import CPU_BUDGET, TARGET_S, Pace
+from harness.engine.stop import StopSignal
 from harness.errors import Stopped
-from harness.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
-from harness.executor import Host, Inline, Item, ItemResult
 from harness.log import ConsoleProgress
-from harness.plan import CPU_BUDGET, TARGET_S, Pace
 from harness.run import RunPaths
-from harness.stop import StopSignal
 from harness.store import Store
 from tests.fakes import Fake, Memory, Watcher, measured, plan_of, rows_of, run_stages, same_lengths, score, scored
 

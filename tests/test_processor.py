@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import processor
-from harness.doctor import told_of_half, told_of_threads
-from harness.processor import Cores, cores, gflops, half_instructions
+from harness.commands.doctor import told_of_half, told_of_threads
+from harness.models import processor
+from harness.models.processor import Cores, cores, gflops, half_instructions
 
 
 def machine(folder: Path, siblings: list[str], own: str = "0::/\n", **files: str) -> dict[str, Path]:

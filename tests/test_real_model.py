@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness.errors import EnvironmentFault
-from harness.fetch import fetch, path_of
+from harness.models.fetch import fetch, path_of
 from harness.models.load import load_codec, shared
 from harness.settings import PathSettings
 from tests.test_cli import harness, manifest, only_run, prompt_file, query

@@ -9,8 +9,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from harness import remarks
-from harness.remarks import Remark, lines, remarks_of
+from harness.experiments.gravity import remarks
+from harness.experiments.gravity.remarks import Remark, lines, remarks_of
 from harness.settings import field_names
 from harness.store import MEASURED, Reader, Row, Store
 from tests.fakes import older_store

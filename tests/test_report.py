@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from harness import figures, report
+from harness.commands.show import open_snapshot
 from harness.errors import EnvironmentFault, RunError
-from harness.figures import FIGURES
-from harness.listing import open_snapshot
-from harness.report import Segment, token_segments
+from harness.experiments.gravity import figures, report
+from harness.experiments.gravity.figures import FIGURES
+from harness.experiments.gravity.report import Segment, token_segments
 from harness.run import RunPaths, read_manifest
 from harness.store import Reader, Store
 from tests import synthetic

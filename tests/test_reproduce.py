@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import duckdb
 import pytest
 
-from harness import environment
-from harness.executor import ItemResult
-from harness.stages import psem
+from harness.engine.executors import ItemResult
+from harness.experiments.gravity.stages import psem
+from harness.run import environment
 from harness.store import MEASURED, Reader
 from tests.test_cli import (
     DATA,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import reproduce
-from harness.fetch import FETCHABLE
-from harness.manifests import setting
-from harness.recorded import settings_of
+from harness.commands import reproduce
+from harness.commands.replay import settings_of
+from harness.models.fetch import FETCHABLE
+from harness.run.differences import setting
 from harness.text.prompts import read_prompts
 from tests.test_cli import DATA
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from harness import run
 from harness.errors import RunError
-from harness.manifests import ABSENT, Difference, differences
 from harness.run import (
     Manifest,
     RunPaths,
@@ -32,6 +31,7 @@ from harness.run import (
     replacing,
     state,
 )
+from harness.run.differences import ABSENT, Difference, differences
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)

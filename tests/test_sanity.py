@@ -11,10 +11,28 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
 
-from harness import launch, store
-from harness import sanity as command
+from harness import store
+from harness.commands import launch
+from harness.commands import sanity as command
+from harness.engine.executors import Item
+from harness.engine.plan import CPU_BUDGET
 from harness.errors import EnvironmentFault, ItemFailed, NotFinite
-from harness.executor import Item
+from harness.experiments.gravity import certificate as stage
+from harness.experiments.gravity.certificate import (
+    Bench,
+    Sampler,
+    Sanity,
+    Subject,
+    Task,
+    Verdict,
+    Work,
+    check,
+    subjects_of,
+    tasks_of,
+)
+from harness.experiments.gravity.conditions import Template
+from harness.experiments.gravity.stages.mechanism import probe_of
+from harness.experiments.gravity.stages.prompts import context_row
 from harness.models import attend, inside, patch, plain, taps
 from harness.models import decode as decode_module
 from harness.models import score as score_module
@@ -25,13 +43,7 @@ from harness.models.inside import View, look_inside
 from harness.models.load import LM, ModelSpec, identify, load, load_codec
 from harness.models.patch import PATCHES
 from harness.models.score import TreeScores
-from harness.plan import CPU_BUDGET
 from harness.settings import resolve
-from harness.stages import sanity as stage
-from harness.stages.mechanism import probe_of
-from harness.stages.prompts import context_row
-from harness.stages.sanity import Bench, Sampler, Sanity, Subject, Task, Verdict, Work, check, subjects_of, tasks_of
-from harness.text.conditions import Template
 from harness.text.prompts import Prompt
 from harness.text.words import Trie
 from harness.tolerance import TOLERANCE, Tolerance

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import seal
 from harness.errors import RunError
 from harness.run import RunPaths
-from harness.store import TABLES, Batch, BatchResult, Reader, Row, Store, TableSeal
+from harness.store import TABLES, Batch, BatchResult, Reader, Row, Store, TableSeal, seal
 from tests.fakes import with_migration
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from harness.commands.launch import conditions_of
 from harness.errors import SettingsError
-from harness.launch import conditions_of
 from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings, TemplateSettings, describe, field_names, resolve
 
 BAN = "Name no {category}.\nQuestion: {question}\nAnswer:"

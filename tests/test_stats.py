@@ -15,7 +15,8 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
-from harness.bins import BIN_NAMES, EDGES, bin_of
+from harness.experiments.gravity.bins import BIN_NAMES, EDGES, bin_of
+from harness.experiments.gravity.summary import next_steps, render, summarise
 from harness.stats import (
     Estimate,
     Intervals,
@@ -35,7 +36,6 @@ from harness.stats import (
     welch,
 )
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store
-from harness.summary import next_steps, render, summarise
 
 patient = settings(deadline=None)  # a busy machine is no failure
 INTERCEPT, SLOPE = -2.4, 2.27  # the paper's, gravity.md section 9

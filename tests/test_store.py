@@ -21,8 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.engine.executors import Item, ItemResult
 from harness.errors import EnvironmentFault, StoreError
-from harness.executor import Item, ItemResult
 from harness.run import RunPaths
 from harness.store import (
     SCHEMA_VERSION,

@@ -15,12 +15,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from app.queries import attention
-from harness import own, seal
-from harness.artifacts import HEADER_BYTES, open_tensors
 from harness.errors import HarnessError, RunError
 from harness.files import open_inside
-from harness.run import RunPaths, read_manifest
-from harness.store import AlteredStore, Reader, Store
+from harness.run import RunPaths, given, read_manifest
+from harness.run.tensors import HEADER_BYTES, open_tensors
+from harness.store import AlteredStore, Reader, Store, seal
 from tests.test_cli import ROWS, Told, harness, only_run, prompt_file, refused
 from tests.test_verify import change, copied, failures, hashes, sealed_anew
 from tests.tiny import build_model, byte_tokenizer
@@ -130,7 +129,7 @@ def test_a_path_that_this_user_did_not_give_is_not_opened_but_asked_for(
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     edited(run, **{setting: str(pipe)})
-    flag = own.FLAGS[setting.replace("__", ".")]
+    flag = given.FLAGS[setting.replace("__", ".")]
     line = refused(again("reproduce", run))
     assert "no path that a run's folder names is opened; say where it is with" in line
     told = again("verify", run)
@@ -156,16 +155,16 @@ def test_a_run_made_by_this_user_is_measured_again_without_naming_its_paths_and_
 
 def test_the_key_that_tells_own_runs_is_this_users_alone_and_a_mark_holds_for_its_paths_only(tmp_path: Path) -> None:
     given = {"model.name": "/models/a", "data.prompts": "/b.csv"}
-    mark = own.mark(given, tmp_path)
+    mark = given.mark(given, tmp_path)
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    assert own.is_own(given, mark, tmp_path)
-    assert not own.is_own({**given, "model.name": "/models/other"}, mark, tmp_path)
+    assert given.is_own(given, mark, tmp_path)
+    assert not given.is_own({**given, "model.name": "/models/other"}, mark, tmp_path)
     for wrong in (None, 3, "", "é", mark[:-1] if mark else ""):
-        assert not own.is_own(given, wrong, tmp_path)
-    assert own.mark({"model.name": "demo", "data.prompts": "bundled"}, tmp_path) is None
-    assert own.recorded_paths({"model.name": "Qwen/Qwen2.5-7B-Instruct", "data.prompts": "bundled"}) == {}
-    assert own.recorded_paths({"model.name": "random:qwen2.5-7b"}) == {}
-    assert own.recorded_paths({"model.name": "../x"}) == {"model.name": "../x"}
+        assert not given.is_own(given, wrong, tmp_path)
+    assert given.mark({"model.name": "demo", "data.prompts": "bundled"}, tmp_path) is None
+    assert given.recorded_paths({"model.name": "Qwen/Qwen2.5-7B-Instruct", "data.prompts": "bundled"}) == {}
+    assert given.recorded_paths({"model.name": "random:qwen2.5-7b"}) == {}
+    assert given.recorded_paths({"model.name": "../x"}) == {"model.name": "../x"}
 
 
 def test_a_recorded_number_of_threads_is_no_more_than_this_machine_has(run: Path) -> None:

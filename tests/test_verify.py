@@ -18,11 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import environment, seal
-from harness.executor import ItemResult
-from harness.run import RunPaths, read_manifest
-from harness.stages import psem
-from harness.store import TABLES, Broken, Reader, Store
+from harness.engine.executors import ItemResult
+from harness.experiments.gravity.stages import psem
+from harness.run import RunPaths, environment, read_manifest
+from harness.store import TABLES, Broken, Reader, Store, seal
 from tests.test_cli import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query
 
 BROKEN = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id": "y", "target": "bird"})

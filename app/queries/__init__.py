@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from harness.errors import HarnessError
-from harness.remarks import Remark, remarks_of
+from harness.experiments.gravity.remarks import Remark, remarks_of
 from harness.run import RunEntry, RunPaths, list_runs
 from harness.settings import resolve
 from harness.store import Reader

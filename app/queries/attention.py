@@ -8,8 +8,8 @@ import pandas as pd
 from app import queries
 from app.frame import View
 from app.queries import layers
-from harness.artifacts import open_tensors
 from harness.run import RunPaths
+from harness.run.tensors import open_tensors
 
 MEASURES = {
     "iar": "IAR: attention on the instruction / (on the instruction + on the question)",

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from app import queries
-from harness.bins import BIN_NAMES
+from harness.experiments.gravity.bins import BIN_NAMES
 from harness.run import RunPaths
 
 if TYPE_CHECKING:

@@ -11,9 +11,7 @@ from typing import Any
 import pandas as pd
 
 from app import queries
-from harness import manifests
-from harness.manifests import differences
-from harness.run import RunEntry, RunPaths
+from harness.run import RunEntry, RunPaths, differences
 
 LIST_COLUMNS = (
     "run", "status", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages", "reason",
@@ -230,7 +228,7 @@ def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
 def manifest_differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
     """part, key, this, other of every leaf on which two manifests differ: what decides results first (`identity`), then
     settings, code, packages, numerics, machine."""
-    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in manifests.manifest_differences(this, other)]
+    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in differences.manifest_differences(this, other)]
     return pd.DataFrame(rows, columns=["part", "key", "this", "other"])
 
 
@@ -301,7 +299,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    return {d.key: d.new for d in differences({}, _mapping(tree)) if d.key}
+    return {d.key: d.new for d in differences.differences({}, _mapping(tree)) if d.key}
 
 
 def _told(value: Any) -> str:

@@ -7,7 +7,7 @@ from app import frame, queries
 from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
-from harness.manifests import seed_of
+from harness.run.differences import seed_of
 
 _FILTERED = "The sidebar's filters are on: these are plain means over the prompts that they keep, without intervals."
 _NOT_YET = "No intervals and no fit: the analysis comes at the end of a run."

@@ -20,9 +20,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from harness.experiments.gravity.conditions import BUILT_IN
 from harness.models import attend
 from harness.models.score import tree_batch
-from harness.text.conditions import BUILT_IN
 from harness.text.prompts import Prompt, read_prompts
 from harness.text.words import Trie, build_trie
 

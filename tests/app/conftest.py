@@ -9,7 +9,7 @@ import duckdb
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from harness import launch
+from harness.commands import launch
 from harness.settings import resolve
 from tests.fakes import older_store
 

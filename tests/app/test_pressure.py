@@ -15,15 +15,16 @@ from app.charts import GREY
 from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
-from harness import report, stats
-from harness.bins import BIN_NAMES, bin_of
-from harness.figures import FIGURES, gather
-from harness.listing import open_snapshot
-from harness.manifests import seed_of
-from harness.remarks import lines
+from harness import stats
+from harness.commands.show import open_snapshot
+from harness.experiments.gravity import report
+from harness.experiments.gravity.bins import BIN_NAMES, bin_of
+from harness.experiments.gravity.figures import FIGURES, gather
+from harness.experiments.gravity.remarks import lines
+from harness.experiments.gravity.summary import summarise
 from harness.run import RunEntry, RunPaths, read_manifest
+from harness.run.differences import seed_of
 from harness.store import Store
-from harness.summary import summarise
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import HOSTILE, Shape

@@ -14,8 +14,8 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import runs as charts
 from app.queries import runs as asked
-from harness.manifests import ABSENT
 from harness.run import RunPaths, list_runs, read_manifest
+from harness.run.differences import ABSENT
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
 from tests.app.conftest import AHEAD, open_view

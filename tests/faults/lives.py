@@ -168,7 +168,6 @@ def warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from harness import cli, diff, launch, report, reproduce, verify  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         pid = os.fork()
@@ -308,12 +307,12 @@ def _mark_stages() -> None:
 
 def _remember_certificate(folder: Path) -> None:
     """Let a measurement of the certificate that an earlier life made be read, not made: nothing is written in making it."""
-    from harness.stages import sanity
+    from harness.experiments.gravity import certificate
 
-    measure = sanity.measure
+    measure = certificate.measure
     folder.mkdir(exist_ok=True)
 
-    def remembered(bench: sanity.Bench, task: sanity.Task) -> list[sanity.Verdict]:
+    def remembered(bench: certificate.Bench, task: certificate.Task) -> list[certificate.Verdict]:
         texts = [s.token_ids for s in task.company]
         asked = repr((task.kind, task.name, task.is_alone, texts, bench.sampler, bench.is_full))
         kept = folder / hashlib.sha256(asked.encode()).hexdigest()
@@ -323,7 +322,7 @@ def _remember_certificate(folder: Path) -> None:
             beside.replace(kept)
         return pickle.loads(kept.read_bytes())
 
-    sanity.measure = remembered
+    certificate.measure = remembered
 
 
 def _address_space() -> int:

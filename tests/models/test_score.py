@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harness.errors import ItemFailed
+from harness.experiments.gravity.stages.psem import measures
 from harness.models import plain, score
 from harness.models.cells import Cells, shared_cells
 from harness.models.decode import Completion, Request, Sampling, decode
 from harness.models.load import LM, Codec, assemble
 from harness.models.noise import row_key
 from harness.models.score import TreeScores, row_length, score_trees, tree_batch
-from harness.stages.psem import measures
 from harness.text.detect import find_word
 from harness.text.words import Tokens, Trie, build_trie, word_forms
 from tests.tiny import FAMILIES, build_model, byte_tokenizer, identity, tiny_lm

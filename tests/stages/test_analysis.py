@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, ttest_ind, ttest_rel
 
-from harness.bins import BIN_NAMES
 from harness.engine import StageReport
-from harness.executor import Item, ItemResult
+from harness.engine.executors import Item, ItemResult
+from harness.experiments.gravity.bins import BIN_NAMES
+from harness.experiments.gravity.inputs import Inputs
+from harness.experiments.gravity.stages.analysis import Analysis
 from harness.models.load import ModelIdentity, ModelSpec
 from harness.run import RunPaths
 from harness.settings import ExperimentSettings
-from harness.stages.analysis import Analysis
-from harness.stages.inputs import Inputs
 from harness.stats import mean_interval
 from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import events_of, rows_of, run_stages

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from harness.commands.launch import prepare
 from harness.engine import Stage
+from harness.engine.executors import Item, ItemResult
 from harness.errors import ItemFailed, NotFinite
-from harness.executor import Item, ItemResult
-from harness.launch import prepare
+from harness.experiments.gravity.stages import mechanism
+from harness.experiments.gravity.stages.mechanism import STEP_KINDS, Mechanism, probe_of, stored_prompts
 from harness.models.inside import View, look_inside
 from harness.models.load import LM
 from harness.models.measure import SPANS, attention_ratios
 from harness.run import RunPaths
 from harness.settings import StoredSettings, resolve
-from harness.stages import mechanism
-from harness.stages.mechanism import STEP_KINDS, Mechanism, probe_of, stored_prompts
 from harness.store import Row, Store
 from tests.fakes import events_of, rows_of, run_stages
 from tests.test_cli import DATA

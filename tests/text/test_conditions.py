@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import SettingsError
+from harness.experiments.gravity.conditions import BUILT_IN, FIELDS, Span, Template, token_span
 from harness.models.load import Codec
-from harness.text.conditions import BUILT_IN, FIELDS, Span, Template, token_span
 from harness.text.prompts import Prompt
 from tests.tiny import byte_tokenizer
 

@@ -1,0 +1,140 @@
+"""Whether a run's numbers come out again: some of its batches computed once more, and compared with what it keeps."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from harness.commands import diff
+from harness.commands.diff import TableDrift, table_drift
+from harness.commands.findings import Check, checks_of
+from harness.commands.launch import Plan, surroundings
+from harness.commands.replay import prepare_again
+from harness.engine import Stage, collect
+from harness.engine.executors import Host, Inline, Outcome
+from harness.errors import HarnessError
+from harness.models import device
+from harness.run.differences import environment_differences, shortened, told
+from harness.settings import Resolved
+from harness.store import Batch, BatchResult, Reader, Row
+from harness.tolerance import TOLERANCE
+
+
+def measured_again(
+    manifest: Mapping[str, Any],
+    reader: Reader,
+    again: Callable[[Mapping[str, Any]], Resolved],
+    num_batches: int,
+    seed: int,
+) -> Iterator[Check]:
+    """Batches of each stage, drawn at random, computed as the run computed them, each beside its rows.
+
+    The rows must be the same bits where hardware, versions and code are the recorded ones, and the same up to rounding
+    elsewhere. `again` gives the settings that a recorded run had.
+    """
+    if not num_batches:
+        yield Check("skip", "again", "no batch was asked for")
+        return
+    try:
+        resolved = again(manifest)
+        plan, changes = prepare_again(manifest, resolved)
+    except HarnessError as e:
+        yield Check("skip", "again", str(e))
+        return
+    decisive = [d for d in changes if d.key != "code"]
+    if decisive:
+        yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
+        return
+    here = surroundings(plan, resolved)
+    apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
+    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype].nats
+    how = (
+        "bit for bit"
+        if not apart
+        else f"within {tolerance:g}, since here is not as there: {shortened(told(apart), 200)}"
+    )
+    yield Check("ok", "again", f"up to {num_batches} batches a stage, sample {seed}; rows must agree {how}")
+    for stage in plan.stages:
+        try:
+            yield from _stage_again(
+                stage, plan, resolved, reader, num_batches, random.Random(f"{seed} {stage.name}"), tolerance
+            )
+        except HarnessError as e:
+            yield Check("FAIL", f"again {stage.name}", str(e))
+
+
+def _stage_again(
+    stage: Stage, plan: Plan, resolved: Resolved, reader: Reader, num_batches: int, rng: random.Random, tolerance: float
+) -> Iterator[Check]:
+    """Some of a stage's batches, computed as the run computed them, each beside its rows."""
+    told_of = reader.query("SELECT num_rows FROM stages WHERE stage = ?", [stage.name])
+    done = [
+        Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"])
+        for r in reader.query(
+            "SELECT * FROM batches WHERE stage = ? AND status = 'done' ORDER BY batch_id", [stage.name]
+        )
+    ]
+    if not told_of or not done:
+        return  # it was not reached
+    if not told_of[0]["num_rows"]:
+        yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
+        return
+    items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
+    chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
+    last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there
+    gone = {b.batch_id: [k for k in b.keys if k not in items or last[k] != b.batch_id] for b in chosen}
+    reserve = int(resolved.settings.batching.reserve_gb * 1e9)
+    executor = Inline(device.CudaMemory(reserve) if plan.device == "cuda" else Host())
+    given = ((b, [items[k] for k in b.keys if k in items]) for b in chosen)
+    for outcome in executor.map(stage.setup, stage.run, given):
+        batch: Batch = outcome.token
+        problems = list(_problems_again(outcome, batch, gone[batch.batch_id], reader, tolerance))
+        fine = f"batch {batch.batch_id} of {len(done)}, {len(batch.keys)} items: the same rows"
+        yield from checks_of(f"again {stage.name}", problems, fine)
+
+
+def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Reader, tolerance: float) -> Iterator[str]:
+    where = f"batch {batch.batch_id}"
+    if outcome.error or outcome.out_of_memory:
+        yield f"{where}: {outcome.error or 'out of memory'}"
+        return
+    failed = set(reader.failed(batch.stage))
+    failing = {f.key: f.message for f in collect(batch, outcome, gone).failures}
+    yield from (f"{where}: {key} fails now: {told}" for key, told in failing.items() if key not in failed)
+    kept = [key for key in batch.keys if key not in gone]
+    yield from (f"{where}: {key} failed in the run and does not now" for key in kept if key in failed - failing.keys())
+    without = [key for key in batch.keys if key not in kept or key in failed]
+    for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}):
+        drift = table_drift(table, reader.same_rows(table, rows))
+        yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
+
+
+def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterator[tuple[str, list[Row]]]:
+    """What the batch would write, by table and columns; files by their hashes."""
+    for rows in (result.rows, result.updates):
+        for table, given in rows.items():
+            alike: dict[tuple[str, ...], list[Row]] = {}
+            for row in given:
+                alike.setdefault(tuple(row), []).append(row)
+            yield from ((table, group) for group in alike.values())
+    files = [
+        {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
+        for r in outcome.results
+        if r.key not in without
+        for a in r.artifacts
+    ]
+    if files:
+        yield "artifacts", files
+
+
+def _apart(drift: TableDrift, tolerance: float) -> Iterator[str]:
+    if drift.only_other:
+        yield f"{drift.table}: {drift.only_other} rows of it are not in the run"
+    if tolerance and drift.table in diff.DERIVED:
+        return
+    for c in drift.columns:
+        if tolerance and c.column in diff.RANKS:
+            continue
+        if c.scaled > tolerance:
+            size = f", by up to {c.max_abs:.2e}" if c.max_abs is not None else ""
+            yield f"{drift.table}.{c.column}: {c.num_rows} of {drift.num_rows} rows are not the same{size}; furthest: {c.worst}"

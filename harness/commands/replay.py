@@ -1,0 +1,100 @@
+"""A recorded run made ready to be measured again: the settings it had, and what of it is not as it was."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.commands.launch import Plan, prepare
+from harness.errors import HarnessError, RunError
+from harness.run import environment, given
+from harness.run.differences import Difference, differences, shortened
+from harness.settings import Resolved
+
+_TRUST = "model.trust_remote_code"
+_LOCAL = "paths."
+"""Settings that say where things are on the machine that ran it."""
+
+
+def settings_of(manifest: Mapping[str, Any], state: Path) -> dict[str, Any]:
+    """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had.
+
+    Not among them: trust in a model's code, which is given anew or not at all, and paths that this user, whose state is
+    in `state`, did not give.
+    """
+    values = _recorded(manifest)
+    values = {name: value for name, value in values.items() if name not in (_TRUST, *_strange_paths(manifest, state))}
+    if manifest.get("device") == "cpu" and manifest.get("threads"):
+        values["runtime.threads"] = min(manifest["threads"], os.cpu_count() or 1)
+    revision = (manifest.get("model") or {}).get("revision")
+    if revision not in (None, "local", "random"):
+        values["model.revision"] = revision
+    return values
+
+
+def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan, list[Difference]]:
+    """The plan of a recorded run, from settings that rest on `settings_of`, and what is not as it was: model, data or code.
+
+    Raises HarnessError where something is not there at all, or has to be named by this user.
+    """
+    strange = _strange_paths(manifest, resolved.settings.paths.state_folder)
+    asked = [name for name in strange if name not in resolved.sources]
+    if asked:
+        named = " and ".join(f"{name} = {shortened(strange[name])}" for name in asked)
+        raise RunError(
+            f"run {manifest['run_id']} records {named}, which this user did not give: "
+            "no path that a run's folder names is opened; say where it is with "
+            + " ".join(f"{given.FLAGS[name]} PATH" for name in asked)
+        )
+    try:
+        plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))
+    except HarnessError as e:
+        raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
+    return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
+
+
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = manifest.get("settings")
+    if not recorded:
+        raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
+    return {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
+
+
+def _strange_paths(manifest: Mapping[str, Any], state: Path) -> dict[str, str]:
+    values = _recorded(manifest)
+    return {} if given.is_own(values, manifest.get("given_here"), state) else given.recorded_paths(values)
+
+
+def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
+    found = []
+    for change in differences(manifest.get("fingerprint_parts") or {}, plan.parts):
+        if change.key == "prompts.sha256":
+            found.append(Difference("data (prompts.sha256)", change.old, f"{change.new}{_rows_told(manifest, plan)}"))
+        else:
+            found.append(change)
+    return found
+
+
+def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
+    was: Mapping[str, str] = (manifest.get("prompts") or {}).get("row_hashes") or {}
+    now = {p.prompt_id: p.row_hash for p in plan.inputs.prompts}
+    groups = {
+        "changed": [i for i in was.keys() & now.keys() if was[i] != now[i]],
+        "missing": list(was.keys() - now.keys()),
+        "new": list(now.keys() - was.keys()),
+    }
+    counted = [f"{len(ids)} {how}, such as {min(ids)}" for how, ids in groups.items() if ids]
+    return f" (prompts: {', '.join(counted)})" if was and counted else ""
+
+
+def _difference_of_code(manifest: Mapping[str, Any]) -> list[Difference]:
+    was, now = manifest.get("code") or {}, environment.code()
+    if was.get("source_sha256") == now["source_sha256"]:
+        return []
+    return [Difference("code", _code_told(was), _code_told(now))]
+
+
+def _code_told(code: Mapping[str, Any]) -> str:
+    commit = str(code.get("git_commit") or "unknown")[:12]
+    dirty = " with uncommitted changes" if code.get("git_dirty") else ""
+    return f"commit {commit}{dirty}, sources {str(code.get('source_sha256') or 'not recorded')[:12]}"

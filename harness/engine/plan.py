@@ -1,0 +1,269 @@
+"""How items are cut into batches: by a budget of padded tokens, given, or measured on the first small batches of a stage,
+in time and where it can be in memory; lower after running out of memory.
+
+Pure arithmetic on lengths; stores nothing and computes nothing.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from harness.engine.executors import Item
+from harness.store import Batch
+
+CPU_BUDGET = 8_192
+"""Most padded tokens a batch where memory is not measured."""
+TARGET_S = 4.0
+"""Most that a batch may take, as far as the first ones tell. A budget is the largest power of two that keeps to it, so
+batches take two to four seconds, and a measurement that wavers by a little cuts the same plan."""
+_MOST_S = 10.0
+"""Most that a batch may take which measures, or keeps items together that share work, as far as is known before it."""
+CPU_PROBES = (256, 1_024)
+"""Padded tokens of the two small batches that a stage's speed is measured with."""
+GPU_PROBES = (2_048, 8_192)
+"""The same where memory is measured with them too."""
+_SAFETY = 0.85
+"""Share of the measured room that is used: allocators fragment."""
+_STEEP = 0.5
+"""Least share of its time that a batch is taken to owe to its tokens: two batches alone tell it badly."""
+_STEADY = 0.75
+"""The same where it is told from, and not tried: how long a run takes."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a batch takes: so many seconds whatever is in it, and so many a token."""
+
+    fixed_s: float
+    per_token_s: float
+
+    @classmethod
+    def fit(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+        """From (tokens, seconds) of batches: a line through the smallest one and the fastest a token, since what is slow
+        for once says nothing. None of none."""
+        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        if not timed:
+            return None
+        return cls._line(min(timed), min(timed, key=lambda b: (b[1] / b[0], b[0])), _STEEP)
+
+    @classmethod
+    def typical(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+        """The same through the smallest batch and the mean of the large ones: what a machine does that wavers."""
+        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        large = [b for b in timed if 2 * b[0] >= max(timed)[0]]
+        if not large:
+            return None
+        mean = (math.fsum(t for t, _ in large) / len(large), math.fsum(s for _, s in large) / len(large))
+        return cls._line(min(timed), mean, _STEADY)
+
+    @classmethod
+    def _line(
+        cls, small: tuple[int | float, int | float], large: tuple[int | float, int | float], steep: float
+    ) -> "Pace":
+        rate = large[1] / large[0]
+        rise = (large[1] - small[1]) / (large[0] - small[0]) if large[0] >= 1.5 * small[0] else rate
+        per_token_s = min(rate, max(steep * rate, rise))
+        return cls(max(0.0, large[1] - per_token_s * large[0]), per_token_s)
+
+    def seconds(self, tokens: int | float) -> float:
+        """What a batch of so many tokens takes."""
+        return self.fixed_s + self.per_token_s * tokens
+
+    def most(self, seconds: int | float) -> float:
+        """Tokens that fit into so many seconds; 0 where none do."""
+        return max(0.0, seconds - self.fixed_s) / self.per_token_s
+
+    def whole(self, tokens: int | float, most_tokens: int | None = None) -> float:
+        """Seconds of so many tokens, cut into batches of about the target, none of more than `most_tokens`."""
+        size = _power(min(self.most(TARGET_S), most_tokens or math.inf))
+        return math.ceil(tokens / size) * self.fixed_s + self.per_token_s * tokens
+
+
+class Budget:
+    """How many padded tokens a batch may have: given, or measured on the first batches; lower after running out."""
+
+    def __init__(
+        self,
+        given: int | None,
+        capacity_bytes: int | None,
+        plan: Sequence[Batch],
+        ran_out: Collection[int],
+        sizes: Sequence[int] = (),
+        expected_rate: float | None = None,
+    ):
+        """`capacity_bytes`: all the memory there is for this process, None where it is not measured. `ran_out`: ids of
+        the batches of `plan` that did not fit, in an earlier life of this run. `sizes`: items a batch where the items are
+        to be cut as another run cut them; ignored where they are not as many. `expected_rate`: seconds a padded token, as
+        far as known before the first batch, which alone it makes smaller."""
+        self._sizes = tuple(sizes)
+        self._capacity = capacity_bytes
+        self._probes = CPU_PROBES if capacity_bytes is None else GPU_PROBES
+        self._expected_rate = expected_rate
+        self.tokens = self._given = given
+        self._ceiling: int | None = None
+        for batch in plan:
+            if batch.batch_id in ran_out:
+                self.learn(batch)
+        self.remember(plan)
+
+    def allows(self, batch: Batch) -> bool:
+        return self._ceiling is None or batch.padded_tokens <= self._ceiling or len(batch.keys) == 1
+
+    def learn(self, batch: Batch) -> None:
+        """A batch did not fit: none larger than its larger half is tried again in this stage."""
+        num = len(batch.keys)
+        half = math.ceil(batch.padded_tokens * ((num + 1) // 2) / num)
+        self._ceiling = min(half, self._ceiling or half)
+
+    def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
+        """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys.
+
+        Of items that the budget is still to be measured on, one batch: it is to be remembered before the next.
+        """
+        ordered = sorted(items, key=lambda i: (-i.length, i.key))
+        if ordered and len(ordered) == sum(self._sizes):
+            for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
+                yield batch_of(stage, next_id + n, ordered[end - size : end])
+            return
+        if self.tokens is None:
+            left = math.fsum(i.length for i in ordered)
+            probe = self._probe(left)
+            if probe is not None:
+                # How much memory a whole group takes is not known before the probes.
+                batch = _take(ordered, probe, self._most() if self._capacity is None else None)
+                if batch:
+                    yield batch_of(stage, next_id, batch)
+                return
+            self.tokens = self._measured_budget(left)
+        while ordered:
+            batch = _take(ordered, self.tokens, self._most())
+            ordered = ordered[len(batch) :]
+            yield batch_of(stage, next_id, batch)
+            next_id += 1
+
+    def remember(self, plan: Sequence[Batch]) -> None:
+        """Take seconds and peaks of the batches that are done as measurements; a stage that uses no GPU memory has no peaks."""
+        self._num_cut = sum(b.parent is None for b in plan)
+        self._measured = [b for b in plan if b.status == "done" and b.padded_tokens]
+
+    @property
+    def _pace(self) -> Pace | None:
+        return Pace.fit([(b.padded_tokens, b.work_s) for b in self._measured if b.work_s])
+
+    def _probe(self, length: float) -> int | None:
+        """Padded tokens of the next batch that measures; None where enough was measured. `length`: of what is left."""
+        pace, largest = self._pace, max((b.padded_tokens for b in self._measured), default=0)
+        if self._num_cut < len(self._probes):
+            size = self._probes[self._num_cut]
+            if not self._num_cut:
+                rate = self._expected_rate
+                return size if rate is None else min(size, _power(_MOST_S / rate))
+            if pace is None:
+                return size
+            # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
+            double = min(2 * largest, _power(pace.most(_MOST_S)))
+            return min(size, max(self._by_time(pace, largest), double))
+        if pace is None or pace.seconds(length) <= TARGET_S:
+            return None
+        size = self._by_time(pace, largest)
+        return size if 1.5 * largest <= size < self._ceiling_of_memory() else None
+
+    @staticmethod
+    def _by_time(pace: Pace, largest: int) -> int:
+        """The largest power of two that takes no longer than the target: for certain, were a batch to cost nothing beside
+        its tokens, or by the line as far as twice the largest that was measured."""
+        certain = _power(TARGET_S / (pace.per_token_s + pace.fixed_s / max(1, largest)))
+        return max(certain, min(_power(pace.most(TARGET_S)), 2 * _power(2 * largest - 1)))
+
+    def _most(self) -> float | None:
+        """Padded tokens up to which items are kept together that share work; None: not known, or a budget is given."""
+        rate = self._expected_rate
+        pace = self._pace or (Pace(0.0, rate) if rate else None)
+        if pace is None or self._given is not None:
+            return None
+        return float(min(pace.most(_MOST_S), self._ceiling_of_memory(), self._ceiling or math.inf))
+
+    def _ceiling_of_memory(self) -> int:
+        return self._by_memory() if self._capacity is not None else CPU_BUDGET
+
+    def _measured_budget(self, length: float) -> int:
+        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory.
+
+        Of items that take no longer than the target whole, any number does.
+        """
+        pace, by_memory = self._pace, self._ceiling_of_memory()
+        if pace is None or pace.seconds(length) <= TARGET_S:
+            return by_memory
+        return min(by_memory, self._by_time(pace, max(b.padded_tokens for b in self._measured)))
+
+    def _by_memory(self) -> int:
+        """Room over what is always there, divided by bytes per padded token: a line through the two probes.
+
+        Never less than the largest batch that did fit.
+        """
+        peaks = {b.padded_tokens: b.peak_bytes for b in self._measured if b.peak_bytes}
+        if not peaks:
+            return CPU_BUDGET
+        small, large = min(peaks), max(peaks)
+        rise = peaks[large] - peaks[small]
+        if large == small or rise <= 0:
+            return 4 * large
+        per_token = rise / (large - small)
+        room = (self._capacity or 0) - (peaks[small] - per_token * small)
+        return max(int(_SAFETY * room / per_token), large)
+
+
+def _power(tokens: int | float) -> int:
+    """The largest power of two that is no more; at least one."""
+    return 2 ** math.floor(math.log2(max(1.0, tokens)))
+
+
+def _take(ordered: Sequence[Item], budget: int, most: float | None) -> list[Item]:
+    """The most items from the front whose rows × longest row stay within the budget; at least one.
+
+    Items of one group come whole where that many padded tokens are at `most`, or else begin a batch of their own.
+    """
+    if not ordered:
+        return []
+    longest = max(1.0, ordered[0].length)
+    num = min(len(ordered), max(1, int(budget / longest)))
+    group = ordered[num - 1].group
+    if group and num < len(ordered) and ordered[num].group == group:
+        start = next(n for n, item in enumerate(ordered) if item.group == group)
+        whole = sum(item.group == group for item in ordered[start:])
+        if start:
+            num = start
+        elif whole * longest <= (most or 0.0):
+            num = whole
+    return list(ordered[:num])
+
+
+def batch_of(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
+    """A planned batch of these items; its padded tokens are rows × longest row."""
+    return Batch(
+        stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items)))
+    )
+
+
+def place(batch: Batch, plan: Sequence[Batch]) -> tuple[int, ...]:
+    """Where a batch stands in the order of running: halves stand where their parent stood, in a resumed run too."""
+    if batch.parent is None or plan[batch.parent].status != "split":
+        return (batch.batch_id,)
+    return (*place(plan[batch.parent], plan), batch.batch_id)
+
+
+def halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
+    """The two planned batches that take the place of one that did not fit, or failed whole.
+
+    A key that is not among `items` any more counts for one token.
+    """
+    middle = len(batch.keys) // 2
+    return [
+        replace(
+            batch_of(batch.stage, next_id + n, [items.get(k) or Item(k, 1) for k in keys]),
+            parent=batch.batch_id,
+            attempt=batch.attempt,
+        )
+        for n, keys in enumerate((batch.keys[:middle], batch.keys[middle:]))
+    ]

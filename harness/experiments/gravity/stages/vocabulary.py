@@ -1,0 +1,49 @@
+"""Stage `vocabulary`: the text of every token id, so that a run can be read where its tokenizer is not at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from harness.engine import Tables
+from harness.engine.executors import Item, ItemResult
+from harness.experiments.gravity.inputs import Inputs
+from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
+from harness.text.words import token_texts
+
+
+@dataclass(frozen=True)
+class TokenTexts:
+    """Writes `vocabulary`, one row a token id. Special tokens go by their name."""
+
+    model: ModelSpec
+    identity: ModelIdentity
+    name: ClassVar[str] = "vocabulary"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+    row_bytes: ClassVar[int] = 5_000_000
+
+    @classmethod
+    def build(cls, given: Inputs) -> "TokenTexts":
+        return cls(given.model, given.identity)
+
+    def params(self) -> dict[str, Any]:
+        return {}
+
+    def items(self, tables: Tables) -> list[Item]:
+        return [Item("tokens", 1)]
+
+    def most_items(self, num_prompts: int) -> int:
+        return 1
+
+    def setup(self) -> Codec:
+        return load_codec(self.model, self.identity)
+
+    def run(self, context: Codec, items: Sequence[Item]) -> list[ItemResult]:
+        special = set(context.all_special_ids)
+        rows = [
+            {"token_id": n, "text": context.name_of(n) if n in special else text, "is_special": n in special}
+            for n, text in enumerate(token_texts(context))
+        ]
+        return [ItemResult(item.key, {"vocabulary": rows}) for item in items]

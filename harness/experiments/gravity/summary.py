@@ -1,0 +1,249 @@
+"""The headline results of a run, from its snapshot, and how they look in a terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from harness.experiments.gravity import remarks
+from harness.experiments.gravity.bins import BIN_NAMES, bin_of
+from harness.experiments.gravity.remarks import Remark
+from harness.run.differences import seed_of
+from harness.stats import Estimate, LogisticFit, estimate_of, fit_violations, support_of
+from harness.store import Reader, Row
+
+
+@dataclass(frozen=True)
+class ConditionSummary:
+    """One condition: mean pressure, share of prompts whose greedy answer has the word, sampled rate, one-word answers."""
+
+    condition: str
+    num_prompts: int
+    p_sem: float
+    p_word: float
+    greedy_rate: float | None
+    sample_rate: Estimate | None
+    format_rate: float | None
+    by_bin: tuple[Estimate | None, ...]
+    fit: LogisticFit | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to: one entry a condition, failed items, and prompts per pressure bin."""
+
+    conditions: tuple[ConditionSummary, ...]
+    num_failed: int
+    bin_counts: tuple[int, ...]
+    certificate: Mapping[str, bool | None]
+    """Measurement -> whether the fast path agrees with the plain reference; empty where that was not checked, None where
+    there was no time for any of it."""
+    taxonomy: Mapping[str, Mapping[str, int]]
+    """Condition -> kind of failure -> greedy answers."""
+    strongest_patches: tuple[Mapping[str, Any], ...]
+    """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
+    remarks: tuple[Remark, ...]
+    num_left_out: int = 0
+    """Comparisons of the certificate that its budget left out."""
+
+
+def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
+    """Rates by condition and pressure bin, and the fitted line; whatever has not been measured yet is None.
+
+    Intervals and the line are those that stage `analysis` stored; before it has, they are computed as it will.
+    """
+    seed, stored = seed_of(manifest), _stored(reader)
+    p0 = {r["prompt_id"]: r["p_sem"] for r in reader.query("SELECT * FROM psem WHERE condition = 'baseline'")}
+    rows = reader.query(
+        "SELECT condition, count(*) AS n, avg(p_sem) AS p_sem, avg(p_word) AS p_word FROM psem GROUP BY condition "
+        "ORDER BY condition"
+    )
+    greedy = _rates(reader, "greedy", "word_present")
+    formats = _rates(reader, "sample", "format_ok") or _rates(reader, "greedy", "format_ok")
+    violations: dict[str, list[dict[str, Any]]] = {}
+    for row in reader.query("SELECT * FROM violation ORDER BY condition, prompt_id"):
+        violations.setdefault(row["condition"], []).append(row)
+    conditions = []
+    for row in rows:
+        name = row["condition"]
+        samples = violations.get(name, [])
+        pressed = [r for r in samples if r["prompt_id"] in p0]
+        rates = {key[-1]: row for key, row in stored.items() if key[:3] == ("rates", name, "violation_rate")}
+        by_bin = tuple(
+            estimate_of(said, rates.get(bin_name), seed)
+            if (said := [r["rate"] for r in pressed if bin_of(p0[r["prompt_id"]]) == b])
+            else None
+            for b, bin_name in enumerate(BIN_NAMES)
+        )
+        conditions.append(
+            ConditionSummary(
+                name, row["n"], row["p_sem"], row["p_word"], greedy.get(name),
+                estimate_of([r["rate"] for r in samples], rates.get("all"), seed) if samples else None, formats.get(name), by_bin,
+                _fit(pressed, p0, stored, seed) if name != "baseline" else None,
+            )
+        )  # fmt: skip
+    counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
+    failed = reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"]
+    taxonomy: dict[str, dict[str, int]] = {}
+    for row in reader.query(
+        "SELECT condition, coalesce(taxonomy, 'unknown') AS kind, count(*) AS n FROM outcomes WHERE outcome = 'failure' "
+        "GROUP BY ALL ORDER BY ALL"
+    ):
+        taxonomy.setdefault(row["condition"], {})[row["kind"]] = row["n"]
+    is_older = "statistics" not in reader.tables()  # a run of an older harness has no such tables
+    strongest = reader.query(
+        "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
+        "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
+    ) if not is_older else []  # fmt: skip
+    certificate = reader.query("SELECT * FROM sanity ORDER BY measurement") if not is_older else []
+    return Summary(
+        tuple(conditions), int(failed), tuple(int(c) for c in counts), {r["measurement"]: r["ok"] for r in certificate},
+        taxonomy, tuple(strongest), tuple(remarks.remarks_of(reader, manifest)),
+        sum(r.get("num_left_out") or 0 for r in certificate),
+    )  # fmt: skip
+
+
+def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
+    """Tables for a terminal."""
+    shown: list[object] = []
+    overview = Table(title=f"Run {manifest['run_id']}", title_justify="left")
+    for column in (
+        "condition",
+        "prompts",
+        "mean p_sem",
+        "mean p_word",
+        "greedy says X",
+        "samples say X [95 %]",
+        "one word",
+    ):
+        overview.add_column(column, justify="left" if column == "condition" else "right")
+    for c in result.conditions:
+        overview.add_row(
+            c.condition, str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
+            _estimate(c.sample_rate), _share(c.format_rate),
+        )  # fmt: skip
+    shown.append(overview)
+    sampled = [c for c in result.conditions if c.sample_rate is not None and any(c.by_bin)]
+    if sampled:
+        bins = Table(
+            title="Share of samples that say X, by pressure P0 (interval: bootstrap over prompts)", title_justify="left"
+        )
+        bins.add_column("P0")
+        bins.add_column("prompts", justify="right")
+        for c in sampled:
+            bins.add_column(c.condition, justify="right")
+        for b, name in enumerate(BIN_NAMES):
+            # Rich reads [..] as markup, which an interval is not.
+            bins.add_row(name, str(result.bin_counts[b]), *(_estimate(c.by_bin[b]) for c in sampled))
+        shown.append(bins)
+    shown.extend(_fit_line(c.condition, c.fit) for c in sampled if c.fit is not None)
+    shown.extend(
+        f"{name}: greedy answers that say X: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        for name, kinds in result.taxonomy.items()
+    )
+    if result.strongest_patches:
+        told = ", ".join(
+            f"{r['patch']} {r['value']:+.3f} (layer {r['layer']})" for r in result.strongest_patches if r["value"]
+        )
+        shown.append(f"Patching {result.strongest_patches[0]['n']} prompts, largest mean ΔP of each patch: {told}")
+    if result.certificate:
+        shown.append(_certificate_told(result, "sanity" in (manifest.get("stages") or {})))
+    shown.extend(f"Note: {line}" for line in remarks.lines(result.remarks))
+    if result.num_failed:
+        shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
+    told = ", ".join(
+        f"{n} {level}s" if n != 1 else f"1 {level}" for level, n in (manifest.get("warnings") or {}).items()
+    )
+    if told:
+        shown.append(f"{told} in the log (logs/run.log).")
+    if manifest.get("planted"):
+        shown.append(
+            "The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models."
+        )
+    return shown
+
+
+def next_steps(run_id: str, runs: Path) -> str:
+    """Where to look next, for somebody who has just seen a run end."""
+    return (
+        f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
+        f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
+    )
+
+
+def _fit_line(condition: str, fit: LogisticFit) -> str:
+    (a, b), (c, d) = fit.intercept_interval, fit.slope_interval
+    return (
+        f"{condition}: P(says X) = σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0), slope 95 % [{c:.2f}, {d:.2f}], "
+        f"intercept [{a:.2f}, {b:.2f}], {fit.num_prompts} prompts with P0 from {fit.support.low:.2f} to "
+        f"{fit.support.high:.2f}"
+    )
+
+
+def _rates(reader: Reader, mode: str, column: str) -> dict[str, float]:
+    rows = reader.query(
+        f"SELECT condition, avg({column}::INTEGER) AS rate FROM detections WHERE mode = ? GROUP BY condition", [mode]
+    )
+    return {r["condition"]: r["rate"] for r in rows}
+
+
+def _stored(reader: Reader) -> dict[tuple[str, str, str, str], Row]:
+    """What stage `analysis` said of rates and fits, by analysis, condition, measure and grouping."""
+    if "statistics" not in reader.tables():
+        return {}
+    rows = reader.query("SELECT * FROM statistics WHERE analysis IN ('rates', 'fit')")
+    return {(r["analysis"], r["condition"], r["measure"], r["grouping"]): r for r in rows}
+
+
+def _fit(
+    rows: Sequence[Row], p0: Mapping[str, float], stored: Mapping[tuple[str, str, str, str], Row], seed: int
+) -> LogisticFit | None:  # fmt: skip
+    """The line: as it was stored, if it was of as many prompts; none where the analysis found none."""
+    if not rows:
+        return None
+    columns = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows]
+    x, k, n = (np.array(c, dtype=np.float64) for c in zip(*columns, strict=True))
+    condition = rows[0]["condition"]
+    a, b, r2 = (stored.get(("fit", condition, m, "all")) for m in ("intercept", "slope", "mcfadden_r2"))
+    if a is None or b is None or a["n"] != len(rows):
+        return fit_violations(x, k, n, seed)
+    if a["value"] is None or b["value"] is None:
+        return None
+    ends = ((r["low"], r["high"]) for r in (a, b))
+    intercept_interval, slope_interval = ((_known(low), _known(high)) for low, high in ends)
+    return LogisticFit(
+        a["value"], b["value"], intercept_interval, slope_interval, len(rows), int(n.sum()), _known(r2["value"] if r2 else None),
+        _known(a["se"]), _known(b["se"]), support_of(x),
+    )  # fmt: skip
+
+
+def _known(value: float | None) -> float:
+    """NULL is what arithmetic calls NaN."""
+    return math.nan if value is None else value
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _certificate_told(result: Summary, is_whole: bool) -> str:
+    """In one line; `is_whole`: the stage that makes it has come to its end."""
+    apart = [name for name, ok in result.certificate.items() if ok is False]
+    if apart:
+        return f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
+    missing = [name for name, ok in result.certificate.items() if ok is None]
+    made = len(result.certificate) - len(missing)
+    told = f"Certificate: all {made} measurements{'' if is_whole else ' made so far'} agree with the plain reference"
+    told += f"; NOT measured: {', '.join(missing)}" if missing and is_whole else ""
+    left = result.num_left_out
+    return told + (f"; {left} further comparisons left out for its budget, see `sanity`." if left else ".")

@@ -1,0 +1,163 @@
+"""What this installation and machine are, for the manifest and the doctor. Reads no secrets: no environment is dumped."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from threadpoolctl import threadpool_info
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LABELS = ("revision", "version", "created", "source")
+_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
+_SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME")
+
+
+def code() -> dict[str, Any]:
+    """Version, git commit and dirty flag of the code that runs; the image's label where there is no repository.
+
+    `source_sha256` is of the package's own files: equal where the same code runs, cloned, installed or in an image.
+    """
+    commit = _git("rev-parse", "HEAD")
+    diff = tree_diff()
+    return {
+        "version": importlib.metadata.version("harness") if _installed("harness") else "not installed",
+        "git_commit": commit or os.environ.get("HARNESS_IMAGE_REVISION"),
+        "git_dirty": bool(diff) if commit else None,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+        "source_sha256": source_sha256(),
+    }
+
+
+def source_sha256() -> str:
+    """One hash of every source file of the package, by its place in it."""
+    files = sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".j2"))
+    told = (f"{p.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
+    return hashlib.sha256("".join(told).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def tree_diff() -> bytes:
+    """The uncommitted changes of the code as a patch, new files of the packages among them; or nothing. Asked once.
+
+    Byte for byte as git gives it, whatever a person's own git settings are: `git apply` takes it again.
+    """
+    new = _git_bytes("ls-files", "-z", "--others", "--exclude-standard", "--", "harness", "app").split(b"\0")
+    changes = [_git_bytes(*_DIFF, "HEAD")]
+    changes += [
+        _git_bytes(*_DIFF, "--no-index", "--", "/dev/null", os.fsdecode(name), allowed=(0, 1)) for name in new if name
+    ]
+    return b"".join(changes)
+
+
+def packages() -> dict[str, str]:
+    """Name and version of every installed distribution."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
+
+
+def lock_sha256(data_folder: Path) -> str | None:
+    """Hash of requirements.lock, which stands beside the code, or beside the data folder where the code is installed."""
+    for lock in (ROOT / "requirements.lock", data_folder.parent / "requirements.lock"):
+        if lock.exists():
+            return hashlib.sha256(lock.read_bytes()).hexdigest()
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """OS, processor, memory, GPUs, drivers and torch's build."""
+    return {
+        "hostname": platform.node(),
+        "os": platform.platform(),
+        "python": sys.version.split()[0],
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": _blas(),
+        "cpu_cores": os.cpu_count(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "driver": _driver(),
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        "container": _container(),
+        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ} or None,
+    }
+
+
+def _blas() -> list[str]:
+    """Which kernels NumPy's linear algebra chose for this CPU: they decide the last bits of a fit."""
+    found = (lib for lib in threadpool_info() if lib["user_api"] == "blas")
+    return sorted({f"{lib['internal_api']} {lib.get('architecture')}, {lib['num_threads']} threads" for lib in found})
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {"name": properties.name, "memory_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}"}  # fmt: skip
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return next(iter(_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()), None)
+
+
+def _container() -> dict[str, Any] | None:
+    """The image's labels, and its digest and SBOM where `docker run` handed them in: an image cannot know its own."""
+    inside = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    labels = {name: os.environ.get(f"HARNESS_IMAGE_{name.upper()}") for name in _LABELS}
+    digest = os.environ.get("HARNESS_IMAGE_DIGEST")
+    if not (inside or digest):
+        return None
+    return {
+        "image_digest": digest or "unknown",
+        "sbom_sha256": os.environ.get("HARNESS_IMAGE_SBOM_SHA256"),
+        "labels": {name: value for name, value in labels.items() if value},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git(*args: str, allowed: tuple[int, ...] = (0,)) -> str | None:
+    """Output of git in the code's own repository; None where the code is in none, or git gives another exit code."""
+    return _git_bytes(*args, allowed=allowed).decode(errors="replace").strip("\n") or None
+
+
+def _git_bytes(*args: str, allowed: tuple[int, ...] = (0,)) -> bytes:
+    return _run_bytes("git", "-C", str(ROOT), *args, allowed=allowed) if (ROOT / ".git").exists() else b""
+
+
+def _run(*command: str) -> str:
+    return _run_bytes(*command).decode(errors="replace").strip("\n")
+
+
+def _run_bytes(*command: str, allowed: tuple[int, ...] = (0,)) -> bytes:
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return b""
+    return ended.stdout if ended.returncode in allowed else b""
