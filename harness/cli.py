@@ -11,22 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import EnvironmentFault, HarnessError, ModelError, RunError, SettingsError, Stopped, machine_fault
-from harness.settings import (
-    SECTION_ALIASES,
-    SHORT_FLAGS,
-    PathSettings,
-    Resolved,
-    describe,
-    field_names,
+from harness.errors import (
+    EnvironmentFault,
+    HarnessError,
+    ModelError,
+    RunError,
+    SettingsError,
+    Stopped,
+    machine_fault,
     nearest,
-    resolve,
 )
+from harness.experiments import registry
+from harness.settings import Fields, PathSettings, Resolved
 from harness.terminal import plain
 
 _LINE = 1_500
 """Characters of an error that are printed: it may quote what was handed in."""
-_BENCHED = ("psem", "samples", "attention", "mechanism", "patching")
 
 # Modules that import torch are imported where they are used: `harness runs` should answer at once.
 
@@ -91,7 +91,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _act(given: list[str]) -> int:
-    parser = _parser()
+    parser = _parser(given)
     args, rest = parser.parse_known_args(given)
     if rest:
         (args.parser if hasattr(args, "parser") else parser).error(f"unrecognized arguments: {' '.join(rest)}")
@@ -122,23 +122,34 @@ def _say(text: str) -> None:
         print(f"harness: {line[:_LINE]}{'…' if len(line) > _LINE else ''}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="harness", description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
+def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser for these arguments: what of them names an experiment decides which settings there are."""
+    parser = _Parser(prog="harness", allow_abbrev=False)
     parser.description = "Reproducible, resumable interpretability experiments on language models."
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    asked = given[0] if given and not given[0].startswith("-") else ""
 
     def command(
-        name: str, act: Callable[[argparse.Namespace], int], text: str, *, settings: bool = True
+        name: str,
+        act: Callable[[argparse.Namespace], int],
+        text: str,
+        *,
+        is_of_one: bool = False,
     ) -> argparse.ArgumentParser:
+        """`is_of_one`: the command is about one experiment, which its arguments may name."""
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(act=act, parser=sub)
         sub.add_argument("--verbose", action="store_true", help="show debug lines")
-        if settings:
-            _add_settings(sub)
+        if is_of_one:
+            told = f"which experiment: {', '.join(registry.names())} (default: {registry.DEFAULT})"
+            sub.add_argument("experiment", nargs="?", default=registry.DEFAULT, help=told)
+        if name == asked:  # nobody sees the settings of the others
+            named = _named(given, is_of_one)
+            sub.set_defaults(settings_of=named)
+            _add_settings(sub, registry.fields(named))
         return sub
 
-    run = command("run", _run, "run an experiment, or go on with one that was stopped")
-    run.add_argument("experiment", nargs="?", default="gravity", help="which experiment (default: gravity)")
+    run = command("run", _run, "run an experiment, or go on with one that was stopped", is_of_one=True)
     run.add_argument(
         "--resume",
         default="auto",
@@ -184,25 +195,30 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "one self-contained HTML page of a run, and its figures as PNG and SVG")
     report.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     report.add_argument("--to", type=Path, metavar="DIR", help="folder to write to (default: the run's own, report/)")
-    command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward")
+    command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward", is_of_one=True)
     app = command("app", _app, "the review app, in the browser")
     app.add_argument("--port", type=int, default=8501, help="port (default 8501)")
     app.add_argument("--address", help="address to listen on (default: this machine only; in the image all)")
     sanity = command(
-        "sanity", _sanity, "every measurement of the fast path against a plain reference; exit 1 on disagreement"
+        "sanity",
+        _sanity,
+        "every measurement of the fast path against a plain reference; exit 1 on disagreement",
+        is_of_one=True,
     )
-    sanity.add_argument("--num-prompts", type=int, default=4, metavar="N", help="prompts to compare (default 4)")
+    sanity.add_argument(
+        "--num-prompts", type=int, default=4, metavar="N", help="subjects to compare, such as prompts (default 4)"
+    )
     sanity.add_argument(
         "--full", action="store_true", help="everything, however long it takes (default: what fits in a minute)"
     )
-    bench = command("bench", _bench, "fast path against naive path and other libraries, same items, one process")
-    bench.add_argument("--stage", choices=_BENCHED, action="append", help="what to time (default: all)")
+    bench = command(
+        "bench", _bench, "fast path against naive path and other libraries, same items, one process", is_of_one=True
+    )
+    bench.add_argument("--stage", metavar="CASE", action="append", help="what to time (default: all)")
     bench.add_argument(
         "--shape", help="a model shape with random weights, in place of --model (with neither: llama-40m)"
     )
-    bench.add_argument(
-        "--contexts", type=int, default=32, metavar="N", help="prompts × conditions to time (default 32)"
-    )
+    bench.add_argument("--contexts", type=int, default=32, metavar="N", help="contexts to time (default 32)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     bench.add_argument(
         "--tokens", action="store_true", help="instead: what a whole experiment forwards, against the least possible"
@@ -210,22 +226,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+_SWITCHES = ("--verbose", "--retry-failed", "--dry-run", "--list", "--safe", "--anyway", "--exit-code", "--full", "--tokens",
+             "--help", "-h")  # fmt: skip
+"""Flags without a value: the word behind any other one belongs to it."""
+
+
+def _named(given: Sequence[str], is_of_one: bool) -> str | None:
+    """The experiment whose settings the arguments may hold: the one that is named; else of a command about one the default,
+    and of another that of the flags (`--gravity.num_samples`), None where no flag is an experiment's."""
+    known = registry.names()
+    words, is_value = [], False
+    for word in given[1:]:
+        if not is_value and not word.startswith("-"):
+            words.append(word)
+        is_value = not is_value and word.startswith("--") and "=" not in word and word not in _SWITCHES
+    if is_of_one:
+        return next((w for w in words if w in known), words[0] if words else registry.DEFAULT)
+    sections = (registry.current(w.removeprefix("--").partition(".")[0]) for w in given if w.startswith("--"))
+    return next((s for s in sections if s in known), None)
+
+
+def _add_settings(parser: argparse.ArgumentParser, fields: Fields) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings file")
     group = parser.add_argument_group(
-        "settings",
-        "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file; "
-        + ", ".join(f"{alias}. is another name for {name}." for alias, name in SECTION_ALIASES.items()),
+        "settings", "each is also a variable HARNESS_<SECTION>__<FIELD> and a key of the settings file"
     )
-    short = {name: flag for flag, name in SHORT_FLAGS.items()}
-    for name in field_names():
+    short = {name: flag for flag, name in fields.short_flags.items()}
+    for name in fields.names:
         flags = [f"--{short[name]}"] if name in short else []
         group.add_argument(
-            *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=describe(name).replace("%", "%%")
+            *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=fields.describe(name).replace("%", "%%")
         )
-    for alias, section in SECTION_ALIASES.items():
-        for rest in (n.removeprefix(f"{section}.") for n in field_names() if n.startswith(f"{section}.")):
-            group.add_argument(f"--{alias}.{rest}", dest=f"set:{alias}.{rest}", help=argparse.SUPPRESS)
+    for old, section in fields.former.items():
+        for rest in (n.removeprefix(f"{section}.") for n in fields.names if n.startswith(f"{section}.")):
+            group.add_argument(f"--{old}.{rest}", dest=f"set:{old}.{rest}", help=argparse.SUPPRESS)
 
 
 def _flags(args: argparse.Namespace) -> dict[str, str]:
@@ -233,7 +267,7 @@ def _flags(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _resolved(args: argparse.Namespace) -> Resolved:
-    resolved = resolve(_flags(args), args.config)
+    resolved = registry.resolve(_flags(args), args.config, experiment=args.settings_of)
     if resolved.settings.paths.hf_home is not None:  # read by huggingface_hub when it is first imported
         os.environ["HF_HOME"] = str(resolved.settings.paths.hf_home)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -244,14 +278,25 @@ def _resolved(args: argparse.Namespace) -> Resolved:
     from harness import log
 
     log.to_console(args.verbose)
+    _say_notes(resolved)
     return resolved
+
+
+def _say_notes(resolved: Resolved) -> None:
+    from loguru import logger
+
+    for line in resolved.notes:
+        logger.info("{}", line)
 
 
 def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness.commands import launch
 
-    return launch.run(resolved, args.experiment, args.resume, args.retry_failed, args.argv, args.dry_run)
+    plan = launch.prepare(resolved, registry.get(args.experiment))
+    if args.dry_run:
+        return launch.say_estimate(plan, resolved.settings)
+    return launch.start(plan, resolved, args.resume, args.retry_failed, args.argv).code
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -287,18 +332,22 @@ def _show(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness.commands import show
+    from harness.commands import export
 
-    show.export(root, args.run, args.to, args.format, is_safe=args.safe)
+    export.command(root, args.run, args.to, args.format, is_safe=args.safe)
     return 0
 
 
 def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
     """The settings that a recorded run had, under those that this command gives."""
+    from harness.commands.recognise import experiment_of
     from harness.commands.replay import settings_of
 
     recorded = settings_of(manifest, PathSettings().state_folder)
-    return resolve(_flags(args), args.config, recorded=recorded, recorded_by=f"run {manifest['run_id']}")
+    experiment, by = experiment_of(manifest).name, f"run {manifest['run_id']}"
+    resolved = registry.resolve(_flags(args), args.config, recorded=recorded, recorded_by=by, experiment=experiment)
+    _say_notes(resolved)
+    return resolved
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -330,7 +379,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     from harness import log
-    from harness.experiments.gravity import report
+    from harness.commands import report
     from harness.run import find_run
 
     log.print_out(f"report written to {report.write(find_run(root, args.run), args.to)}")
@@ -341,7 +390,7 @@ def _doctor(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness.commands import doctor, findings
 
-    shown = findings.print_checks(doctor.examine(resolved))
+    shown = findings.print_checks(doctor.examine(resolved, registry.get(args.experiment)))
     return 0 if all(c.verdict == "ok" for c in shown) else EnvironmentFault.exit_code
 
 
@@ -367,7 +416,7 @@ def _sanity(args: argparse.Namespace) -> int:
         raise RunError(f"--num-prompts: expected at least 1, found {args.num_prompts}")
     from harness.commands import sanity
 
-    return sanity.command(resolved, args.num_prompts, is_full=args.full)
+    return sanity.command(resolved, registry.get(args.experiment), args.num_prompts, is_full=args.full)
 
 
 _PRINTERS = (_fetch, _runs, _show, _diff)
@@ -377,8 +426,13 @@ def _bench(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     if args.contexts < 1:
         raise RunError(f"--contexts: expected at least 1, found {args.contexts}")
-    from harness.experiments.gravity import bench
+    from harness.commands import bench
 
     return bench.command(
-        resolved, args.shape, tuple(args.stage or _BENCHED), args.contexts, args.json, tokens=args.tokens
+        resolved,
+        registry.get(args.experiment),
+        args.shape,
+        ("tokens",) if args.tokens else tuple(args.stage or ()),
+        args.contexts,
+        args.json,
     )

@@ -4,7 +4,11 @@ Knows nothing else of the project. A message says what was expected, what was fo
 in one line: it is printed as it stands, without a traceback.
 """
 
+import difflib
 import errno
+from collections.abc import Collection
+
+_LONGEST_NAME = 200
 
 
 class HarnessError(Exception):
@@ -92,3 +96,11 @@ def machine_fault(error: BaseException) -> EnvironmentFault | None:
             told = f" ({text[:200]})" if text else ""
             return EnvironmentFault(f"{what}{told}; {_REMEDY.get(what, 'mend that')} and type the same command again")
     return None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """`; did you mean X?` for a name close to a known one."""
+    if len(name) > _LONGEST_NAME:  # close to none, and to find that out takes time that grows with its length
+        return ""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -3,32 +3,35 @@
 Flags win over environment variables, those over a TOML file, those over defaults; every value remembers which of them
 it came from. The tree is frozen, unknown names are refused with the nearest known one, and importing this module
 touches no disk.
+
+Sections are shared by all experiments, but for one, which is the experiment's own and is handed in (`Own`).
 """
 
-import difflib
 import json
 import os
 import re
 import tomllib
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from harness.errors import SettingsError
+from harness.errors import SettingsError, nearest
 from harness.files import read_regular
 
 PREFIX = "HARNESS_"
@@ -42,14 +45,8 @@ ALIASES = {
 NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_VERSION", "HARNESS_IMAGE_CREATED", "HARNESS_IMAGE_SOURCE",
                 "HARNESS_IMAGE_DIGEST", "HARNESS_IMAGE_SBOM_SHA256")  # fmt: skip
 """What a container says about itself, its labels and what it was handed: facts for the manifest."""
-SECTION_ALIASES = {"gravity": "experiment"}
-"""Other names of sections, in flags, variables and files. What is recorded has the name on the right."""
-SHORT_FLAGS = {
-    "model": "model.name",
-    "prompts": "data.prompts",
-    "limit": "data.limit",
-    "stages": "experiment.stages",
-}
+SHORT_FLAGS = {"model": "model.name", "other": "other.name", "prompts": "data.prompts", "limit": "data.limit"}
+"""Short names of flags; `--stages` is that of the experiment's own section."""
 DEMO_MODEL = "demo"
 BUNDLED_PROMPTS = "bundled"
 MOST_FILE_BYTES = 1_000_000
@@ -57,7 +54,7 @@ MOST_FILE_BYTES = 1_000_000
 _MOST_SHOWN = 200  # characters of a found value are enough to recognise it in a one-line message
 
 
-def _words(value: object) -> object:
+def words_of(value: object) -> object:
     """A list may be written `a,b` or as JSON wherever text is all there is (flags, environment)."""
     if isinstance(value, str):
         text = value.strip()
@@ -78,23 +75,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _number(value: object) -> object:
+def number_of(value: object) -> object:
     """Text that is a number, as flags and the environment give it."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,4000}", value.strip()) else value
 
 
-def _named(templates: Any) -> Any:
-    """Names of conditions go into keys, tables and figures: a bar would make two keys one."""
-    for name in templates if isinstance(templates, dict) else ():
-        if not re.fullmatch(r"[\w.][\w. -]{0,63}", name):
-            raise ValueError(
-                "expected names of conditions of at most 64 letters, digits, spaces and . _ -, "
-                f"found the name {_shortened(name)}"
-            )
-    return templates
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Names = Annotated[tuple[str, ...], BeforeValidator(words_of)]
 
 
 class Section(BaseModel):
@@ -129,12 +115,23 @@ class ModelSettings(Section):
     """Run Python that comes with a checkpoint. Only as a flag, beside `--model` in the same command."""
 
 
+class OtherSettings(ModelSettings):
+    """A second model, for the experiments that take one."""
+
+    name: str = ""
+    """As `model.name`; empty: none."""
+    trust_remote_code: bool = False
+    """Run Python that comes with a checkpoint. Only as a flag, beside `--other` in the same command."""
+
+
 class DataSettings(Section):
     """Which prompts, and how many of them."""
 
     prompts: str = BUNDLED_PROMPTS
-    """A JSONL, CSV or Parquet file; `bundled` is data/prompts/gravity.jsonl."""
-    limit: Annotated[Annotated[int, Field(ge=1, le=10**9)] | Literal["auto", "all"], BeforeValidator(_number)] = "auto"
+    """A JSONL, CSV or Parquet file; `bundled`: those that come with the experiment."""
+    limit: Annotated[Annotated[int, Field(ge=1, le=10**9)] | Literal["auto", "all"], BeforeValidator(number_of)] = (
+        "auto"
+    )
     """Prompts to use, taken in turn from the categories, or `all`; `auto`: 250 of the bundled set, all of any other."""
 
     @property
@@ -145,103 +142,28 @@ class DataSettings(Section):
         return None if self.limit == "all" else self.limit
 
 
-class TemplateSettings(Section):
-    """One condition's template."""
-
-    text: str
-    """The whole prompt, with {question} once and {target}, {category}, {style} where wanted."""
-    instruction: str | None = None
-    """The words of the template that instruct, where that is not all before the question's line."""
-    negation: str | None = None
-    """The words that forbid, where they are not found by themselves ("Do not use")."""
-
-
-def _condition(value: object) -> object:
-    return {"text": value} if isinstance(value, str) else value
-
-
-Condition = Annotated[TemplateSettings, BeforeValidator(_condition)]
-
-
-class SelectSettings(Section):
-    """The rules of the optional stage `select`."""
-
-    min_p0: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Lowest P0 of a selected prompt."""
-    per_bin: Annotated[int, Field(ge=1)] = 100
-    """Most prompts from one category in one of the bins [0,.2) [.2,.4) [.4,.6) [.6,.8) [.8,1]."""
-    max_categories: Annotated[int, Field(ge=1)] = 2
-    """Most categories in which one target may be selected."""
-
-
-class StoredSettings(Section):
-    """The prompts whose whole attention rows and residual streams are kept as files."""
-
-    prompts: Names = ()
-    """Their ids. Empty: chosen by outcome, see `max_per_category`."""
-    max_per_category: Annotated[int, Field(ge=0)] = 20
-    """Most prompts of a category whose greedy answer fails under some condition; as many that succeed are kept beside
-    them. 0 keeps none."""
-
-
-class PatchingSettings(Section):
-    """The subset of prompts that activation patching takes, and between which conditions."""
-
-    condition: str = "negative"
-    """The condition that is patched with what `baseline` shows."""
-    min_p0: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Lowest P0 of the subset; unset computes it from the run's own P0 (its third quartile, kept within .7 and .95)."""
-    max_prompts: Annotated[int, Field(ge=1)] | None = None
-    """Most prompts of either outcome; unset takes all successes and as many failures."""
-
-
 class SanitySettings(Section):
     """The certificate that every run makes of itself: the fast path against a plain reference."""
 
     num_prompts: Annotated[int, Field(ge=1)] = 2
-    """Prompts measured both ways, in every condition."""
+    """Subjects measured both ways (prompts, where an experiment has them)."""
     budget: Annotated[float, Field(ge=0, le=1e9)] | Literal["auto", "unlimited"] = "auto"
     """Seconds it may take; what does not fit is left out, by name. `auto`: 5 % of the run, a minute at most. Each
     measurement is made once even at 0. `unlimited`: everything, with every spelling of every patch."""
 
 
 class ExperimentSettings(Section):
-    """What is measured: conditions, stages, sampling."""
+    """What every experiment's own section has; an experiment adds its fields."""
 
-    conditions: Annotated[tuple[str, ...] | dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = (
-        "baseline",
-        "negative",
-    )
-    """Names of conditions to run, or a table of own templates, which are run beside the two built in."""
-    templates: Annotated[dict[str, Condition], BeforeValidator(_words), AfterValidator(_named)] = Field(
-        default_factory=dict
-    )
-    """Own templates by name, for `conditions` to name."""
-    chat: bool = False
-    """Wrap every prompt in the model's chat template instead of completing raw text."""
     stages: Names = ()
     """Stages to run; what they need is added. Empty: all that are not optional."""
-    num_samples: Annotated[int, Field(ge=1, le=100_000)] = 16
-    """Sampled completions a prompt and condition."""
-    sample_conditions: Names = ()
-    """Conditions to sample under. Empty: all of `conditions`."""
-    temperature: Annotated[float, Field(ge=1e-4, le=1e4)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Sample from the smallest set of tokens that holds this probability; 1 is off."""
-    max_new_tokens_greedy: Annotated[int, Field(ge=1, le=100_000)] = 8
-    max_new_tokens_samples: Annotated[int, Field(ge=1, le=100_000)] = 10
-    stop_at_newline: bool = True
-    """Off lets the model run on past its answer, as the paper did."""
-    select: SelectSettings = SelectSettings()
-    stored: StoredSettings = StoredSettings()
-    patching: PatchingSettings = PatchingSettings()
     sanity: SanitySettings = SanitySettings()
 
 
 class BatchingSettings(Section):
     """How much is computed at once; decides no result."""
 
-    max_tokens: Annotated[Annotated[int, Field(ge=1, le=10**12)] | Literal["auto"], BeforeValidator(_number)] = "auto"
+    max_tokens: Annotated[Annotated[int, Field(ge=1, le=10**12)] | Literal["auto"], BeforeValidator(number_of)] = "auto"
     """Padded tokens a batch (rows × longest row); `auto` measures on a GPU, and is 8192 on a CPU."""
     reserve_gb: Annotated[float, Field(ge=0, le=1e6)] = 6.0
     """GPU memory to leave free, in GB."""
@@ -301,7 +223,9 @@ class PathSettings(Section):
             return self.data
         here = Path("data")
         return (
-            here if (here / "prompts" / "gravity.jsonl").is_file() else Path(__file__).resolve().parent.parent / "data"
+            here
+            if (here / "prompts").is_dir() and (here / "models").is_dir()
+            else Path(__file__).resolve().parent.parent / "data"
         )
 
 
@@ -310,8 +234,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
     model: ModelSettings = ModelSettings()
+    other: OtherSettings = OtherSettings()
     data: DataSettings = DataSettings()
-    experiment: ExperimentSettings = ExperimentSettings()
     batching: BatchingSettings = BatchingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     paths: PathSettings = PathSettings()
@@ -329,16 +253,102 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
+class Own(NamedTuple):
+    """The section of the experiment that a command is about: its name and its type."""
+
+    name: str
+    type: type[ExperimentSettings]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The settings that a command takes: the shared sections and, where there is one, an experiment's own.
+
+    `aside` are the sections of other experiments: a file or an environment may hold them too, and they are passed over.
+    `former` maps a name that a section had once to the one it has.
+    """
+
+    own: Own | None = None
+    aside: tuple[str, ...] = ()
+    former: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def tree(self) -> type[Settings]:
+        """What is built: the shared sections and the experiment's own."""
+        if self.own is None:
+            return Settings
+        section: Any = (self.own.type, self.own.type())
+        return create_model(f"{self.own.name.title()}Settings", __base__=Settings, **{self.own.name: section})
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every dotted name that can be set."""
+        return tuple(f"{section}.{name}" for section, model in self._sections.items() for name in _leaves(model))
+
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """Those of them whose value may be a table with keys of its own."""
+        return frozenset(name for name in self.names if _may_be_table(self._info(name).annotation))
+
+    @cached_property
+    def short_flags(self) -> dict[str, str]:
+        """Short flag -> dotted name."""
+        return SHORT_FLAGS | ({"stages": f"{self.own.name}.stages"} if self.own else {})
+
+    def describe(self, name: str) -> str:
+        """The docstring of a setting, for help texts."""
+        return self._info(name).description or ""
+
+    def canonical(self, name: str) -> str:
+        """A dotted name with the name that its section has today."""
+        section, dot, rest = name.partition(".")
+        return self.former.get(section, section) + dot + rest
+
+    def is_aside(self, name: str) -> bool:
+        """Whether a canonical name belongs to an experiment that the command is not about."""
+        section = name.partition(".")[0]
+        return section in self.aside and (self.own is None or section != self.own.name)
+
+    @cached_property
+    def _sections(self) -> dict[str, type[BaseModel]]:
+        return {n: typing.cast(type[BaseModel], f.annotation) for n, f in self.tree.model_fields.items()}
+
+    def _info(self, name: str) -> FieldInfo:
+        section, *parents, last = name.split(".")
+        model = self._sections[section]
+        for part in parents:
+            model = typing.cast(type[BaseModel], model.model_fields[part].annotation)
+        return model.model_fields[last]
+
+
+_Own = TypeVar("_Own", bound=ExperimentSettings)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """Settings and, per dotted name, where the value came from: `default`, `run: …`, `file: …`, `env: …` or `flag: …`."""
 
     settings: Settings
     sources: Mapping[str, str]
+    fields: Fields = Fields()
+    notes: tuple[str, ...] = ()
+    """What is to be said of how they were given."""
+
+    def own(self, kind: type[_Own]) -> _Own:
+        """The experiment's own section, which is one of this kind."""
+        assert self.fields.own is not None, "these settings are of no experiment"
+        section = getattr(self.settings, self.fields.own.name)
+        assert isinstance(section, kind), f"expected {kind.__name__}, found {type(section).__name__}"
+        return section
+
+    def with_own(self, section: ExperimentSettings) -> "Resolved":
+        """The same with another section of the experiment's own."""
+        assert self.fields.own is not None, "these settings are of no experiment"
+        return replace(self, settings=self.settings.model_copy(update={self.fields.own.name: section}))
 
     def rows(self) -> Iterator[tuple[str, object, str]]:
         """(name, value, source) of every setting."""
-        for name, value in _flatten(self.settings.model_dump(mode="json")):
+        for name, value in _flatten(self.settings.model_dump(mode="json"), self.fields.tables):
             yield (
                 name,
                 value,
@@ -352,90 +362,70 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     recorded: Mapping[str, Any] | None = None,
     recorded_by: str = "",
+    fields: Fields | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """Settings from flags (dotted name -> text), the environment and a TOML file, in that order of strength.
 
-    `recorded` are values by dotted name that a run, named by `recorded_by`, had; they are weaker than all of these.
+    `recorded` are values by dotted name that a run, named by `recorded_by`, had; they are weaker than all of these, and
+    `defaults` (those of an experiment) weaker still. `fields`: which settings there are; the shared ones where it is left out.
     Raises SettingsError, one line that names the flag, variable or file and what was expected.
     """
-    layers = [(name, value, f"run: {recorded_by}") for name, value in (recorded or {}).items()]
-    layers += [*_file_values(config), *_env_values(os.environ if environ is None else environ)]
+    fields = fields or Fields()
+    layers = [(name, value, "default") for name, value in (defaults or {}).items()]
+    layers += [(name, value, f"run: {recorded_by}") for name, value in (recorded or {}).items()]
+    layers += [*_file_values(config, fields), *_env_values(os.environ if environ is None else environ)]
     layers += [(name, value, f"flag: --{name}") for name, value in (flags or {}).items()]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for name, value, source in _canonical(layers):
-        _check_name(name, source)
+    renamed: dict[str, str] = {}
+    for name, given, value, source in _canonical(layers, fields):
+        if fields.is_aside(name) and not source.startswith("flag: "):
+            continue
+        _check_name(name, source, fields)
         _put(tree, name, value, source)
         sources = {n: s for n, s in sources.items() if not n.startswith(name + ".")} | {name: source}
+        if given != name:
+            renamed.setdefault(given.partition(".")[0], name.partition(".")[0])
+    notes = tuple(
+        f"{_cut(old)}.* is read as {new}.*: the section is called [{new}] now" for old, new in renamed.items()
+    )
     try:
-        resolved = Resolved(Settings(**tree), sources)
+        settings = fields.tree(**tree)
     except ValidationError as e:
-        raise _refusal(e, sources) from e
-    _check_trust(resolved)
+        raise _refusal(e, sources, fields) from e
+    resolved = Resolved(settings, {n: s for n, s in sources.items() if s != "default"}, fields, notes)
+    for section, flag in (("model", "--model"), ("other", "--other")):
+        _check_trust(resolved, section, flag)
     return resolved
 
 
-def canonical(name: str) -> str:
-    """A dotted name with its section's own name in place of an alias."""
-    section, dot, rest = name.partition(".")
-    return SECTION_ALIASES.get(section, section) + dot + rest
-
-
-def _canonical(layers: list[tuple[str, Any, str]]) -> Iterator[tuple[str, Any, str]]:
-    """Values by their canonical names. Of two names for one value, in one place, none is the stronger."""
+def _canonical(layers: list[tuple[str, Any, str]], fields: Fields) -> Iterator[tuple[str, str, Any, str]]:
+    """(name, name as given, value, source). Of two names for one value, in one place, none is the stronger."""
     written: dict[tuple[str, str], str] = {}
     for name, value, source in layers:
         place = source.partition(":")[0]
-        other = written.setdefault((place, canonical(name)), name)
+        canonical = fields.canonical(name)
+        other = written.setdefault((place, canonical), name)
         if other != name:
             raise SettingsError(
                 f"{_cut(name)} ({_cut(source)}): {_cut(other)} is given too, and both name one setting; keep one"
             )
-        yield canonical(name), value, source
+        yield canonical, name, value, source
 
 
-def _check_trust(resolved: Resolved) -> None:
+def _check_trust(resolved: Resolved, section: str, flag: str) -> None:
     """Running a model's own Python is for this call to allow, and for this model: no file or variable that came with
     something else can."""
-    if not resolved.settings.model.trust_remote_code:
+    setting = f"{section}.trust_remote_code"
+    if not getattr(resolved.settings, section).trust_remote_code:
         return
-    trust, name = (resolved.sources.get(n, "default") for n in (_TRUST, "model.name"))
+    rule = f"trust is given on the command line, to a model that is named there: {flag} NAME --{setting} true"
+    trust, name = (resolved.sources.get(n, "default") for n in (setting, f"{section}.name"))
     if not trust.startswith("flag: "):
-        raise SettingsError(f"{_TRUST} ({trust}): {_TRUST_RULE}")
+        raise SettingsError(f"{setting} ({trust}): {rule}")
     if not name.startswith("flag: "):
-        raise SettingsError(f"--{_TRUST}: expected --model beside it, found the model from {name}: {_TRUST_RULE}")
-
-
-_TRUST = "model.trust_remote_code"
-_TRUST_RULE = (
-    "trust is given on the command line, to a model that is named there: --model NAME --model.trust_remote_code true"
-)
-
-
-def field_names() -> list[str]:
-    """Every dotted name a flag can set."""
-    return [f"{section}.{name}" for section, model in _sections() for name in _leaves(model)]
-
-
-def describe(name: str) -> str:
-    """The docstring of a setting, for help texts."""
-    section, _, rest = name.partition(".")
-    model: type[BaseModel] = dict(_sections())[section]
-    for part in rest.split(".")[:-1]:
-        model = typing.cast(type[BaseModel], model.model_fields[part].annotation)
-    return model.model_fields[rest.split(".")[-1]].description or ""
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`; did you mean X?` for a name close to a known one."""
-    if len(name) > _MOST_SHOWN:  # close to none, and to find that out takes time that grows with its length
-        return ""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _sections() -> list[tuple[str, type[BaseModel]]]:
-    return [(n, typing.cast(type[BaseModel], f.annotation)) for n, f in Settings.model_fields.items()]
+        raise SettingsError(f"--{setting}: expected {flag} beside it, found the model from {name}: {rule}")
 
 
 def _leaves(model: type[BaseModel]) -> Iterator[str]:
@@ -446,31 +436,35 @@ def _leaves(model: type[BaseModel]) -> Iterator[str]:
             yield name
 
 
-def _file_values(path: Path | None) -> Iterator[tuple[str, Any, str]]:
+def _may_be_table(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict or any(map(_may_be_table, typing.get_args(annotation)))
+
+
+def _file_values(path: Path | None, fields: Fields) -> Iterator[tuple[str, Any, str]]:
     if path is None:
         return
     try:
         # A mark at the start, as some editors write it, is no content.
         tree = tomllib.loads(read_regular(path, MOST_FILE_BYTES).decode("utf-8-sig"))
-        leaves = list(_toml_leaves(tree))
+        leaves = list(_toml_leaves(tree, fields))
     except FileNotFoundError as e:
         raise SettingsError(f"--config: no file {str(path)!r}") from e
     except OSError as e:
-        raise SettingsError(f"--config: {_shortened(path)} is not a TOML file: {e.strerror}") from e
+        raise SettingsError(f"--config: {shortened(path)} is not a TOML file: {e.strerror}") from e
     except (ValueError, RecursionError) as e:  # no TOML, a number of 5,000 digits, a nest without end
         raise SettingsError(f"--config: {path} is not a TOML file: {str(e)[:_MOST_SHOWN]}") from e
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise SettingsError(f"{path}: expected tables such as [model]; found the plain value {_shortened(section)}")
+            raise SettingsError(f"{path}: expected tables such as [model]; found the plain value {shortened(section)}")
     for name, value in leaves:
         yield name, value, f"file: {path}"
 
 
-def _toml_leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _toml_leaves(table: dict[str, Any], fields: Fields, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and canonical(name) not in field_names():
-            yield from _toml_leaves(value, f"{name}.")
+        if isinstance(value, dict) and fields.canonical(name) not in fields.names:
+            yield from _toml_leaves(value, fields, f"{name}.")
         else:
             yield name, value
 
@@ -484,9 +478,9 @@ def _env_values(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
             yield variable.removeprefix(PREFIX).lower().replace("__", "."), environ[variable], f"env: {variable}"
 
 
-def _check_name(name: str, source: str) -> None:
-    known = field_names()
-    if name in known or any(name.startswith(k + ".") for k in known if _is_table(k)):
+def _check_name(name: str, source: str, fields: Fields) -> None:
+    known = fields.names
+    if name in known or any(name.startswith(k + ".") for k in fields.tables):
         return
     if source.startswith("run: "):
         raise SettingsError(
@@ -501,10 +495,6 @@ def _check_name(name: str, source: str) -> None:
     raise SettingsError(f"{spoken}: no such setting{nearest(name, known)}")
 
 
-def _is_table(name: str) -> bool:
-    return name in ("experiment.conditions", "experiment.templates")
-
-
 def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
     *parents, last = name.split(".")
     for part in parents:
@@ -514,23 +504,24 @@ def _put(tree: dict[str, Any], name: str, value: Any, source: str) -> None:
     tree[last] = value
 
 
-def _refusal(error: ValidationError, sources: Mapping[str, str]) -> SettingsError:
+def _refusal(error: ValidationError, sources: Mapping[str, str], fields: Fields) -> SettingsError:
     # Where a setting may be written in two ways the deepest complaint is about the way that was chosen.
     first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
     parts = [str(p) for p in first["loc"] if "[" not in str(p)]
     names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     source = next((sources[n] for n in names if n in sources), None)
-    known = field_names()
+    known = fields.names
     name = next((n for n in names if n in known), ".".join(parts))
     found = first.get("input")
     where = f" ({source})" if source else ""
     if first["type"] == "extra_forbidden":
         return SettingsError(f"{_cut('.'.join(parts))}{where}: no such setting{nearest('.'.join(parts), known)}")
     expected = first["msg"].removeprefix("Value error, ")
-    return SettingsError(f"{_cut(name)}{where}: {_cut(expected[:1].lower() + expected[1:])}; found {_shortened(found)}")
+    return SettingsError(f"{_cut(name)}{where}: {_cut(expected[:1].lower() + expected[1:])}; found {shortened(found)}")
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """A found value as a one-line message quotes it."""
     return (
         ascii(_cut(str(value) if isinstance(value, Path) else value))
         if isinstance(value, str | Path)
@@ -543,10 +534,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], tables: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and not _is_table(name):
-            yield from _flatten(value, name + ".")
+        if isinstance(value, dict) and name not in tables:
+            yield from _flatten(value, tables, name + ".")
         else:
             yield name, value

@@ -231,7 +231,7 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def _about(*, is_cpu: bool) -> dict[str, Any]:
-    from harness.run import environment
+    from harness import environment
 
     code = environment.code()
     gpu = "" if is_cpu else torch.cuda.get_device_name()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from harness.models import noise
-from harness.run import environment
+from harness import environment
 from tests.test_cli import SECRET, harness, manifest, only_run, prompt_file
 
 IMAGE = {"REVISION": "abc123", "VERSION": "1.2.3", "CREATED": "2026-01-01", "SOURCE": "https://example.org/x",

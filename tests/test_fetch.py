@@ -21,7 +21,7 @@ import pytest
 from harness.cli import main
 from harness.errors import EnvironmentFault, HarnessError
 from harness.models import fetch
-from harness.run import given
+from harness.commands import given
 from harness.settings import PathSettings
 from tests.test_cli import harness, refused
 

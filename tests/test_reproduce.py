@@ -14,7 +14,7 @@ import pytest
 
 from harness.engine.executors import ItemResult
 from harness.experiments.gravity.stages import psem
-from harness.run import environment
+from harness import environment
 from harness.store import MEASURED, Reader
 from tests.test_cli import (
     DATA,

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from harness.engine.executors import ItemResult
 from harness.experiments.gravity.stages import psem
-from harness.run import RunPaths, environment, read_manifest
+from harness.run import RunPaths, read_manifest
+from harness import environment
 from harness.store import TABLES, Broken, Reader, Store, seal
 from tests.test_cli import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query
 

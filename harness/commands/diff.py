@@ -13,18 +13,16 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from harness import log
-from harness.commands.show import open_snapshot
+from harness.commands.recognise import experiment_of
+from harness.experiments.experiment import Experiment, Headline
 from harness.run import RunPaths, read_manifest, state
 from harness.run.differences import manifest_differences, shortened
-from harness.store import MEASURED, Aligned, Reader, Row
+from harness.store import Aligned, Reader, TableFacts
+from harness.store.snapshot import open_snapshot
 from harness.tolerance import TOLERANCE
 
-DERIVED = ("statistics", "sanity_items", "artifacts")
-"""Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
 CLOCKED = ("seconds",)
 """Columns that tell how long something took."""
-RANKS = ("top_ids", "top_neurons")
-"""Orders of things that may be equally large; the sizes stand in columns of their own."""
 Verdict = Literal["identical", "rounding", "apart"]
 
 
@@ -63,16 +61,21 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     for name, paths, manifest in zip("AB", (one, other), manifests, strict=True):
         log.print_out(f"{name} = {paths.run_id} ({state(manifest)})")
     log.print_out(*render_manifests(*manifests))
-    with open_snapshot(one) as a, open_snapshot(other) as b:
+    experiments = [experiment_of(manifest) for manifest in manifests]
+    if experiments[0].name != experiments[1].name:
+        log.print_out(f"A is a run of {experiments[0].name}, B of {experiments[1].name}: no table of theirs compares.")
+        return 1 if ends_in_1 else 0
+    experiment = experiments[0]
+    with open_snapshot(one, experiment.schema) as a, open_snapshot(other, experiment.schema) as b:
         drifts = compare_results(a, b)
-        log.print_out(*render_headlines(a, b), *render_results(drifts))
+        log.print_out(*render_headlines(experiment, a, b), *render_results(drifts))
     return 1 if ends_in_1 and not all(d.is_equal for d in drifts) else 0
 
 
 def compare_results(one: Reader, other: Reader) -> list[TableDrift]:
     """Every measured table that both runs have."""
     there = set(one.tables()) & set(other.tables())
-    return [table_drift(name, one.aligned(other, name)) for name in MEASURED if name in there]
+    return [table_drift(name, one.aligned(other, name)) for name in one.schema.measured if name in there]
 
 
 def table_drift(table: str, rows: Aligned) -> TableDrift:
@@ -85,14 +88,14 @@ def table_drift(table: str, rows: Aligned) -> TableDrift:
     return TableDrift(table, len(rows.one), rows.only_one, rows.only_other, tuple(drifts))
 
 
-def verdict(drifts: Sequence[TableDrift], dtype: str) -> Verdict:
+def verdict(drifts: Sequence[TableDrift], dtype: str, facts: TableFacts) -> Verdict:
     """Whether results are the same bits, the same up to rounding in `dtype` (as a share of max(1, |x|)), or something else."""
     if all(d.is_equal for d in drifts):
         return "identical"
     tolerance = TOLERANCE[dtype].nats
-    judged = [d for d in drifts if d.table not in DERIVED]
+    judged = [d for d in drifts if d.table not in facts.derived]
     is_near = not any(d.only_one or d.only_other for d in judged) and all(
-        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in RANKS
+        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in facts.ranks
     )
     return "rounding" if is_near else "apart"
 
@@ -113,36 +116,26 @@ def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
     yield table
 
 
-def render_headlines(one: Reader, other: Reader) -> Iterator[Table]:
-    """Rates, fit and suppression over all prompts, side by side, where any of them differs."""
-    a, b = (_headlines(reader) for reader in (one, other))
+def render_headlines(experiment: Experiment, one: Reader, other: Reader) -> Iterator[Table]:
+    """What the experiment calls its headlines, side by side, where any of them differs."""
+    a, b = ({(h.subject, h.measure): h for h in experiment.headlines(reader)} for reader in (one, other))
     if a == b:
         return
-    table = Table(title="Headline results, with their 95 % intervals over prompts", title_justify="left")
-    for column in ("condition", "measure", "A", "B", "B − A"):
-        table.add_column(column, justify="left" if column in ("condition", "measure") else "right")
+    table = Table(title="Headline results, with their 95 % intervals", title_justify="left")
+    for column in ("of", "measure", "A", "B", "B − A"):
+        table.add_column(column, justify="left" if column in ("of", "measure") else "right")
     for key in sorted(a.keys() | b.keys()):
-        row, other_row = a.get(key), b.get(key)
-        apart = f"{other_row['value'] - row['value']:+.4f}" if row and other_row else ""
-        table.add_row(*key, _estimate(row), _estimate(other_row), apart)
+        first, second = a.get(key), b.get(key)
+        apart = f"{second.value - first.value:+.4f}" if first and second else ""
+        table.add_row(*key, _estimate(first), _estimate(second), apart)
     yield table
 
 
-def _headlines(reader: Reader) -> dict[tuple[str, str], Row]:
-    if "statistics" not in reader.tables():
-        return {}
-    rows = reader.query(
-        "SELECT condition, analysis || ' ' || measure AS measure, value, low, high FROM statistics "
-        "WHERE analysis IN ('rates', 'fit', 'suppression') AND grouping = 'all' AND value IS NOT NULL"
-    )
-    return {(row["condition"], row["measure"]): row for row in rows}
-
-
-def _estimate(row: Row | None) -> str:
-    if row is None:
+def _estimate(found: Headline | None) -> str:
+    if found is None:
         return "–"
-    interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
-    return f"{row['value']:.4f}{interval}"
+    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.value:.4f}{interval}"
 
 
 def render_results(drifts: Sequence[TableDrift]) -> Iterator[Table | str]:

@@ -5,37 +5,52 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
+from harness import environment
 from harness.commands.findings import Check
-from harness.commands.launch import model_spec, prompts_path
-from harness.errors import HarnessError
+from harness.errors import HarnessError, SettingsError
+from harness.experiments import registry
+from harness.experiments.experiment import Contents, Experiment
+from harness.experiments.weights import Models
 from harness.models import device, processor
 from harness.models.fetch import FETCHABLE, path_of
-from harness.models.load import ModelSpec, identify, load
+from harness.models.load import ModelIdentity, ModelSpec, load
 from harness.models.processor import Cores
 from harness.models.score import score_trees
-from harness.run import environment
-from harness.settings import Resolved, Settings
+from harness.settings import ExperimentSettings, Resolved, Settings
 from harness.store import Reader, Store
-from harness.text.prompts import read_prompts
 from harness.text.words import word_forms
 
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WORTHWHILE = 1.3
 """How much faster a dtype must multiply to be recommended: a run does other things than multiply."""
 
 
-def examine(resolved: Resolved) -> Iterator[Check]:
-    """Every check, as it is made."""
+def examine(resolved: Resolved, experiment: Experiment) -> Iterator[Check]:
+    """Every check, as it is made; what is looked at last is what a run of this experiment would be made of."""
     settings = resolved.settings
     checks: list[tuple[str, Callable[[Settings], str]]] = [
-        ("code", _code), ("python", _python), ("gpu", _gpu), ("memory", _memory), ("threads", _threads),
-        ("half precision", _half), ("runs folder", _runs), ("store", _store), ("data folder", _data), ("model", _model),
-        ("hub cache", _hub_cache), ("model cache", _model_cache), ("forward", _forward),
-    ]  # fmt: skip
+        ("code", _code),
+        ("python", _python),
+        ("gpu", _gpu),
+        ("memory", _memory),
+        ("threads", _threads),
+        ("half precision", _half),
+        ("runs folder", _runs),
+        ("store", _store),
+        ("experiments", _experiments),
+        ("input", partial(_input, resolved, experiment)),
+        ("model", _model),
+        *([("other model", _other)] if settings.other.name else []),
+        ("hub cache", _hub_cache),
+        ("model cache", _model_cache),
+        ("forward", _forward),
+    ]
     for name, check in checks:
         try:
             yield Check("ok", name, check(settings))
@@ -134,16 +149,40 @@ def _store(settings: Settings) -> str:
     return "a store writes, publishes and reads back"
 
 
-def _data(settings: Settings) -> str:
-    read = read_prompts(prompts_path(settings))
-    return f"{read.path}: {len(read.prompts)} prompts, {len(read.rejections)} rejected"
+def _experiments(settings: Settings) -> str:
+    """Raises SettingsError where one is registered and cannot be imported."""
+    told, broken = [], []
+    for name in registry.names():
+        try:
+            told.append(f"{name} ({registry.get(name).title})")
+        except SettingsError as e:
+            broken.append(str(e))
+    if broken:
+        raise SettingsError("; ".join(broken))
+    return ", ".join(told)
+
+
+def _input(resolved: Resolved, experiment: Experiment, settings: Settings) -> str:
+    models = Models(settings, device.resolve_device(settings.runtime.device))
+    names = Contents(experiment).wanted(resolved.own(ExperimentSettings).stages)
+    prepared = experiment.prepare(resolved, models, names)
+    return "; ".join((f"{experiment.name}: {prepared.about}", *prepared.warnings))
 
 
 def _model(settings: Settings) -> str:
-    identity = identify(model_spec(settings, "cpu"))
-    return (
-        f"{settings.model.name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}"
-    )
+    return _model_told(settings.model.name, Models(settings, "cpu").identity)
+
+
+def _other(settings: Settings) -> str:
+    identity = Models(settings, "cpu").other_identity
+    assert identity is not None, "asked only where one is named"
+    return _model_told(settings.other.name, identity)
+
+
+def _model_told(name: str, identity: ModelIdentity) -> str:
+    weights = int(identity.about.get("num_parameters") or 0) * _BYTES.get(identity.dtype, 4)
+    needs = f", {weights / 1e9:.1f} GB in memory" if weights else ""
+    return f"{name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}{needs}"
 
 
 def _hub_cache(settings: Settings) -> str:

@@ -1,9 +1,9 @@
-"""`harness run`: from resolved settings to a finished run. Everything a run is made of comes together here."""
+"""A run of any experiment, from resolved settings to its end. Everything a run is made of comes together here.
 
-import hashlib
-import json
+Knows no experiment by name.
+"""
+
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,27 +15,26 @@ from typing import Any, NamedTuple
 from loguru import logger
 from rich.table import Table
 
-from harness import log
+from harness import environment, log
+from harness.commands import given, show
 from harness.engine import Engine, Limits, Stage, StageReport
-from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
+from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure
 from harness.engine.executors import Accelerator, Host, Inline
 from harness.engine.stop import StopNow, StopSignal
-from harness.errors import HarnessError, ModelError, RunError, SettingsError, Stopped
-from harness.experiments.gravity import stages, summary
-from harness.experiments.gravity.conditions import BUILT_IN, Template
-from harness.experiments.gravity.inputs import Inputs
-from harness.files import is_file, replacing
+from harness.errors import HarnessError, RunError, SettingsError, Stopped
+from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
+from harness.experiments.certificate import NAME as CERTIFICATE
+from harness.experiments.certificate import Certificate
+from harness.experiments.experiment import Contents, Experiment, Prepared
+from harness.experiments.weights import Models, slug_of, told_of
+from harness.files import replacing
 from harness.models import device, noise
-from harness.models.fetch import FETCHABLE, path_of
-from harness.models.load import ModelIdentity, ModelSpec, identify, load_codec
 from harness.run import (
     Manifest,
     RunPaths,
     choosing,
-    environment,
     find_run,
     fingerprint,
-    given,
     list_runs,
     locked,
     make_folder,
@@ -43,17 +42,15 @@ from harness.run import (
     new_run_id,
     now_text,
     read_manifest,
-)  # fmt: skip
+)
 from harness.run.differences import Difference, bit_differences, differences, shortened
-from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
-from harness.store import MEASURED, Reader, Store, TableSeal, seal
-from harness.text.prompts import PromptSet, read_prompts, take
+from harness.settings import ExperimentSettings, Resolved, Settings
+from harness.store import Reader, Store, TableSeal, seal
 
-_CERTIFICATE = "sanity"
-_CERTIFICATE_SHARE, _CERTIFICATE_MOST_S = 0.04, 60.0
+_CERTIFICATE_SHARE = 0.04
 """What the certificate may take of a run."""
-_LEAST_PROMPTS, _LEAST_WORK = 24, 4e9
-"""Prompts, and contexts × parameters, of a run that is long enough for an estimate: 32 contexts of a model with 135 million."""
+_LEAST_SUBJECTS, _LEAST_WORK = 24, 4e9
+"""Subjects, and contexts × parameters, of a run that is long enough for an estimate: 32 contexts of a model with 135 million."""
 _TOLD = 4
 """Stages that the line of an estimate names."""
 
@@ -62,14 +59,22 @@ _TOLD = 4
 class Plan:
     """An experiment ready to run: its stages, and everything that decides its results."""
 
-    experiment: str
+    experiment: Experiment
     stages: tuple[Stage, ...]
     parts: dict[str, Any]
     fingerprint: str
     slug: str
-    inputs: Inputs
-    prompt_set: PromptSet
-    device: str
+    prepared: Prepared
+    models: Models
+
+    @property
+    def device(self) -> str:
+        return self.models.device
+
+    @property
+    def inputs(self) -> Any:
+        """What the stages are built from: the experiment's own."""
+        return self.prepared.given
 
 
 @dataclass(frozen=True)
@@ -88,75 +93,37 @@ class Ended(NamedTuple):
     code: int
 
 
-def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
+def prepare(resolved: Resolved, experiment: Experiment) -> Plan:
     """Check all input and say what would be run. Writes nothing, loads no weights."""
     settings = resolved.settings
-    if experiment not in stages.EXPERIMENTS:
-        raise SettingsError(
-            f"no experiment {experiment!r}{nearest(experiment, list(stages.EXPERIMENTS))}; there are: gravity"
-        )
-    names = stages.wanted(experiment, settings.experiment.stages)
-    conditions = conditions_of(settings)
-    for name in settings.experiment.sample_conditions:
-        if name not in conditions:
-            raise SettingsError(
-                f"experiment.sample_conditions: no condition {name!r} in this run{nearest(name, list(conditions))}"
-            )
-    _check_patched(resolved, conditions)
-    where = device.resolve_device(settings.runtime.device)
-    prompt_set = read_prompts(prompts_path(settings))
-    chosen = take(prompt_set.prompts, settings.data.num_prompts)
-    spec = model_spec(settings, where)
-    identity = identify(spec)
-    if settings.experiment.chat:
-        load_codec(spec, identity).chat("")  # refused here rather than once for every item
-    given = Inputs(
-        chosen,
-        conditions,
-        spec,
-        identity,
-        settings.experiment,
-        names,
-        settings.runtime.seed,
-        settings.paths.data_folder,
-    )
-    built = stages.build(experiment, given)
+    names = Contents(experiment).wanted(resolved.own(ExperimentSettings).stages)
+    _check_other(settings, experiment)
+    models = Models(settings, device.resolve_device(settings.runtime.device))
+    prepared = experiment.prepare(resolved, models, names)
+    built = Contents(experiment).build(prepared.given, names)
+    other = models.other_identity
     parts = {
-        "experiment": experiment,
-        "model": identity.fingerprint(),
-        "prompts": {"sha256": _hash_of(sorted(p.row_hash for p in chosen)), "number": len(chosen)},
-        "conditions": {name: asdict(t) for name, t in conditions.items()},
+        "experiment": experiment.name,
+        "model": models.identity.fingerprint(),
+        **({"other": other.fingerprint()} if other is not None else {}),
+        **prepared.parts,
         "stages": [{"name": s.name, "version": s.version, **s.params()} for s in built],
         "seed": settings.runtime.seed,
     }
-    return Plan(experiment, built, parts, fingerprint(parts), _slug(settings.model.name), given, prompt_set, where)
+    return Plan(experiment, built, parts, fingerprint(parts), slug_of(settings.model.name), prepared, models)
 
 
-def _check_patched(resolved: Resolved, conditions: Mapping[str, Template]) -> None:
-    """A condition to patch that was asked for must be there; where the default one is not, nothing is patched."""
-    name, setting = resolved.settings.experiment.patching.condition, "experiment.patching.condition"
-    others = [c for c in conditions if c != "baseline"]
-    if setting in resolved.sources and name not in others:
-        raise SettingsError(
-            f"{setting}: expected a condition of this run other than baseline ({', '.join(others) or 'there is none'}), "
-            f"found {name!r}{nearest(name, others)}"
-        )
-
-
-def run(
-    resolved: Resolved, experiment: str = "gravity", resume: str = "auto", retry_failed: bool = False,
-    argv: list[str] | None = None, is_dry: bool = False,
-) -> int:  # fmt: skip
-    """The whole command; its exit code. Raises HarnessError for what cannot be started. `is_dry`: say what it would take."""
-    plan = prepare(resolved, experiment)
-    if is_dry:
-        return say_estimate(plan, resolved.settings)
-    return start(plan, resolved, resume, retry_failed, argv).code
+def _check_other(settings: Settings, experiment: Experiment) -> None:
+    name = settings.other.name
+    if name and experiment.other_model == "none":
+        raise SettingsError(f"--other {name}: experiment {experiment.name} takes one model; leave it out")
+    if not name and experiment.other_model == "required":
+        raise SettingsError(f"experiment {experiment.name} compares two models: name the second one with --other")
 
 
 def say_estimate(plan: Plan, settings: Settings) -> int:
     """Print what a new run would take, stage by stage; the exit code. Writes no run."""
-    _say_rejections(plan.prompt_set)
+    _warn(plan)
     logger.info("a new run would be {}", _describe(plan))
     with StopSignal() as stop, stop.droppable(), stop.at_once():
         whole = _estimated(plan, settings, stop)
@@ -186,7 +153,7 @@ def start(
     """Start or go on with the run of a plan, to its end. With `origin` it repeats that run."""
     settings = resolved.settings
     here = surroundings(plan, resolved)
-    _say_rejections(plan.prompt_set)
+    _warn(plan)
     if settings.runtime.device == "auto" and device.is_gpu_unused(plan.device):
         logger.warning("torch sees no GPU: computing on the CPU; in a container add `--gpus all`, see `harness doctor`")
     with ExitStack() as stack:
@@ -200,22 +167,19 @@ def start(
                 paths = found
         if found is not None:
             if not retry_failed and _finished(found):
-                return Ended(found, _report_finished(found))
+                return Ended(found, _report_finished(plan, found))
             stack.enter_context(locked(found))
             if not retry_failed and _finished(found):  # by another process, since it was looked at
-                return Ended(found, _report_finished(found))
+                return Ended(found, _report_finished(plan, found))
         warnings = log.to_file(paths.log)
-        store = stack.enter_context(Store(paths.results))
+        store = stack.enter_context(Store(paths.results, plan.experiment.schema))
         manifest = Manifest.reopen(paths)
         if found is not None:
             _go_on(paths, store, manifest, here, argv)
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
-        with Reader(paths.live) as reader:
-            manifest = read_manifest(paths)
-            log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
-        log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
+        log.print_out(*_headlines(plan, paths), _next_steps(paths.run_id, settings.paths.runs))
     if lost := log.lost_output():
         logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
     return Ended(paths, code)
@@ -225,9 +189,9 @@ def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> N
     """What a new run has from its first moment: its manifest, a store with what was refused, and a snapshot of it."""
     Manifest.create(paths, content, run_id)
     _write_diff(paths)
-    with Store(paths.results) as store:
-        for r in plan.prompt_set.rejections:
-            store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
+    with Store(paths.results, plan.experiment.schema) as store:
+        for kind, message in plan.prepared.events:
+            store.event("warning", kind, message)
         store.publish(paths.live)
 
 
@@ -262,7 +226,7 @@ def _execute(
         """Everything, from the estimate to the digests of what was measured."""
         with stop.droppable(), stop.at_once():
             whole = _estimate_once(plan, settings, store, manifest, stop)
-        chosen = plan.stages if whole is None else _build(plan, budget_s=_CERTIFICATE_SHARE * _others_s(whole))
+        chosen = plan.stages if whole is None else _within(plan.stages, _CERTIFICATE_SHARE * _others_s(whole))
         forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
         rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
         with log.ConsoleProgress(forecast) as progress:
@@ -312,7 +276,7 @@ def _execute(
         "finished",
         num_failed=failed,
         tables={name: table.rows for name, table in tables.items()},
-        table_sha256={name: tables[name].sha256 for name in MEASURED},
+        table_sha256={name: tables[name].sha256 for name in plan.experiment.schema.measured},
         sanity=certificate,
     )
     seal.write(paths, tables, manifest.with_changes(**last))
@@ -334,9 +298,9 @@ def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
     return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
 
 
-def _build(plan: Plan, **changes: Any) -> tuple[Stage, ...]:
-    """The stages of a plan from other inputs, which decide no result."""
-    return stages.build(plan.experiment, replace(plan.inputs, **changes))
+def _within(stages: Sequence[Stage], seconds: float) -> tuple[Stage, ...]:
+    """The stages, the certificate among them with what it may take of the run."""
+    return tuple(s.within(seconds) if isinstance(s, Certificate) else s for s in stages)
 
 
 def _estimate_once(
@@ -362,104 +326,35 @@ def _estimate_once(
 
 
 def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
-    """The experiment on a few of its prompts, without what is optional and without the certificate, which has a budget."""
-    given = plan.inputs
-    names = stages.wanted(
-        plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)]
-    )
+    """The experiment on a few of its subjects, without what is optional and without the certificate, which has a budget."""
+    contents, prepared = Contents(plan.experiment), plan.prepared
+    asked = [s.name for s in plan.stages if s.name not in (*contents.optional, CERTIFICATE)]
+    names = contents.wanted(asked) if asked else ()
 
     def build(number: int, folder: Path) -> tuple[Stage, ...]:
-        some = spread(given.prompts, number, lambda p: len(p.question))
-        return _build(plan, prompts=tuple(some), stages=names, data_folder=folder)
+        return contents.build(prepared.some(number, names), names)
 
     logger.info("trying every stage on a few prompts, to say how long the run takes…")
     logger.disable("harness.engine")  # an item that fails is told of when its turn comes
     try:
         with log.ConsoleProgress() as shown:
             executor = Inline(_accelerator(plan, settings))
-            whole = measure(build, len(given.prompts), executor, _limits(settings), stop, shown)
+            whole = measure(build, prepared.num_subjects, executor, _limits(settings), stop, shown)
     finally:
         logger.enable("harness.engine")
-    if _CERTIFICATE in given.stages:
-        seconds = min(_CERTIFICATE_MOST_S, _CERTIFICATE_SHARE * whole.seconds)
-        whole = whole.with_stage(_CERTIFICATE, StageEstimate(seconds, 0, 0, 0.0))
+    if any(s.name == CERTIFICATE for s in plan.stages):
+        seconds = min(CERTIFICATE_MOST_S, _CERTIFICATE_SHARE * whole.seconds)
+        whole = whole.with_stage(CERTIFICATE, StageEstimate(seconds, 0, 0, 0.0))
     return whole
 
 
 def _others_s(whole: Estimate) -> float:
-    return sum(s.seconds for name, s in whole.stages.items() if name != _CERTIFICATE)
+    return sum(s.seconds for name, s in whole.stages.items() if name != CERTIFICATE)
 
 
 def _is_long(plan: Plan) -> bool:
-    contexts = len(plan.inputs.prompts) * len(plan.inputs.conditions)
-    weights = int(plan.inputs.identity.about.get("num_parameters") or 0)
-    return len(plan.inputs.prompts) >= _LEAST_PROMPTS and contexts * weights >= _LEAST_WORK
-
-
-def conditions_of(settings: Settings) -> dict[str, Template]:
-    """The conditions of this run by name, checked. Own templates stand beside the built-in ones and may replace them."""
-    own = {name: _template(t) for name, t in settings.experiment.templates.items()}
-    wanted = settings.experiment.conditions
-    if isinstance(wanted, dict):
-        known = {**BUILT_IN, **own, **{name: _template(t) for name, t in wanted.items()}}
-        names = list(known)
-    else:
-        known, names = {**BUILT_IN, **own}, list(dict.fromkeys(wanted))
-    if not names:
-        raise SettingsError("experiment.conditions: expected at least one condition, found none")
-    for name in names:
-        if name not in known:
-            raise SettingsError(
-                f"experiment.conditions: no condition {name!r}{nearest(name, list(known))}; there are {', '.join(known)}; "
-                "write your own under [experiment.templates]"
-            )
-        known[name].check(name)
-    return {name: known[name] for name in names}
-
-
-def _template(given: TemplateSettings) -> Template:
-    return Template(given.text, given.instruction, given.negation)
-
-
-def prompts_path(settings: Settings) -> Path:
-    """The prompt file of these settings; the bundled one where none is named."""
-    if settings.data.prompts == BUNDLED_PROMPTS:
-        return settings.paths.data_folder / "prompts" / "gravity.jsonl"
-    return Path(settings.data.prompts)
-
-
-def model_spec(settings: Settings, where: str) -> ModelSpec:
-    """What to load, with a path in place of the bundled demo model's name, or of a fetched model's.
-
-    Raises ModelError where a model that can be fetched has not been.
-    """
-    demo = settings.paths.data_folder / "models" / "demo"
-    if settings.model.trust_remote_code:
-        logger.warning("{}: its own Python may run here: trusted on this command line", settings.model.name)
-    name, sha256 = settings.model.name, None
-    if name == DEMO_MODEL:
-        name = str(demo)
-    elif model := FETCHABLE.get(name):
-        name, sha256 = str(path_of(name, settings.paths.cache_folder)), model.file_sha256
-        if not is_file(Path(name)):
-            raise ModelError(
-                f"model.name: {settings.model.name!r} is not on this machine yet ({name}); fetch it, once "
-                f"({model.package_bytes / 1e6:.0f} MB): harness fetch {settings.model.name}"
-            )
-    return ModelSpec(
-        name,
-        settings.model.revision,
-        settings.model.dtype,
-        where,
-        settings.model.trust_remote_code,
-        random_tokenizer=demo,
-        sha256=sha256,
-    )
-
-
-def _slug(name: str) -> str:
-    """What a run of this model is called after: its name, of a path the last part."""
-    return Path(name.removesuffix("/")).name.removesuffix(".gguf")
+    weights = int(plan.models.identity.about.get("num_parameters") or 0)
+    return plan.prepared.num_subjects >= _LEAST_SUBJECTS and plan.prepared.num_contexts * weights >= _LEAST_WORK
 
 
 def _root(root: Path, resume: str) -> Path:
@@ -505,11 +400,10 @@ def _finished(paths: RunPaths) -> bool:
     return read_manifest(paths).get("status") == "finished"
 
 
-def _report_finished(paths: RunPaths) -> int:
+def _report_finished(plan: Plan, paths: RunPaths) -> int:
     manifest = read_manifest(paths)
     failed = int(manifest.get("num_failed") or 0)
-    with Reader(paths.live) as reader:
-        log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
+    log.print_out(*_headlines(plan, paths))
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
         log.print_out(f"{failed} items failed; --retry-failed tries just those.")
@@ -534,10 +428,10 @@ def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
 def _manifest(
     plan: Plan, resolved: Resolved, argv: list[str], here: Mapping[str, Any], origin: Origin | None
 ) -> dict[str, Any]:
-    identity: ModelIdentity = plan.inputs.identity
     values = {name: value for name, value, _ in resolved.rows()}
+    other = plan.models.other_identity
     return {
-        "experiment": plan.experiment,
+        "experiment": plan.experiment.name,
         "parent": origin.run_id if origin else None,
         "accepted_differences": [d._asdict() for d in origin.accepted] if origin else [],
         "recorded_sizes": dict(origin.sizes) if origin else {},
@@ -548,15 +442,11 @@ def _manifest(
         "given_here": given.mark(values, resolved.settings.paths.state_folder),
         **here,
         "random_numbers": noise.RULE,
-        "model": {**{k: v for k, v in asdict(identity).items() if k != "about"}, **identity.about},
-        "planted": resolved.settings.model.name == DEMO_MODEL,
-        "prompts": {
-            "path": str(plan.prompt_set.path), "sha256": plan.prompt_set.sha256, "read": len(plan.prompt_set.prompts),
-            "used": len(plan.inputs.prompts), "rejected": dict(Counter(r.rule for r in plan.prompt_set.rejections)),
-            "row_hashes": {p.prompt_id: p.row_hash for p in plan.inputs.prompts},
-        },
+        "model": told_of(plan.models.identity),
+        **({"other": told_of(other)} if other is not None else {}),
+        **plan.prepared.facts,
         "stages": {},
-    }  # fmt: skip
+    }
 
 
 def _write_diff(paths: RunPaths) -> None:
@@ -567,24 +457,31 @@ def _write_diff(paths: RunPaths) -> None:
 
 
 def _describe(plan: Plan) -> str:
-    given = plan.inputs
+    other = plan.models.settings.other.name
+    against = f" and {slug_of(other)}" if other else ""
     return (
-        f"{len(given.prompts)} prompts × {len(given.conditions)} conditions ({', '.join(given.conditions)}), "
-        f"model {plan.slug} {given.identity.dtype} on {plan.device}, stages {', '.join(s.name for s in plan.stages)}"
+        f"{plan.prepared.about}, model {plan.slug}{against} {plan.models.identity.dtype} on {plan.device}, "
+        f"stages {', '.join(s.name for s in plan.stages)}"
     )
 
 
-def _say_rejections(prompt_set: PromptSet) -> None:
-    for r in prompt_set.rejections[:20]:
-        logger.warning("{} row {}: {}: {}", prompt_set.path.name, r.row, r.rule, r.detail)
-    if prompt_set.rejections:
-        counts = Counter(r.rule for r in prompt_set.rejections)
-        told = ", ".join(f"{n} {rule}" for rule, n in sorted(counts.items()))
-        logger.warning("{}: {} rows rejected ({})", prompt_set.path, len(prompt_set.rejections), told)
+def _warn(plan: Plan) -> None:
+    for line in plan.prepared.warnings:
+        logger.warning("{}", line)
 
 
-def _hash_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _headlines(plan: Plan, paths: RunPaths) -> list[object]:
+    manifest = read_manifest(paths)
+    with Reader(paths.live, plan.experiment.schema) as reader:
+        return show.headlines(plan.experiment, reader, manifest)
+
+
+def _next_steps(run_id: str, runs: Path) -> str:
+    """Where to look next, for somebody who has just seen a run end."""
+    return (
+        f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
+        f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
+    )
 
 
 @contextmanager

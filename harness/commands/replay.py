@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness import environment
+from harness.commands import given
 from harness.commands.launch import Plan, prepare
+from harness.commands.recognise import experiment_of
 from harness.errors import HarnessError, RunError
-from harness.run import environment, given
 from harness.run.differences import Difference, differences, shortened
 from harness.settings import Resolved
 
-_TRUST = "model.trust_remote_code"
+_TRUST = ("model.trust_remote_code", "other.trust_remote_code")
 _LOCAL = "paths."
 """Settings that say where things are on the machine that ran it."""
 
@@ -23,12 +25,13 @@ def settings_of(manifest: Mapping[str, Any], state: Path) -> dict[str, Any]:
     in `state`, did not give.
     """
     values = _recorded(manifest)
-    values = {name: value for name, value in values.items() if name not in (_TRUST, *_strange_paths(manifest, state))}
+    values = {name: value for name, value in values.items() if name not in (*_TRUST, *_strange_paths(manifest, state))}
     if manifest.get("device") == "cpu" and manifest.get("threads"):
         values["runtime.threads"] = min(manifest["threads"], os.cpu_count() or 1)
-    revision = (manifest.get("model") or {}).get("revision")
-    if revision not in (None, "local", "random"):
-        values["model.revision"] = revision
+    for section in ("model", "other"):
+        revision = (manifest.get(section) or {}).get("revision")
+        if revision not in (None, "local", "random"):
+            values[f"{section}.revision"] = revision
     return values
 
 
@@ -47,7 +50,7 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
             + " ".join(f"{given.FLAGS[name]} PATH" for name in asked)
         )
     try:
-        plan = prepare(resolved, str(manifest.get("experiment") or "gravity"))
+        plan = prepare(resolved, experiment_of(manifest))
     except HarnessError as e:
         raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
     return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
@@ -76,8 +79,10 @@ def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Diffe
 
 
 def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
-    was: Mapping[str, str] = (manifest.get("prompts") or {}).get("row_hashes") or {}
-    now = {p.prompt_id: p.row_hash for p in plan.inputs.prompts}
+    was, now = (
+        told.get("row_hashes") or {} if isinstance(told := facts.get("prompts"), Mapping) else {}
+        for facts in (manifest, plan.prepared.facts)
+    )
     groups = {
         "changed": [i for i in was.keys() & now.keys() if was[i] != now[i]],
         "missing": list(was.keys() - now.keys()),

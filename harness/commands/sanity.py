@@ -1,4 +1,4 @@
-"""`harness sanity`: the certificate of `harness.stages.sanity`, for any model and prompts, without a run."""
+"""`harness sanity`: the certificate of an experiment (`experiments.certificate`), for any model and input, without a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +9,11 @@ from rich.table import Table
 
 from harness import log, store, tally
 from harness.commands import launch
-from harness.engine import BatchReport, Tables
-from harness.experiments.gravity.certificate import MOST_S, Sanity, Subject, subjects_of
-from harness.experiments.gravity.stages.prompts import context_row
-from harness.models.load import load_codec
-from harness.settings import Resolved
+from harness.engine import BatchReport
+from harness.errors import SettingsError
+from harness.experiments.certificate import MOST_S, NAME, Certificate
+from harness.experiments.experiment import Experiment
+from harness.settings import ExperimentSettings, Resolved
 
 COLUMNS = ("measurement", "items", "max abs", "max rel", "flips", "near ties", "tolerance", "verdict", "worst item")
 _NUMBERS = COLUMNS[1:7]
@@ -21,14 +21,16 @@ _SHOWN = 12
 """Names of what was left out that are printed, of each measurement."""
 
 
-def command(resolved: Resolved, num_prompts: int, *, is_full: bool = False) -> int:
-    """Print the certificate for this model and these prompts; 1 where a measurement disagrees, or could not be made."""
-    plan = launch.prepare(resolved)
-    auto = resolved.settings.experiment.sanity.budget == "auto"
-    stage = replace(Sanity.build(plan.inputs), num_prompts=num_prompts)
+def command(resolved: Resolved, experiment: Experiment, num_subjects: int, *, is_full: bool = False) -> int:
+    """Print the certificate for this model and input; 1 where a measurement disagrees, or could not be made."""
+    auto = resolved.own(ExperimentSettings).sanity.budget == "auto"
+    plan = launch.prepare(_of(resolved, num_subjects), experiment)
+    stage = next((s for s in plan.stages if isinstance(s, Certificate)), None)
+    if stage is None:
+        raise SettingsError(f"experiment {experiment.name} has no stage {NAME!r} among those of this command")
     if is_full or auto:
         stage = replace(stage, budget_s=None if is_full else MOST_S)
-    tables = make_tables(plan, num_prompts)
+    tables = {**experiment.certify(plan.prepared, num_subjects), "sanity_items": []}
     items, rows, failed = stage.items(tables), [], 0
     with log.ConsoleProgress() as progress:
         progress.stage_started(stage.name, len(items), 0, float(sum(i.length for i in items)), 0.0)
@@ -45,8 +47,8 @@ def command(resolved: Resolved, num_prompts: int, *, is_full: bool = False) -> i
         progress.stage_finished(stage.name)
     found = store.certificate(rows)
     title = (
-        f"Batched against sequential: {plan.slug} {plan.inputs.identity.dtype} on {plan.device}, "
-        f"{len(tables['contexts'])} contexts, {work.spent_s:.0f} s"
+        f"Batched against sequential: {plan.slug} {plan.models.identity.dtype} on {plan.device}, "
+        f"{num_subjects} subjects, {work.spent_s:.0f} s"
     )
     log.print_out(render(found, title))
     if any(v["num_left_out"] for v in found):
@@ -55,26 +57,11 @@ def command(resolved: Resolved, num_prompts: int, *, is_full: bool = False) -> i
     return 0 if not failed and all(v["ok"] for v in found) else 1
 
 
-def make_tables(plan: launch.Plan, num_prompts: int) -> Tables:
-    """What the stage reads, for the first prompts of the plan in all its conditions."""
-    given = plan.inputs
-    codec = load_codec(given.model, given.identity)
-    prompts = given.prompts[:num_prompts]
-    contexts = [
-        context_row(codec, prompt, name, template, given.experiment.chat)
-        for prompt in prompts
-        for name, template in given.conditions.items()
-    ]
-    told = [{"prompt_id": p.prompt_id, "target": p.target} for p in prompts]
-    return {"prompts": told, "contexts": contexts, "sanity_items": []}
-
-
-def make_subjects(plan: launch.Plan, num_prompts: int) -> list[Subject]:
-    """The first prompts of the plan in all its conditions."""
-    tables = make_tables(plan, num_prompts)
-    codec = load_codec(plan.inputs.model, plan.inputs.identity)
-    targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
-    return subjects_of(tables["contexts"], targets, codec, plan.inputs.seed)
+def _of(resolved: Resolved, num_subjects: int) -> Resolved:
+    """The settings with a certificate of so many subjects."""
+    own = resolved.own(ExperimentSettings)
+    sanity = own.sanity.model_copy(update={"num_prompts": num_subjects})
+    return resolved.with_own(own.model_copy(update={"sanity": sanity}))
 
 
 def render(verdicts: Sequence[Mapping[str, Any]], title: str) -> Table:

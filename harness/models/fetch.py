@@ -23,9 +23,8 @@ from types import MappingProxyType
 
 from loguru import logger
 
-from harness.errors import EnvironmentFault, ModelError, machine_fault
+from harness.errors import EnvironmentFault, ModelError, machine_fault, nearest
 from harness.files import open_regular, replacing, sha256, sweep
-from harness.settings import nearest
 
 _ASIDE = ".fetch-"
 _CHUNK_BYTES = 1 << 20

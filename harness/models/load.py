@@ -176,7 +176,9 @@ class Codec:
     def chat(self, text: str) -> str:
         """`text` as a user's message in the model's own chat template, up to where the answer begins."""
         if not self.tokenizer.chat_template:
-            raise ModelError("experiment.chat needs a tokenizer with a chat template; this one has none: turn chat off")
+            raise ModelError(
+                "a prompt in chat form needs a tokenizer with a chat template; this one has none: turn chat off"
+            )
         message = [{"role": "user", "content": text}]
         try:
             templates: Any = self.tokenizer.chat_template  # one, or some by name
@@ -185,9 +187,7 @@ class Codec:
             with at_most_steps(_MOST_CHAT_STEPS):
                 return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
         except Exception as e:  # a template is a program of somebody else's: it may fail in any way
-            raise ModelError(
-                f"the model's chat template cannot be used: {_one_line(e)}; turn experiment.chat off"
-            ) from e
+            raise ModelError(f"the model's chat template cannot be used: {_one_line(e)}; turn chat off") from e
 
     def chat_context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `context`, for a text that already holds the template's own specials."""

@@ -7,8 +7,6 @@ paths.py        what its files are called
 manifest.py     what it says of itself; differences.py: how two of those differ
 lock.py         who computes it
 find.py         the runs of a folder
-environment.py  code, versions and machine, for the manifest
-given.py        which recorded paths this user gave
 tensors.py      its files of tensors, read as a stranger's
 """
 

@@ -36,6 +36,15 @@ def setting(manifest: Mapping[str, Any], name: str, default: Any = None) -> Any:
     return told.get("value", default) if isinstance(told, Mapping) else default
 
 
+def own_setting(manifest: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """As `setting`, of the experiment's own section: a run that is older than these sections have names calls it `experiment`."""
+    found = setting(manifest, f"{manifest.get('experiment')}.{name}", _NO)
+    return setting(manifest, f"experiment.{name}", default) if found is _NO else found
+
+
+_NO = object()
+
+
 def seed_of(manifest: Mapping[str, Any]) -> int:
     """The run's seed: what is resampled again for a picture takes the draws that its stored numbers took."""
     seed = setting(manifest, "runtime.seed", 0)
@@ -60,12 +69,21 @@ def manifest_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     for part, name in _PARTS:
         trees = [tree if isinstance(tree := m.get(name), Mapping) else {} for m in (old, new)]
         if part == "settings":
-            trees = [{k: v.get("value") for k, v in t.items() if isinstance(v, Mapping)} for t in trees]
+            trees = [
+                {_today(k, m): v.get("value") for k, v in t.items() if isinstance(v, Mapping)}
+                for t, m in zip(trees, (old, new), strict=True)
+            ]
         if part == "machine":  # what of it was used
             used = [{n: m[n] for n in ("device", "threads") if n in m} for m in (old, new)]
             trees = [{**tree, **u} for tree, u in zip(trees, used, strict=True)]
         found += [(part, d) for d in differences(*trees) if d.key]
     return found
+
+
+def _today(name: str, manifest: Mapping[str, Any]) -> str:
+    """A recorded setting's name as it would be recorded today."""
+    section, _, rest = name.partition(".")
+    return f"{manifest.get('experiment')}.{rest}" if section == "experiment" else name
 
 
 def bit_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

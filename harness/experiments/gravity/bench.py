@@ -1,42 +1,29 @@
-"""`harness bench`: the fast path against the naive one and against other libraries, same model, same items, one process,
-results compared.
+"""The cases of `harness bench` for semantic gravity: P_sem, samples, attention, the inside, patching."""
 
-Ratios are what counts; seconds belong to the machine they were taken on, and to what else it was doing: so every way is
-told in seconds of its processors too, and in the share it reaches of the machine's own matrix product.
-"""
-
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
-from torch import nn
 
-from harness import log, tally
-from harness.commands import launch
-from harness.errors import ItemFailed, SettingsError
+from harness.errors import ItemFailed
+from harness.experiments.experiment import Case
 from harness.experiments.gravity import least
 from harness.experiments.gravity.conditions import BUILT_IN
+from harness.experiments.gravity.inputs import Inputs
 from harness.experiments.gravity.stages.patching import align, cannot
 from harness.experiments.gravity.stages.prompts import context_row
-from harness.models import attend, device, peers, plain, processor
+from harness.experiments.timing import Apart, Course, Figure, Grounds, Timed, Way, in_turn
+from harness.models import attend, peers, plain
 from harness.models.attend import Layout
 from harness.models.decode import Completion, Request, Sampling, decode
 from harness.models.inside import Probe, View, look_inside, right_padded
-from harness.models.load import LM, RANDOM, shared
+from harness.models.load import LM
 from harness.models.noise import row_key
 from harness.models.patch import PATCHES, Patched, begin, run_rows, sweep
-from harness.models.processor import settle
 from harness.models.score import TreeScores, row_length, score_trees
-from harness.settings import Resolved
 from harness.text.prompts import Prompt
 from harness.text.words import Tokens, WordForms, build_trie, word_forms
 
@@ -46,58 +33,6 @@ _LONG = 384
 """Tokens of a long text, where the size of whole attention maps shows."""
 _WIDE = ("float32", "float64")
 
-Unit = Literal["relative", "probability", "share of samples", "standard errors"]
-MOST_APART: dict[Unit, float] = {"relative": 1e-3, "probability": 1e-4, "standard errors": 5.0}
-"""How far two ways may be from each other: far over what float32 rounding gives, far under any mistake. Half precision is
-told and not judged, but for a law; samples whose tokens differ are not judged, since near ties may fall either way."""
-
-
-class Apart(NamedTuple):
-    """How far a way's results are from the fast path's, and in what that is told."""
-
-    value: float
-    unit: Unit
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One way of doing one thing: median seconds, what was forwarded, and how far its results are from the fast path's."""
-
-    stage: str
-    way: str
-    seconds: float
-    cpu_seconds: float
-    """Of all processors together, so that what else a machine does hardly changes it; on a GPU it is the host's alone."""
-    tokens: float
-    """Through all layers, padding counted; one that goes through some of them counts as that share. 0: not counted."""
-    head_rows: int
-    """Vectors that the vocabulary's head was applied to."""
-    gflops: float
-    """10⁹ operations a second (see `operations`)."""
-    of_product: float
-    """The share that this is of the machine's own matrix product."""
-    speedup: float
-    """Of the fast path over this way."""
-    apart: float | None
-    """None: a way that nothing is compared with."""
-    unit: Unit | None
-    new_tokens: int = 0
-    """Made by sampling."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of doing a thing. `scale`: how many times the work that is timed the whole would be."""
-
-    name: str
-    work: Callable[[], Any]
-    compare: Callable[[Any, Any], Apart] | None = None
-    """(the fast path's result, its own) -> how far apart they are."""
-    once: bool = False
-    """A slow way is timed once, without a round to warm up."""
-    scale: float = 1.0
-    num_new: Callable[[Any], int] = lambda _result: 0
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -106,199 +41,6 @@ class Subject:
     context: tuple[int, ...]
     forms: WordForms
     key: int
-
-
-@dataclass
-class Course:
-    """Where ways are timed: the model, what its parts cost, the machine's own speed, and the clocks."""
-
-    lm: LM
-    product_gflops: float
-    clock: Callable[[], float] = time.perf_counter
-    cpu_clock: Callable[[], float] = time.process_time
-    heads: int = 0
-    """Rows that any head was applied to, ours or a peer's."""
-    skipped: list[str] = field(default_factory=list)
-    """A line for each peer that was left out."""
-
-    def at_head(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.heads += args[0].numel() // args[0].shape[-1]
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Our own head is counted inside the block."""
-        handle = self.lm.anatomy.head.register_forward_pre_hook(self.at_head)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def command(
-    resolved: Resolved, shape: str | None, stages: Sequence[str], num_contexts: int, out: Path | None, tokens: bool
-) -> int:
-    """Print the figures, and write them to `out` as JSON; 1 where two ways do not agree.
-
-    With `tokens`, instead: what a whole experiment forwards, against the least possible.
-    """
-    resolved = _with_model(resolved, shape)
-    settings = resolved.settings
-    device.set_threads(settings.runtime.threads)
-    device.be_exact()
-    plan = launch.prepare(resolved)
-    if tokens:
-        return _print_tokens(plan, resolved, out)
-    given = plan.inputs
-    lm = shared(given.model, given.identity)
-    subjects = [
-        Subject(
-            tuple(context_row(lm.codec, p, name, t, given.experiment.chat)["token_ids"]),
-            word_forms(p.target, lm.codec),
-            row_key(0, p.prompt_id, name, 0),
-        )
-        for p in given.prompts
-        for name, t in given.conditions.items()
-    ][:num_contexts]
-    dtype = getattr(torch, lm.identity.dtype)
-    course = Course(lm, processor.gflops(dtype, where=lm.device))
-    libraries: list[peers.Library] = []
-    if {"mechanism", "patching"} & set(stages):
-        libraries, missing = peers.libraries(lm, course.at_head)
-        course.skipped += missing
-    figures: list[Figure] = []
-    with course.counting():
-        if "psem" in stages:
-            figures += bench_psem(course, subjects)
-        if "samples" in stages:
-            figures += bench_samples(course, subjects, given.experiment.num_samples, Path(given.model.name))
-        if "attention" in stages:
-            figures += bench_attention(course, subjects)
-        if "mechanism" in stages:
-            figures += bench_mechanism(course, subjects, libraries)
-        if "patching" in stages:
-            prompts = given.prompts[: max(1, num_contexts // 8)]
-            figures += bench_patching(course, prompts, libraries, given.experiment.chat)
-    about = _about(course, plan, subjects)
-    log.print_out(_table(figures, ", ".join(f"{k} {v}" for k, v in about.items())))
-    fewest = least_tokens(subjects)
-    log.print_out(
-        "ratio: its seconds to those of a stage's first way; of max: of the machine's own matrix product",
-        f"psem: at least {fewest:,} tokens must be forwarded (every distinct prefix once)",
-        *course.skipped,
-    )
-    wrong = disagreements(figures, lm.identity.dtype)
-    if out is not None:
-        found = {"about": about, "least_tokens": fewest, "skipped": course.skipped, "disagreements": wrong}
-        _write(out, found | {"figures": [asdict(f) for f in figures]})
-    log.print_out(*(f"DISAGREES {line}" for line in wrong))
-    return 1 if wrong else 0
-
-
-def _with_model(resolved: Resolved, shape: str | None) -> Resolved:
-    """The settings with the model to time: a shape that was asked for, else the model that was named, else the usual shape."""
-    source = resolved.sources.get("model.name", "")
-    if shape is None and source:
-        return resolved
-    if shape is not None and source.startswith("flag"):
-        raise SettingsError(
-            f"--shape {shape}, --model {resolved.settings.model.name}: expected one of them; a shape is the model random:{shape}"
-        )
-    settings = resolved.settings
-    model = settings.model.model_copy(update={"name": f"{RANDOM}{shape or _SHAPE}"})
-    return replace(resolved, settings=settings.model_copy(update={"model": model}))
-
-
-def _print_tokens(plan: launch.Plan, resolved: Resolved, out: Path | None) -> int:
-    account = least.measure(plan, resolved)
-    log.print_out(*least.render(account, f"{plan.slug}, {len(plan.inputs.prompts)} prompts"))
-    if out is not None:
-        _write(out, account.to_json())
-    return 0
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _table(figures: Sequence[Figure], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    columns = ("stage", "way", "s", "CPU s", "tokens", "tokens/s", "new/s", "GFLOP/s", "of max", "ratio", "apart")
-    for column in columns:
-        is_text = column in ("stage", "way")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "way")
-    for f in figures:
-        work = (f"{f.tokens:,.0f}", f"{f.tokens / f.seconds:,.0f}", f"{f.gflops:,.0f}", f"{f.of_product:.0%}")
-        tokens, rate, gflops, share = work if f.tokens else ("?", "", "", "")
-        table.add_row(
-            f.stage, f.way, f"{f.seconds:.2f}", f"{f.cpu_seconds:.2f}", tokens, rate,
-            f"{f.new_tokens / f.seconds:,.0f}" if f.new_tokens else "", gflops, share,
-            f"{f.speedup:.2f}" if f.speedup < 1.5 else f"{f.speedup:.1f}", _told(f),
-        )  # fmt: skip
-    return table
-
-
-def _told(f: Figure) -> str:
-    if f.apart is None or f.unit is None:
-        return ""
-    return {"relative": f"{f.apart:.1e}", "probability": f"{f.apart:.1e} of p", "standard errors": f"{f.apart:.1f} σ",
-            "share of samples": f"{f.apart:.1%} of samples"}[f.unit]  # fmt: skip
-
-
-def disagreements(figures: Sequence[Figure], dtype: str) -> list[str]:
-    """A line for every way whose results are not the fast path's, as far as the dtype lets that be judged."""
-    return [
-        f"{f.stage}, {f.way}: {_told(f)} from the fast path, at most {MOST_APART[f.unit]:g} expected"
-        for f in figures
-        if f.unit in MOST_APART
-        and f.apart is not None
-        and (dtype in _WIDE or f.unit == "standard errors")
-        and not f.apart <= MOST_APART[f.unit]
-    ]
-
-
-def operations(lm: LM, tokens: float, head_rows: int) -> float:
-    """2 × (tokens × parameters in the layers + head rows × width × vocabulary): a multiplication and an addition each.
-
-    Attention's own products are left out (of texts this short they are a hundredth); of a mixture all experts are counted.
-    """
-    per_token = sum(p.numel() for block in lm.anatomy.blocks for p in block.parameters())
-    head = lm.model.get_output_embeddings()
-    assert head is not None, "the model was assembled with one"
-    return 2 * (tokens * per_token + head_rows * head.weight.numel())
-
-
-def in_turn(course: Course, stage: str, ways: Sequence[Way]) -> list[Figure]:
-    """Figures of the ways, the first of them the fast path: each is warmed up, then all of them take turns, so that what
-    slows the machine down for a while slows them all. Medians."""
-    took: list[list[tuple[float, float]]] = [[] for _ in ways]
-    work: list[tuple[float, int, Any]] = []
-    for way in ways:
-        if not way.once:
-            way.work()
-    for turn in range(_REPEATS):
-        for way, times in zip(ways, took, strict=True):
-            if turn and way.once:
-                continue
-            before, heads = tally.now(), course.heads
-            settle(course.lm.device)
-            start, cpu = course.clock(), course.cpu_clock()
-            result = way.work()
-            settle(course.lm.device)
-            times.append((course.clock() - start, course.cpu_clock() - cpu))
-            if not turn:
-                spent = tally.now() - before
-                work.append((spent.tokens + spent.padding, course.heads - heads, result))
-    figures: list[Figure] = []
-    for way, times, (tokens, heads, result) in zip(ways, took, work, strict=True):
-        seconds, cpu_seconds = (way.scale * statistics.median(t) for t in zip(*times, strict=True))
-        tokens, heads = way.scale * tokens, round(way.scale * heads)
-        gflops = operations(course.lm, tokens, heads) / seconds / 1e9
-        apart, unit = way.compare(work[0][2], result) if way.compare else (None, None)
-        figures.append(Figure(
-            stage, way.name, seconds, cpu_seconds, tokens, heads, gflops, gflops / course.product_gflops,
-            seconds / figures[0].seconds if figures else 1.0, apart, unit, way.num_new(result),
-        ))  # fmt: skip
-    return figures
 
 
 def bench_psem(course: Course, subjects: Sequence[Subject], max_tokens: int = 2048) -> list[Figure]:
@@ -376,14 +118,14 @@ def bench_samples(
     theirs = peers.twin(lm, "sdpa", course.at_head)
 
     def in_law(fast: Sequence[Completion], own: Sequence[Tokens]) -> Apart:
-        return law_apart(lm, contexts, _tokens(fast), own)
+        return law_apart(lm, contexts, _ids_of(fast), own)
 
     def num_differing(fast: Sequence[Completion], own: Sequence[Completion]) -> Apart:
-        pairs = zip(_tokens(fast), _tokens(own), strict=True)
+        pairs = zip(_ids_of(fast), _ids_of(own), strict=True)
         return Apart(float(np.mean([a != b for a, b in pairs])), "share of samples")
 
     def num_made(done: Sequence[Completion]) -> int:
-        return _length(_tokens(done))
+        return _length(_ids_of(done))
 
     ways = [
         Way(f"each distinct text once ({num_samples} samples a prompt)", lambda: decode([lm], requests, sampling),
@@ -398,7 +140,7 @@ def bench_samples(
             ways.append(
                 Way(f"{llama.name}, quantised weights", lambda: llama.sample(contexts, num_samples, sampling, stops),
                     # Other weights than ours, so its law is another one and is told, not judged.
-                    lambda fast, own: _share_apart(_tokens(fast), own), once=True, num_new=_length)
+                    lambda fast, own: _share_apart(_ids_of(fast), own), once=True, num_new=_length)
             )  # fmt: skip
         except peers.Absent as e:
             course.skipped.append(str(e))
@@ -644,7 +386,7 @@ def _ratios(fast: Sequence[float], own: Sequence[float] | np.ndarray) -> Apart:
     return Apart(float(np.abs(np.array(own) / np.array(fast) - 1).max()), "relative")
 
 
-def _tokens(completions: Sequence[Any]) -> list[Tokens]:
+def _ids_of(completions: Sequence[Any]) -> list[Tokens]:
     return [tuple(c.token_ids) if isinstance(c, Completion) else () for c in completions]
 
 
@@ -652,14 +394,64 @@ def _length(texts: Sequence[Tokens]) -> int:
     return sum(map(len, texts))
 
 
-def _about(course: Course, plan: launch.Plan, subjects: Sequence[Subject]) -> dict[str, Any]:
-    lm = course.lm
-    lengths = [len(s.context) for s in subjects]
-    is_gpu = lm.device.type == "cuda"
-    name = torch.cuda.get_device_name() if is_gpu else f"{platform.machine()} {torch.get_num_threads()} threads"
-    return {
-        "model": plan.slug, "parameters": f"{sum(p.numel() for p in lm.model.parameters()) / 1e6:.0f}M",
-        "dtype": lm.identity.dtype, "device": name, "torch": torch.__version__, "contexts": len(subjects),
-        "mean context": round(statistics.mean(lengths), 1),
-        "matrix product": f"{course.product_gflops:,.0f} GFLOP/s",
-    }  # fmt: skip
+def _subjects(grounds: Grounds) -> list[Subject]:
+    given: Inputs = grounds.prepared.given
+    lm = grounds.course.lm
+    return [
+        Subject(
+            tuple(context_row(lm.codec, p, name, t, given.settings.chat)["token_ids"]),
+            word_forms(p.target, lm.codec),
+            row_key(0, p.prompt_id, name, 0),
+        )
+        for p in given.prompts
+        for name, t in given.conditions.items()
+    ][: grounds.num_contexts]
+
+
+def _psem(grounds: Grounds) -> Timed:
+    subjects = _subjects(grounds)
+    fewest = least_tokens(subjects)
+    line = f"psem: at least {fewest:,} tokens must be forwarded (every distinct prefix once)"
+    return Timed(tuple(bench_psem(grounds.course, subjects)), (line,), {"least_tokens": fewest})
+
+
+def _samples(grounds: Grounds) -> Timed:
+    given: Inputs = grounds.prepared.given
+    figures = bench_samples(grounds.course, _subjects(grounds), given.settings.num_samples, Path(given.model.name))
+    return Timed(tuple(figures))
+
+
+def _attention(grounds: Grounds) -> Timed:
+    return Timed(tuple(bench_attention(grounds.course, _subjects(grounds))))
+
+
+def _mechanism(grounds: Grounds) -> Timed:
+    return Timed(tuple(bench_mechanism(grounds.course, _subjects(grounds), _libraries(grounds.course))))
+
+
+def _patching(grounds: Grounds) -> Timed:
+    given: Inputs = grounds.prepared.given
+    prompts = given.prompts[: max(1, grounds.num_contexts // 8)]
+    return Timed(tuple(bench_patching(grounds.course, prompts, _libraries(grounds.course), given.settings.chat)))
+
+
+def _tokens(grounds: Grounds) -> Timed:
+    account = least.measure(grounds)
+    title = f"{grounds.course.lm.identity.name}, {len(grounds.prepared.given.prompts)} prompts"
+    return Timed(lines=tuple(least.render(account, title)), found=account.to_json())
+
+
+def _libraries(course: Course) -> list[peers.Library]:
+    found, missing = peers.libraries(course.lm, course.at_head)
+    course.skipped += [line for line in missing if line not in course.skipped]
+    return found
+
+
+CASES: Mapping[str, Case] = {
+    "psem": Case(_psem),
+    "samples": Case(_samples),
+    "attention": Case(_attention),
+    "mechanism": Case(_mechanism),
+    "patching": Case(_patching),
+    "tokens": Case(_tokens, usual=False),
+}

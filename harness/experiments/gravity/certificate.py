@@ -1,31 +1,25 @@
-"""Stage `sanity`, and what `harness sanity` prints: every measurement of the fast path against a deliberately plain
-reference, on a few prompts (harness.md §8).
+"""The certificate of semantic gravity: every measurement of the fast path against a deliberately plain reference.
 
 The reference (harness/models/plain.py) takes one prompt at a time, without padding, cache sharing or our attention. The
-fast path measures each prompt alone and in batches, behind padding. A disagreement in half precision is measured again in
-float64: a gap that closes was rounding, one that stays is a bug.
-
-The certificate has a budget of seconds. Its items are ordered so that a short one holds each measurement once before any
-twice; those are made whatever the budget is, and what is left out is a row of its own.
+fast path measures each prompt alone and in batches, behind padding.
 """
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-import torch
-from loguru import logger
 
 from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
-from harness.errors import HarnessError, ItemFailed
-from harness.experiments.gravity.inputs import Inputs, item_key
+from harness.errors import ItemFailed
+from harness.experiments.certificate import NAME, Certificate, Gap, Verdict
+from harness.experiments.gravity.inputs import Inputs
+from harness.experiments.gravity.settings import GravitySettings
 from harness.experiments.gravity.stages.mechanism import probe_of
 from harness.experiments.gravity.stages.patching import align, cannot
+from harness.experiments.gravity.stages.prompts import context_row
 from harness.experiments.gravity.stages.psem import measures
 from harness.models import plain
 from harness.models.decode import Completion, Request, Sampling, decode
@@ -35,9 +29,8 @@ from harness.models.measure import SPANS
 from harness.models.noise import row_key
 from harness.models.patch import PATCHES, Pair, Patched, sweep
 from harness.models.score import TreeScores, score_trees
-from harness.settings import ExperimentSettings
 from harness.text.words import Tokens, WordForms, build_trie, word_forms
-from harness.tolerance import HALF, TOLERANCE
+from harness.tolerance import TOLERANCE
 
 MEASURED: dict[str, dict[str, Literal["nats", "prob"]]] = {
     "scores": {"p_sem": "prob", "p_word": "prob", "paper_p_sem": "prob", "logprobs": "nats", "entropy": "nats"},
@@ -48,13 +41,8 @@ MEASURED: dict[str, dict[str, Literal["nats", "prob"]]] = {
     **{patch: {f"patch {patch}": "nats"} for patch in PATCHES},
 }  # fmt: skip
 """The measurements of each kind of item, and which tolerance holds them."""
-_KIND = {measurement: kind for kind, measurements in MEASURED.items() for measurement in measurements}
 BATCH_SIZES = (1, 4, 16)
 """Contexts a batch; each size divides the next, so that a smaller batch lies within a larger one."""
-MOST_S = 60.0
-"""Seconds that nobody asked for."""
-SMALL_RUN_S = 20.0
-"""Seconds for a run that is too small to be estimated: several times what the demo model needs for everything."""
 _LAYERS_PATCHED = 3
 """Layers that are patched both ways: first, middle, last."""
 _SPELLINGS = 3
@@ -64,8 +52,6 @@ _ECHO = 8
 """Tokens by which a batch's longest row is longer than any that is compared: all of those stand beside padding."""
 _KEPT = 12
 """Results that items share, the last ones used. Those of one chunk of contexts, and of one prompt's patches, are fewer."""
-_LENGTH = 8_192
-"""An item is said to be as long as a batch may be on a CPU: so each is a batch of its own, shown and kept when it is done."""
 _T = TypeVar("_T")
 
 
@@ -96,29 +82,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How one measurement of one subject came out; None where it was left out.
-
-    `max_rel` is relative to the reference. For tokens, `flips` counts completions that differ and `near_ties` those of
-    them whose first different token was a tie within the tolerance: noise, not a bug. `repeated` tells how a
-    disagreement in half precision came out in float64.
-    """
-
-    measurement: str
-    subject: str
-    tolerance: float
-    num_items: int = 0
-    max_abs: float | None = None
-    max_rel: float | None = None
-    flips: int = 0
-    near_ties: int = 0
-    worst: str | None = None
-    repeated: str | None = None
-    ok: bool | None = None
-    left_out: bool = False
-
-
-@dataclass(frozen=True)
 class Sampler:
     """How completions are made, by their name in the certificate."""
 
@@ -126,7 +89,7 @@ class Sampler:
     samples: Sampling
 
     @classmethod
-    def of(cls, e: ExperimentSettings) -> "Sampler":
+    def of(cls, e: GravitySettings) -> "Sampler":
         """As the stages `greedy` and `samples` make them."""
         return cls(
             Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline),
@@ -147,51 +110,16 @@ class Task:
     """A patch that is made in a sweep of its own too, not only in one with all others."""
     is_least: bool = False
     """The first of its kind: measured whatever the budget is."""
-    was: Literal["measured", "left out"] | None = None
-    """What the run has already: a decision of the clock is made once."""
-    before_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that an earlier process spent on each item of this certificate, by its key."""
 
     @property
     def name(self) -> str:
         """The subject, as the certificate names it."""
         return self.subject.key if self.layer is None else f"{self.subject.key}|layer {self.layer}"
 
-
-@dataclass
-class _Gap:
-    """The worst difference so far of one measurement."""
-
-    measurement: str
-    subject: str
-    tolerance: float
-    num_items: int = 0
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    worst: str = ""
-    flips: int = 0
-    near_ties: int = 0
-    excused: bool = True
-    """Whether a near tie is excused: not for sampled tokens, which noise decides."""
-
-    def update(self, want: Any, got: Any) -> None:
-        """Take in one item; a shape that differs, or a value that is not finite, is an infinite difference."""
-        self.num_items += 1
-        a, b = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (want, got))
-        gap = np.abs(a - b) if a.shape == b.shape else np.full(1, np.inf)
-        gap = np.where(np.isfinite(gap), gap, np.inf)
-        if gap.size and gap.max() >= self.max_abs:
-            self.worst, self.max_abs = self.subject, float(gap.max())
-        if gap.size and a.shape == b.shape:
-            self.max_rel = max(self.max_rel, float((gap / np.maximum(np.abs(a), 1e-30)).max()))
-
-    def verdict(self) -> Verdict:
-        excused = self.near_ties if self.excused else 0
-        is_ok = self.num_items > 0 and self.flips == excused and self.max_abs <= self.tolerance
-        return Verdict(
-            self.measurement, self.subject, self.tolerance, self.num_items, self.max_abs, self.max_rel, self.flips,
-            self.near_ties, self.worst, ok=is_ok,
-        )  # fmt: skip
+    @property
+    def measurements(self) -> tuple[str, ...]:
+        """Those of its kind."""
+        return tuple(MEASURED[self.kind])
 
 
 class Bench:
@@ -216,8 +144,8 @@ class Bench:
         has_neurons = self.lm.anatomy.neurons is not None
         return {m: getattr(tolerance, unit) for m, unit in MEASURED[kind].items() if m != "neurons" or has_neurons}
 
-    def gaps(self, task: Task) -> dict[str, _Gap]:
-        return {m: _Gap(m, task.name, tolerance) for m, tolerance in self.tolerances(task.kind).items()}
+    def gaps(self, task: Task) -> dict[str, Gap]:
+        return {m: Gap(m, task.name, tolerance) for m, tolerance in self.tolerances(task.kind).items()}
 
 
 def tasks_of(subjects: Sequence[Subject], num_layers: int) -> list[Task]:
@@ -340,7 +268,7 @@ def _decoder(bench: Bench, sampling: Sampling) -> Fast:
     return fast
 
 
-def _update_tokens(gap: _Gap, a: Completion, b: Completion) -> None:
+def _update_tokens(gap: Gap, a: Completion, b: Completion) -> None:
     """Count a completion that differs, and take in the log-probabilities of the tokens both have in common."""
     step = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y), None)
     differs = a.token_ids != b.token_ids
@@ -389,7 +317,7 @@ def _probe(bench: Bench, task: Task) -> Probe:
 
 
 def _compare_view(
-    gaps: Mapping[str, _Gap], reference: Sequence[tuple[Any, dict[str, Any]]], view: View,
+    gaps: Mapping[str, Gap], reference: Sequence[tuple[Any, dict[str, Any]]], view: View,
     spans: Mapping[str, Span | None],
 ) -> None:  # fmt: skip
     for step, (rows, want) in zip(view.steps, reference, strict=True):
@@ -482,161 +410,83 @@ def _chunk(task: Task, size: int) -> tuple[int, int]:
     return start, min(start + size, len(task.company))
 
 
-class Widened:
-    """Settles disagreements of half precision: measured once more in float64 they are noise, or a bug.
-
-    Needs the model in memory once more, eight bytes a parameter, from the first of them on. Where that does not fit,
-    float32 is taken, on the same device or on the CPU; where nothing fits the verdict stands.
-    """
-
-    def __init__(self, model: ModelSpec, sampler: Sampler, is_full: bool = False):
-        wider = (("float64", model.device), ("float32", model.device), ("float32", "cpu"))
-        self._specs = [replace(model, dtype=dtype, device=device) for dtype, device in dict.fromkeys(wider)]
-        self._sampler, self._is_full = sampler, is_full
-        self._bench: Bench | None = None
-        self._why = ""
-
-    def settle(self, verdicts: Sequence[Verdict], task: Task) -> list[Verdict]:
-        """The same verdicts; each disagreement with what became of it."""
-        if all(v.ok for v in verdicts):
-            return list(verdicts)
-        while self._specs:
-            try:
-                again = {v.measurement: v for v in measure(self._load(task), task)}
-            except (HarnessError, MemoryError, torch.OutOfMemoryError) as e:
-                self._why = self._why or str(e)
-                self._bench = None
-                self._specs.pop(0)
-                continue
-            return [v if v.ok else _settled(v, again[v.measurement], self._specs[0].dtype) for v in verdicts]
-        return [v if v.ok else replace(v, repeated=f"not possible: {self._why}") for v in verdicts]
-
-    def _load(self, task: Task) -> Bench:
-        if self._bench is None:
-            spec = self._specs[0]
-            told = "{} disagrees on {}: measured again in {}, for which the model is loaded once more"
-            logger.info(told, task.kind, task.name, spec.dtype)
-            self._bench = Bench(load(spec, identify(spec)), self._sampler, self._is_full)
-        return self._bench
-
-
-def _settled(verdict: Verdict, wide: Verdict, dtype: str) -> Verdict:
-    told = f"{dtype}: {wide.max_abs:.1e}, " + ("noise" if wide.ok else "still apart")
-    return replace(verdict, ok=wide.ok, repeated=told)
-
-
-@dataclass
-class Work:
-    """What a process needs for the items, and what it knows of their cost."""
-
-    bench: Bench
-    widened: Widened | None
-    spent_s: float = 0.0
-    last_s: dict[str, float] = field(default_factory=dict)
-    """What the last item of each kind took."""
-
-
 @dataclass(frozen=True)
-class Sanity:
-    """Writes `sanity_items`, of which the view `sanity` is the certificate: a row a measurement. A disagreement ends the
-    run with exit 1. An item is a kind of measurement of one subject, or one patch of one layer of one subject."""
+class GravityChecks:
+    """Every measurement of the first prompts in all their conditions; an item is a kind of measurement of one subject, or one
+    patch of one layer of one subject."""
 
     model: ModelSpec
     identity: ModelIdentity
     sampler: Sampler
-    num_prompts: int
+    num_subjects: int
     seed: int
-    budget_s: float | None = None
-    """None: no limit, and in full depth. Decides how much is measured, and no number."""
-    clock: Callable[[], float] = time.perf_counter
-    name: ClassVar[str] = "sanity"
     version: ClassVar[int] = 2
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts", "sanity_items")
-    row_bytes: ClassVar[int] = 1_000
+    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts")
 
-    @classmethod
-    def build(cls, given: Inputs) -> "Sanity":
-        e = given.experiment
-        known = SMALL_RUN_S if given.budget_s is None else min(MOST_S, given.budget_s)
-        budget_s = {"auto": known, "unlimited": None}.get(e.sanity.budget, e.sanity.budget)  # type: ignore[arg-type]
-        return cls(given.model, given.identity, Sampler.of(e), e.sanity.num_prompts, given.seed, budget_s)
+    @property
+    def dtype(self) -> str:
+        return self.identity.dtype
+
+    @property
+    def device(self) -> str:
+        return self.model.device
 
     def params(self) -> dict[str, Any]:
-        return {"num_prompts": self.num_prompts, "sampling": asdict(self.sampler)}
+        return {"num_prompts": self.num_subjects, "sampling": asdict(self.sampler)}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def tasks(self, tables: Tables) -> list[Task]:
         codec = load_codec(self.model, self.identity)
-        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_prompts]}
+        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_subjects]}
         rows = [row for row in tables["contexts"] if row["prompt_id"] in targets]
-        tasks = tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
-        known = {(r["measurement"], r["subject"]): r["left_out"] for r in tables["sanity_items"]}
-        before_s: dict[str, float] = {}
-        for r in tables["sanity_items"]:
-            if not r["left_out"]:
-                key = item_key(_KIND[r["measurement"]], r["subject"])
-                before_s[key] = before_s.get(key, 0.0) + (r["seconds"] or 0.0)
-        was = {False: "measured", True: "left out", None: None}
-        return [
-            Item(
-                item_key(task.kind, task.name),
-                _LENGTH + len(tasks) - n,  # the longest comes first
-                replace(task, was=was[known.get((next(iter(MEASURED[task.kind])), task.name))], before_s=before_s),
-            )
-            for n, task in enumerate(tasks)
-        ]
+        return tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
 
-    def setup(self) -> Work:
-        is_full = self.budget_s is None
-        widened = Widened(self.model, self.sampler, is_full) if self.identity.dtype in HALF else None
-        return Work(Bench(shared(self.model, self.identity), self.sampler, is_full), widened)
+    def bench(self, is_full: bool) -> Bench:
+        return Bench(shared(self.model, self.identity), self.sampler, is_full)
 
-    def run(self, context: Work, items: Sequence[Item]) -> list[ItemResult]:
-        return [self._one(context, item.key, item.payload) for item in items]
+    def wider(self, dtype: str, device: str, is_full: bool) -> Bench:
+        spec = replace(self.model, dtype=dtype, device=device)
+        return Bench(load(spec, identify(spec)), self.sampler, is_full)
 
-    def _one(self, work: Work, key: str, task: Task) -> ItemResult:
-        if not self._has_time(work, task):
-            return ItemResult(key, {"sanity_items": [_row(v, 0.0) for v in left_out(work.bench, task)]})
-        start = self.clock()
-        try:
-            verdicts = measure(work.bench, task)
-            if work.widened is not None:
-                verdicts = work.widened.settle(verdicts, task)
-        except ItemFailed as e:
-            return ItemResult.failed(key, e)
-        seconds = self.clock() - start
-        work.spent_s += seconds
-        work.last_s[task.kind] = seconds
-        for v in verdicts:
-            if not v.ok:
-                logger.error(
-                    "the fast path and the plain reference disagree: {} of {}, {}", v.measurement, task.name, told(v)
-                )
-        return ItemResult(key, {"sanity_items": [_row(v, seconds / len(verdicts)) for v in verdicts]})
+    def measure(self, bench: Bench, task: Task) -> list[Verdict]:
+        return measure(bench, task)
 
-    def _has_time(self, work: Work, task: Task) -> bool:
-        """Decided once: what a run has measured, or left out, stays so where it is looked at again."""
-        if self.budget_s is None or task.is_least or task.was is not None:
-            return task.was != "left out"
-        alike = [s for key, s in task.before_s.items() if key.startswith(f"{task.kind}|")]
-        next_s = work.last_s.get(task.kind, alike[-1] if alike else 0.0)
-        return sum(task.before_s.values()) + work.spent_s + next_s < self.budget_s
+    def left_out(self, bench: Bench, task: Task) -> list[Verdict]:
+        return left_out(bench, task)
 
 
-def told(verdict: Verdict) -> str:
-    """How far apart, in words."""
-    flips = f", {verdict.flips} completions differ" if verdict.flips else ""
-    repeated = f" ({verdict.repeated})" if verdict.repeated else ""
-    return f"{verdict.max_abs:.1e} apart where {verdict.tolerance:.0e} is rounding{flips}{repeated}"
+class Sanity:
+    """Table-of-contents entry: the certificate of a run of semantic gravity."""
+
+    name: ClassVar[str] = NAME
+    needs: ClassVar[tuple[str, ...]] = ("prompts",)
+    optional: ClassVar[bool] = False
+
+    @staticmethod
+    def build(given: Inputs) -> Certificate[Task, Bench]:
+        own = given.settings
+        checks = GravityChecks(given.model, given.identity, Sampler.of(own), own.sanity.num_prompts, given.seed)
+        return Certificate.of(checks, own.sanity)
 
 
-def _row(verdict: Verdict, seconds: float) -> dict[str, Any]:
-    """A row of `sanity_items`; an infinite difference is stored as 1e38, since the engine refuses what no 32-bit float holds."""
-    most = {
-        k: None if v is None else min(v, 1e38) for k, v in (("max_abs", verdict.max_abs), ("max_rel", verdict.max_rel))
-    }
-    return asdict(verdict) | most | {"seconds": seconds}
+def tables_of(given: Inputs, num_prompts: int) -> dict[str, list[dict[str, Any]]]:
+    """What the certificate reads, for the first prompts in all their conditions, without a run."""
+    codec = load_codec(given.model, given.identity)
+    prompts = given.prompts[:num_prompts]
+    contexts = [
+        context_row(codec, prompt, name, template, given.settings.chat)
+        for prompt in prompts
+        for name, template in given.conditions.items()
+    ]
+    told = [{"prompt_id": p.prompt_id, "target": p.target} for p in prompts]
+    return {"prompts": told, "contexts": contexts, "sanity_items": []}
+
+
+def make_subjects(given: Inputs, num_prompts: int) -> list[Subject]:
+    """The first prompts in all their conditions."""
+    tables = tables_of(given, num_prompts)
+    codec = load_codec(given.model, given.identity)
+    targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
+    return subjects_of(tables["contexts"], targets, codec, given.seed)
 
 
 def _good(result: _T | ItemFailed) -> _T:

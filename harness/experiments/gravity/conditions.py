@@ -46,7 +46,7 @@ class Template:
 
     def check(self, name: str) -> None:
         """Raises SettingsError for a template that cannot be rendered."""
-        where = f"experiment.conditions.{name}"
+        where = f"gravity.conditions.{name}"
         fields = _PLACEHOLDER.findall(self.text)
         if (trick := _TRICK.search(self.text)) is not None:
             raise SettingsError(

@@ -5,24 +5,19 @@ The experiment is a real run, in a folder of its own that is removed; its stages
 items of the measuring stages carry.
 """
 
-import io
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from harness import tally
-from harness.commands import launch
 from harness.engine import Stage, Tables
 from harness.engine.executors import Item, ItemResult
 from harness.errors import RunError
-from harness.models.load import LM, shared
+from harness.experiments.timing import Grounds
+from harness.models.load import LM
 from harness.models.patch import Patched, sweep
-from harness.settings import Resolved
 from harness.tally import Tally
 from harness.text.words import Tokens, Trie
 
@@ -172,17 +167,12 @@ class _Watched:
         return results
 
 
-def measure(plan: launch.Plan, resolved: Resolved) -> Account:
-    """Run the experiment of `plan` from nothing and count. Raises RunError where it fails."""
-    watched = [_Watched(stage) for stage in plan.stages]
-    with tempfile.TemporaryDirectory(prefix="harness-") as folder, redirect_stdout(io.StringIO()):
-        settings = resolved.settings
-        paths = settings.paths.model_copy(update={"runs": Path(folder)})
-        aside = replace(resolved, settings=settings.model_copy(update={"paths": paths}))
-        ended = launch.start(replace(plan, stages=tuple(watched)), aside, resume="new")
-    if ended.code:
-        raise RunError(f"the run that is counted ended with {ended.code}; see the lines above")
-    lm = shared(plan.inputs.model, plan.inputs.identity)
+def measure(grounds: Grounds) -> Account:
+    """Run the experiment from nothing and count. Raises RunError where it fails."""
+    watched = [_Watched(stage) for stage in grounds.stages]
+    if code := grounds.run_aside(watched):
+        raise RunError(f"the run that is counted ended with {code}; see the lines above")
+    lm = grounds.course.lm
     num_layers = len(lm.anatomy.blocks)
     together, stages = Need(num_layers), []
     for stage in watched:

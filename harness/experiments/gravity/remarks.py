@@ -6,21 +6,20 @@ says what was counted and what to try. Every threshold stands here with its reas
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
-from harness.run.differences import setting
+from harness.experiments.remarks import Remark, share_told
+from harness.run.differences import own_setting
 from harness.store import Reader, Row
 
-Kind = Literal["empty", "cut", "one_outcome", "one_bin", "fit", "split", "certificate", "left_out"]
+Kind = Literal["empty", "cut", "one_outcome", "one_bin", "fit", "split"]
 
-TITLES: Mapping[Kind, str] = {
+TITLES: Mapping[str, str] = {
     "empty": "empty answers", "cut": "answers cut short", "one_outcome": "answers that all end alike",
     "one_bin": "pressure in one bin", "fit": "a slope left open", "split": "targets of several tokens",
-    "certificate": "a certificate near its tolerance", "left_out": "an incomplete certificate",
 }  # fmt: skip
 """What each kind is about, in a few words."""
 FEWEST = 5
@@ -36,48 +35,18 @@ SPLIT = 0.1
 WIDE = 4.0
 """Logits by which the two ends of the slope's interval differ over the P0 that the fit rests on: the odds at one end of
 the pressure against those at the other are then unknown by a factor of over 50 (e⁴)."""
-NEAR = 0.5
-"""Share of its tolerance from which a measurement of the certificate nearly failed."""
-
 _EMPTY_SQL = r"regexp_full_match(coalesce(answer, ''), '[\s\p{Z}]*')"
 _MODES = {"greedy": "greedy answers", "sample": "samples"}
 
 
-@dataclass(frozen=True)
-class Remark:
-    """One thing to know of a run: `number` of `total` are so, in a sentence, and what to try.
-
-    Text in backticks is to be typed. Names of conditions and measurements are the run's own: to be shown as text.
-    """
-
-    kind: Kind
-    condition: str | None
-    number: int
-    total: int
-    sentence: str
-    advice: str
-
-    @property
-    def share(self) -> float:
-        return self.number / self.total if self.total else 0.0
-
-
 def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
-    """What there is to say of a run, the answers first; of an unfinished one, as far as it came."""
+    """What there is to say of a run, the answers first; of an unfinished one, as far as it came. The certificate has its own."""
     known = set(reader.tables())
     found: list[Remark] = []
     for needs, look in _LOOKS:
         if known.issuperset(needs):
             found += look(reader, manifest)
-    return found
-
-
-def lines(remarks: Iterable[Remark]) -> list[str]:
-    """The remarks as paragraphs, those that have the same advice together."""
-    return [
-        " ".join([*(r.sentence for r in group), advice])
-        for (_, advice), group in groupby(remarks, key=lambda r: (r.kind, r.advice))
-    ]
+    return [replace(r, title=TITLES[r.kind]) for r in found]
 
 
 # -- answers
@@ -98,14 +67,14 @@ def _empty(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
 
 def _to_be_answered(manifest: Mapping[str, Any], begins_lines: bool) -> str:
     """What to try where a model does not answer."""
-    if _model(manifest, "chat_template_sha256") and not setting(manifest, "experiment.chat"):
+    if _model(manifest, "chat_template_sha256") and not own_setting(manifest, "chat"):
         return "Try `--gravity.chat true`: the model has a chat template, and was asked in raw text."
     if begins_lines:
         return (
             "Most of them begin with a new line, where the answer ends. Try a template of your own that ends where the "
-            "answer begins (`[experiment.templates]`), or `--experiment.stop_at_newline false` to see what comes after it."
+            "answer begins (`[gravity.templates]`), or `--gravity.stop_at_newline false` to see what comes after it."
         )
-    return "The model ends its text at once. Try other words (`[experiment.templates]`), or a model that follows instructions."
+    return "The model ends its text at once. Try other words (`[gravity.templates]`), or a model that follows instructions."
 
 
 def _cut(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
@@ -116,10 +85,10 @@ def _cut(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
         if _is_many(modes, CUT):
             names = {"greedy": "greedy", "sample": "samples"}
             raised = [
-                f"`--experiment.max_new_tokens_{names[mode]} {2 * limit}`"
+                f"`--gravity.max_new_tokens_{names[mode]} {2 * limit}`"
                 for mode, row in modes.items()
                 if _is_many({mode: row}, CUT)
-                and isinstance(limit := setting(manifest, f"experiment.max_new_tokens_{names[mode]}"), int)
+                and isinstance(limit := own_setting(manifest, f"max_new_tokens_{names[mode]}"), int)
             ]
             told = f" Try {' and '.join(raised)}." if raised else ""
             advice = f"An X that would have come later is not counted.{told}"
@@ -163,7 +132,7 @@ def _is_many(modes: Mapping[str, Row], share: float) -> bool:
 
 def _of_modes(kind: Kind, condition: str, modes: Mapping[str, Row], how: str, advice: str) -> Remark:
     seen = {mode: row for mode, row in modes.items() if row["number"]}
-    told = " and ".join(_share(row["number"], row["total"], _MODES[mode]) for mode, row in seen.items())
+    told = " and ".join(share_told(row["number"], row["total"], _MODES[mode]) for mode, row in seen.items())
     number, total = (sum(row[key] for row in seen.values()) for key in ("number", "total"))
     return Remark(kind, condition, number, total, f"Under {condition}, {told} are {how}.", advice)
 
@@ -181,7 +150,7 @@ def _one_bin(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
         weak = " or a model that is surer of its answers" if fullest == 0 else " or harder questions"
         yield Remark(
             "one_bin", None, number, len(rows),
-            f"{_share(number, len(rows), 'prompts')} have a P0 in {BIN_NAMES[fullest]}; all lie from {min(p0):.3f} "
+            f"{share_told(number, len(rows), 'prompts')} have a P0 in {BIN_NAMES[fullest]}; all lie from {min(p0):.3f} "
             f"to {max(p0):.3f}.",
             f"How violation changes beyond these cannot be read from this run. Try prompts of other pressure "
             f"(`--prompts FILE`){weak}.",
@@ -227,40 +196,9 @@ def _split(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
     if row["total"] >= FEWEST and row["number"] >= SPLIT * row["total"]:
         yield Remark(
             "split", None, row["number"], row["total"],
-            f"The tokenizer splits X in {_share(row['number'], row['total'], 'prompts')}: no spelling of it is one token.",
+            f"The tokenizer splits X in {share_told(row['number'], row['total'], 'prompts')}: no spelling of it is one token.",
             "P(X) is of the whole word, lens and contributions of its first token only. Add `single_token` to `--stages` to "
             "keep the prompts whose X is one token.",
-        )  # fmt: skip
-
-
-# -- the certificate
-
-
-def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
-    rows = reader.query("SELECT measurement, max_abs, tolerance, ok FROM sanity ORDER BY max_abs / tolerance DESC")
-    near = [r for r in rows if r["ok"] and r["max_abs"] is not None and r["max_abs"] > NEAR * r["tolerance"] > 0]
-    if near:
-        told = ", ".join(f"{r['measurement']} {r['max_abs']:.1e} of {r['tolerance']:.0e}" for r in near[:3])
-        half = _model(manifest, "dtype") in ("bfloat16", "float16")
-        yield Remark(
-            "certificate", None, len(near), len(rows),
-            f"{len(near)} of {len(rows)} measurements of the certificate are near the tolerance: {told}"
-            f"{', …' if len(near) > 3 else ''}.",
-            "Try `--model.dtype float32`, which computes closer." if half
-            else "Try `harness sanity --num-prompts 16` with the same settings: it compares more prompts.",
-        )  # fmt: skip
-
-
-def _left_out(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
-    """Measurements of which nothing was compared; that some comparisons had no time, the certificate's own line tells."""
-    rows = reader.query("SELECT * FROM sanity_items")
-    names = {str(row.get("measurement")) for row in rows}
-    missing = sorted(names - {str(row.get("measurement")) for row in rows if not row.get("left_out")})
-    if missing:
-        yield Remark(
-            "left_out", None, len(missing), len(names),
-            f"{_share(len(missing), len(names), 'measurements')} of the certificate were left out: {', '.join(missing)}.",
-            "Try `harness sanity --full` with the same settings.",
         )  # fmt: skip
 
 
@@ -272,8 +210,6 @@ _LOOKS: tuple[tuple[tuple[str, ...], _Look], ...] = (
     (("psem",), _one_bin),
     (("violation", "psem", "statistics"), _fit),
     (("psem",), _split),
-    (("sanity",), _certificate),
-    (("sanity_items",), _left_out),
 )
 """What each look needs to be in the snapshot, in the order of showing."""
 
@@ -281,7 +217,3 @@ _LOOKS: tuple[tuple[tuple[str, ...], _Look], ...] = (
 def _model(manifest: Mapping[str, Any], name: str) -> Any:
     model = manifest.get("model")
     return model.get(name) if isinstance(model, Mapping) else None
-
-
-def _share(number: int, total: int, what: str) -> str:
-    return f"{number:,} of {total:,} {what} ({100 * number / total:.0f} %)"

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from harness.experiments.experiment import Headline
 from harness.experiments.gravity import remarks
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.remarks import Remark
@@ -167,12 +167,15 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
     return shown
 
 
-def next_steps(run_id: str, runs: Path) -> str:
-    """Where to look next, for somebody who has just seen a run end."""
-    return (
-        f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
-        f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
+def headlines(reader: Reader) -> list[Headline]:
+    """Rates, fit and suppression over all prompts."""
+    if "statistics" not in reader.tables():
+        return []
+    rows = reader.query(
+        "SELECT condition, analysis || ' ' || measure AS measure, value, low, high FROM statistics "
+        "WHERE analysis IN ('rates', 'fit', 'suppression') AND grouping = 'all' AND value IS NOT NULL ORDER BY ALL"
     )
+    return [Headline(r["condition"], r["measure"], r["value"], r["low"], r["high"]) for r in rows]
 
 
 def _fit_line(condition: str, fit: LogisticFit) -> str:

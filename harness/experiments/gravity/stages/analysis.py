@@ -96,7 +96,7 @@ class Analysis:
 
     @classmethod
     def build(cls, given: Inputs) -> "Analysis":
-        return cls(tuple(given.conditions), given.experiment.patching.condition, given.seed)
+        return cls(tuple(given.conditions), given.settings.patching.condition, given.seed)
 
     def params(self) -> dict[str, Any]:
         return {"patched": self.patched, "num_bootstraps": self.num_bootstraps}

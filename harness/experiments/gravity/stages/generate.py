@@ -89,7 +89,7 @@ class Greedy:
 
     @staticmethod
     def build(given: Inputs) -> Generate:
-        e = given.experiment
+        e = given.settings
         sampling = Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline)
         return Generate(
             given.model, given.identity, _admitted(given), "greedy", tuple(given.conditions), 1, sampling, given.seed
@@ -105,7 +105,7 @@ class Samples:
 
     @staticmethod
     def build(given: Inputs) -> Generate:
-        e = given.experiment
+        e = given.settings
         sampling = Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)
         conditions = e.sample_conditions or tuple(given.conditions)
         return Generate(

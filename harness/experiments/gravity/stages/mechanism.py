@@ -14,10 +14,10 @@ from harness.engine import Tables
 from harness.engine.executors import Artifact, Item, ItemResult
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
+from harness.experiments.gravity.settings import StoredSettings
 from harness.models.inside import Probe, StepView, View, look_inside
 from harness.models.load import LM, ModelIdentity, ModelSpec, load_codec, shared
 from harness.models.measure import SPANS, attention_ratios
-from harness.settings import StoredSettings
 from harness.text.words import Tokens, word_forms
 
 STEP_KINDS = ("first", "decision")
@@ -41,7 +41,7 @@ class Mechanism:
 
     @classmethod
     def build(cls, given: Inputs) -> "Mechanism":
-        return cls(given.model, given.identity, given.experiment.stored, given.seed)
+        return cls(given.model, given.identity, given.settings.stored, given.seed)
 
     @property
     def row_bytes(self) -> int:

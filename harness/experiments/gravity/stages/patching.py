@@ -15,9 +15,9 @@ from harness.engine import Tables
 from harness.engine.executors import Item, ItemResult
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
+from harness.experiments.gravity.settings import PatchingSettings
 from harness.models.load import LM, ModelIdentity, ModelSpec, load_codec, shared
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
-from harness.settings import PatchingSettings
 from harness.text.detect import detect
 from harness.text.words import Trie, build_trie, word_forms
 
@@ -54,7 +54,7 @@ class Patching:
 
     @classmethod
     def build(cls, given: Inputs) -> "Patching":
-        e = given.experiment
+        e = given.settings
         return cls(given.model, given.identity, e.patching, e.max_new_tokens_greedy, e.stop_at_newline, given.seed)
 
     @property

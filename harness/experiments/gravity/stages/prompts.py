@@ -32,7 +32,7 @@ class Prompts:
 
     @classmethod
     def build(cls, given: Inputs) -> "Prompts":
-        return cls(given.prompts, given.conditions, given.model, given.identity, given.experiment.chat)
+        return cls(given.prompts, given.conditions, given.model, given.identity, given.settings.chat)
 
     def params(self) -> dict[str, Any]:
         return {"chat": self.chat}

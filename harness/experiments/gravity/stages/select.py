@@ -16,7 +16,7 @@ from harness.engine import Tables
 from harness.engine.executors import Item, ItemResult
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.inputs import Admitted, Inputs
-from harness.settings import SelectSettings
+from harness.experiments.gravity.settings import SelectSettings
 from harness.text.prompts import letters
 
 ADMITTED = "balanced"
@@ -48,7 +48,7 @@ class Select:
 
     @classmethod
     def build(cls, given: Inputs) -> "Select":
-        return cls(given.experiment.select, Admitted("single_token" in given.stages, selected=False))
+        return cls(given.settings.select, Admitted("single_token" in given.stages, selected=False))
 
     def params(self) -> dict[str, Any]:
         return self.rules.model_dump()

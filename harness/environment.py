@@ -14,8 +14,8 @@ import psutil
 import torch
 from threadpoolctl import threadpool_info
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-_PACKAGE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
 _LABELS = ("revision", "version", "created", "source")
 _DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME")

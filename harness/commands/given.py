@@ -19,7 +19,7 @@ from harness.files import read_unlinked
 from harness.models.fetch import FETCHABLE
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL
 
-FLAGS = {"model.name": "--model", "data.prompts": "--prompts"}
+FLAGS = {"model.name": "--model", "other.name": "--other", "data.prompts": "--prompts"}
 """Settings that may be paths, and the flag that gives each."""
 _KEY_BYTES = 32
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,7 +48,7 @@ def is_own(settings: Mapping[str, Any], given: object, state: Path) -> bool:
 def _is_path(name: str, value: str) -> bool:
     if name == "data.prompts":
         return value != BUNDLED_PROMPTS
-    if value == DEMO_MODEL or value in FETCHABLE or value.startswith("random:"):
+    if not value or value == DEMO_MODEL or value in FETCHABLE or value.startswith("random:"):
         return False
     return (
         value.startswith(".") or value.lower().endswith(".gguf") or not _HUB_ID.fullmatch(value) or Path(value).exists()

@@ -1,0 +1,113 @@
+"""Experiments by name: the packages beside this file, and what installed packages register.
+
+A package that is installed adds an experiment by the entry-point group `harness.experiments`; its entry gives an object as
+`experiment.Experiment` describes it. Nothing is imported until an experiment is asked for.
+"""
+
+import pkgutil
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from harness import experiments, settings
+from harness.errors import SettingsError, nearest
+from harness.experiments.experiment import Experiment
+from harness.settings import Fields, Own, Resolved
+
+DEFAULT = "gravity"
+"""What `harness run` runs without a name."""
+GROUP = "harness.experiments"
+_FORMER = {"experiment": "gravity"}
+"""What its section was called when there was one experiment: older files, variables and manifests say so."""
+
+
+def names() -> tuple[str, ...]:
+    """Every experiment that is installed, the default one first."""
+    return tuple(sorted(_places(), key=lambda name: (name != DEFAULT, name)))
+
+
+def get(name: str) -> Experiment:
+    """The experiment of this name. Raises SettingsError where there is none, or where it cannot be imported."""
+    places = _places()
+    if name not in places:
+        raise SettingsError(
+            f"no experiment {name[:80]!r}{nearest(name, list(places))}; there are: {', '.join(names())}"
+        )
+    try:
+        return _load(name)
+    except SettingsError:
+        raise
+    except Exception as e:  # an installed package may fail in any way
+        raise SettingsError(
+            f"experiment {name} ({places[name]}) cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        ) from e
+
+
+def every() -> tuple[Experiment, ...]:
+    """All that can be imported; a warning names each that cannot."""
+    found = []
+    for name in names():
+        try:
+            found.append(get(name))
+        except SettingsError as e:
+            logger.warning("{}", e)
+    return tuple(found)
+
+
+def fields(experiment: str | None) -> Fields:
+    """The settings of a command about this experiment; about none, the shared ones."""
+    own = None if experiment is None else Own(experiment, get(experiment).settings)
+    return Fields(own, names(), _FORMER)
+
+
+def current(section: str) -> str:
+    """The name that a section has today."""
+    return _FORMER.get(section, section)
+
+
+def resolve(
+    flags: Mapping[str, str] | None = None,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    recorded_by: str = "",
+    experiment: str | None = DEFAULT,
+) -> Resolved:
+    """The settings of a command about an experiment, see `settings.resolve`. Raises SettingsError."""
+    defaults = {} if experiment is None else get(experiment).demo()
+    return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
+
+
+def _places() -> dict[str, str]:
+    """Name -> where it comes from. A package beside this file stands before one that is installed under its name."""
+    found = {e.name: f"installed by {e.dist.name if e.dist else 'an unnamed package'}" for e in _entry_points()}
+    return found | {m.name: "part of harness" for m in pkgutil.iter_modules(experiments.__path__) if m.ispkg}
+
+
+@lru_cache
+def _load(name: str) -> Experiment:
+    if (Path(__file__).parent / name / "__init__.py").exists():
+        found = import_module(f"{experiments.__name__}.{name}").EXPERIMENT
+    else:
+        found = next(e for e in _entry_points() if e.name == name).load()
+    missing = [part for part in _PARTS if not hasattr(found, part)]
+    if missing:
+        raise SettingsError(
+            f"experiment {name} ({_places()[name]}) gives no {', '.join(missing)}; see docs/experiments.md"
+        )
+    if found.name != name:
+        raise SettingsError(f"experiment {name} ({_places()[name]}) calls itself {found.name!r}: expected one name")
+    if name in settings.Settings.model_fields:
+        raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
+    return found
+
+
+_PARTS = tuple(name for name in vars(Experiment) if not name.startswith("_"))
+
+
+def _entry_points() -> tuple[metadata.EntryPoint, ...]:
+    return tuple(metadata.entry_points(group=GROUP))

@@ -1,0 +1,91 @@
+"""What a run should say of itself before its numbers are read, and what every experiment's certificate gives to say.
+
+Terminal, report and app show the same remarks. A remark is a thing to act upon: it says what was counted and what to try.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from harness.store import Reader
+
+NEAR = 0.5
+"""Share of its tolerance from which a measurement of the certificate nearly failed."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing to know of a run: `number` of `total` are so, in a sentence, and what to try.
+
+    Text in backticks is to be typed. Names of conditions and measurements are the run's own: to be shown as text.
+    """
+
+    kind: str
+    """Sorts remarks by subject, and names the pages of the app that show it."""
+    condition: str | None
+    number: int
+    total: int
+    sentence: str
+    advice: str
+    title: str = ""
+    """The kind in a few words."""
+
+    @property
+    def share(self) -> float:
+        return self.number / self.total if self.total else 0.0
+
+
+def lines(remarks: Iterable[Remark]) -> list[str]:
+    """The remarks as paragraphs, those that have the same advice together."""
+    return [
+        " ".join([*(r.sentence for r in group), advice])
+        for (_, advice), group in groupby(remarks, key=lambda r: (r.kind, r.advice))
+    ]
+
+
+def of_certificate(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+    """What there is to say of the certificate, where the run has one."""
+    known = set(reader.tables())
+    found = [*_certificate(reader, manifest)] if "sanity" in known else []
+    return found + ([*_left_out(reader, manifest)] if "sanity_items" in known else [])
+
+
+def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+    rows = reader.query("SELECT measurement, max_abs, tolerance, ok FROM sanity ORDER BY max_abs / tolerance DESC")
+    near = [r for r in rows if r["ok"] and r["max_abs"] is not None and r["max_abs"] > NEAR * r["tolerance"] > 0]
+    if near:
+        told = ", ".join(f"{r['measurement']} {r['max_abs']:.1e} of {r['tolerance']:.0e}" for r in near[:3])
+        half = _model(manifest, "dtype") in ("bfloat16", "float16")
+        yield Remark(
+            "certificate", None, len(near), len(rows),
+            f"{len(near)} of {len(rows)} measurements of the certificate are near the tolerance: {told}"
+            f"{', …' if len(near) > 3 else ''}.",
+            "Try `--model.dtype float32`, which computes closer." if half
+            else "Try `harness sanity --num-prompts 16` with the same settings: it compares more prompts.",
+            "a certificate near its tolerance",
+        )  # fmt: skip
+
+
+def _left_out(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+    """Measurements of which nothing was compared; that some comparisons had no time, the certificate's own line tells."""
+    rows = reader.query("SELECT * FROM sanity_items")
+    names = {str(row.get("measurement")) for row in rows}
+    missing = sorted(names - {str(row.get("measurement")) for row in rows if not row.get("left_out")})
+    if missing:
+        yield Remark(
+            "left_out", None, len(missing), len(names),
+            f"{share_told(len(missing), len(names), 'measurements')} of the certificate were left out: {', '.join(missing)}.",
+            "Try `harness sanity --full` with the same settings.",
+            "an incomplete certificate",
+        )  # fmt: skip
+
+
+def _model(manifest: Mapping[str, Any], name: str) -> Any:
+    model = manifest.get("model")
+    return model.get(name) if isinstance(model, Mapping) else None
+
+
+def share_told(number: int, total: int, what: str) -> str:
+    """`12 of 250 prompts (5 %)`."""
+    return f"{number:,} of {total:,} {what} ({100 * number / total:.0f} %)"
