@@ -334,7 +334,7 @@ def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     from harness.commands import export
 
-    export.command(root, args.run, args.to, args.format, is_safe=args.safe)
+    export.export(root, args.run, args.to, args.format, is_safe=args.safe)
     return 0
 
 

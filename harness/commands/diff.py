@@ -17,7 +17,7 @@ from harness.commands.recognise import experiment_of
 from harness.experiments.experiment import Experiment, Headline
 from harness.run import RunPaths, read_manifest, state
 from harness.run.differences import manifest_differences, shortened
-from harness.store import Aligned, Reader, TableFacts
+from harness.store import Aligned, Reader, Schema
 from harness.store.snapshot import open_snapshot
 from harness.tolerance import TOLERANCE
 
@@ -88,14 +88,14 @@ def table_drift(table: str, rows: Aligned) -> TableDrift:
     return TableDrift(table, len(rows.one), rows.only_one, rows.only_other, tuple(drifts))
 
 
-def verdict(drifts: Sequence[TableDrift], dtype: str, facts: TableFacts) -> Verdict:
+def verdict(drifts: Sequence[TableDrift], dtype: str, schema: Schema) -> Verdict:
     """Whether results are the same bits, the same up to rounding in `dtype` (as a share of max(1, |x|)), or something else."""
     if all(d.is_equal for d in drifts):
         return "identical"
     tolerance = TOLERANCE[dtype].nats
-    judged = [d for d in drifts if d.table not in facts.derived]
+    judged = [d for d in drifts if d.table not in schema.derived]
     is_near = not any(d.only_one or d.only_other for d in judged) and all(
-        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in facts.ranks
+        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in schema.ranks
     )
     return "rounding" if is_near else "apart"
 

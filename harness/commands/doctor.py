@@ -42,7 +42,7 @@ def examine(resolved: Resolved, experiment: Experiment) -> Iterator[Check]:
         ("threads", _threads),
         ("half precision", _half),
         ("runs folder", _runs),
-        ("store", _store),
+        ("store", partial(_store, experiment)),
         ("experiments", _experiments),
         ("input", partial(_input, resolved, experiment)),
         ("model", _model),
@@ -139,12 +139,12 @@ def _runs(settings: Settings) -> str:
     return f"{folder.resolve()} is writable, {free / 1e9:.1f} GB free"
 
 
-def _store(settings: Settings) -> str:
+def _store(experiment: Experiment, settings: Settings) -> str:
     with tempfile.TemporaryDirectory(dir=settings.paths.runs) as folder:
-        with Store(Path(folder) / "results.duckdb") as store:
+        with Store(Path(folder) / "results.duckdb", experiment.schema) as store:
             store.event("info", "doctor", "written")
             store.publish(Path(folder) / "live.duckdb")
-        with Reader(Path(folder) / "live.duckdb") as reader:
+        with Reader(Path(folder) / "live.duckdb", experiment.schema) as reader:
             assert reader.query("SELECT count(*) AS n FROM events")[0]["n"] == 1, "the snapshot lost a row"
     return "a store writes, publishes and reads back"
 

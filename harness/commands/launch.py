@@ -279,7 +279,7 @@ def _execute(
         table_sha256={name: tables[name].sha256 for name in plan.experiment.schema.measured},
         sanity=certificate,
     )
-    seal.write(paths, tables, manifest.with_changes(**last))
+    seal.write(paths, plan.experiment.schema, tables, manifest.with_changes(**last))
     manifest.update(**last)
     return 1 if failed or not _agrees(certificate) else 0
 
@@ -339,7 +339,9 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     try:
         with log.ConsoleProgress() as shown:
             executor = Inline(_accelerator(plan, settings))
-            whole = measure(build, prepared.num_subjects, executor, _limits(settings), stop, shown)
+            whole = measure(
+                build, plan.experiment.schema, prepared.num_subjects, executor, _limits(settings), stop, shown
+            )
     finally:
         logger.enable("harness.engine")
     if any(s.name == CERTIFICATE for s in plan.stages):

@@ -7,7 +7,7 @@ in half precision is measured again in float64: a gap that closes was rounding, 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -344,24 +344,6 @@ def told(verdict: Verdict) -> str:
 def agrees(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every measurement of a certificate was made and agrees; `rows` are those of the view `sanity`."""
     return all(v["ok"] for v in rows)
-
-
-def lines(rows: Sequence[Mapping[str, Any]], is_whole: bool) -> Iterator[str]:
-    """The certificate in one line; none where there is none. `is_whole`: the stage that makes it has come to its end."""
-    if not rows:
-        return
-    apart = [v["measurement"] for v in rows if v["ok"] is False]
-    if apart:
-        yield (
-            f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
-        )
-        return
-    missing = [v["measurement"] for v in rows if v["ok"] is None]
-    made, left = len(rows) - len(missing), sum(v.get("num_left_out") or 0 for v in rows)
-    so_far = "" if is_whole else " made so far"
-    line = f"Certificate: all {made} measurements{so_far} agree with the plain reference"
-    line += f"; NOT measured: {', '.join(missing)}" if missing and is_whole else ""
-    yield line + (f"; {left} further comparisons left out for its budget, see `{NAME}`." if left else ".")
 
 
 def _key(task: Task) -> str:

@@ -156,6 +156,11 @@ class Experiment(Protocol):
         ...
 
     @property
+    def planted(self) -> str:
+        """What is said wherever a run is shown whose manifest has `planted`: its truth is made, and says nothing of the world."""
+        ...
+
+    @property
     def other_model(self) -> Literal["none", "optional", "required"]:
         """Whether it takes a second model, `--other`."""
         ...

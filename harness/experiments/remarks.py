@@ -3,7 +3,7 @@
 Terminal, report and app show the same remarks. A remark is a thing to act upon: it says what was counted and what to try.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -42,6 +42,24 @@ def lines(remarks: Iterable[Remark]) -> list[str]:
         " ".join([*(r.sentence for r in group), advice])
         for (_, advice), group in groupby(remarks, key=lambda r: (r.kind, r.advice))
     ]
+
+
+def certificate_lines(rows: Sequence[Mapping[str, Any]], is_whole: bool) -> Iterator[str]:
+    """The certificate in one line; none where there is none. `is_whole`: the stage that makes it has come to its end."""
+    if not rows:
+        return
+    apart = [v["measurement"] for v in rows if v["ok"] is False]
+    if apart:
+        yield (
+            f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
+        )
+        return
+    missing = [v["measurement"] for v in rows if v["ok"] is None]
+    made, left = len(rows) - len(missing), sum(v.get("num_left_out") or 0 for v in rows)
+    so_far = "" if is_whole else " made so far"
+    line = f"Certificate: all {made} measurements{so_far} agree with the plain reference"
+    line += f"; NOT measured: {', '.join(missing)}" if missing and is_whole else ""
+    yield line + (f"; {left} further comparisons left out for its budget, see `sanity`." if left else ".")
 
 
 def of_certificate(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:

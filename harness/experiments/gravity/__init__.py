@@ -30,6 +30,7 @@ class Gravity:
     sentence = (
         "how strongly a prompt pulls toward a word X, how often “do not use X” fails, and what inside explains it"
     )
+    planted = "The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models."
     other_model: Literal["none", "optional", "required"] = "none"
     settings: type[ExperimentSettings] = GravitySettings
 

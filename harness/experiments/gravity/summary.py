@@ -150,20 +150,6 @@ def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
             f"{r['patch']} {r['value']:+.3f} (layer {r['layer']})" for r in result.strongest_patches if r["value"]
         )
         shown.append(f"Patching {result.strongest_patches[0]['n']} prompts, largest mean ΔP of each patch: {told}")
-    if result.certificate:
-        shown.append(_certificate_told(result, "sanity" in (manifest.get("stages") or {})))
-    shown.extend(f"Note: {line}" for line in remarks.lines(result.remarks))
-    if result.num_failed:
-        shown.append(f"{result.num_failed} items failed: they are rows of the table `events`.")
-    told = ", ".join(
-        f"{n} {level}s" if n != 1 else f"1 {level}" for level, n in (manifest.get("warnings") or {}).items()
-    )
-    if told:
-        shown.append(f"{told} in the log (logs/run.log).")
-    if manifest.get("planted"):
-        shown.append(
-            "The bundled demo model's answers are planted: these numbers test the pipeline and say nothing of language models."
-        )
     return shown
 
 
@@ -237,16 +223,3 @@ def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
     return f"{value.mean:.3f}" if value.num_prompts < 2 else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def _certificate_told(result: Summary, is_whole: bool) -> str:
-    """In one line; `is_whole`: the stage that makes it has come to its end."""
-    apart = [name for name, ok in result.certificate.items() if ok is False]
-    if apart:
-        return f"Certificate: the fast path DISAGREES with the plain reference on {', '.join(apart)}: do not trust this run."
-    missing = [name for name, ok in result.certificate.items() if ok is None]
-    made = len(result.certificate) - len(missing)
-    told = f"Certificate: all {made} measurements{'' if is_whole else ' made so far'} agree with the plain reference"
-    told += f"; NOT measured: {', '.join(missing)}" if missing and is_whole else ""
-    left = result.num_left_out
-    return told + (f"; {left} further comparisons left out for its budget, see `sanity`." if left else ".")
