@@ -39,7 +39,7 @@ def code() -> dict[str, Any]:
 
 def source_sha256() -> str:
     """One hash of every source file of the package, by its place in it."""
-    files = sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".j2"))
+    files = sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".j2", ".css"))
     told = (f"{p.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
     return hashlib.sha256("".join(told).encode()).hexdigest()
 

@@ -31,9 +31,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of the review app.
+    """A page of the review app: a script of its own.
 
-    `name` is its address; `needs` are tables that must have rows; `remarks` are the kinds of remark that concern it.
+    `name` is its address. A relative `file` is of the app's own folder of views. `needs` are tables that must have rows;
+    `remarks` are the kinds of remark that concern it.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Section:
 class Report:
     """What an experiment adds to the shared page: headlines, sections and figures by name, its method and its limits."""
 
+    question: str = ""
+    """What the run asks, in a sentence."""
     headlines: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
     figures: Mapping[str, Drawn] = field(default_factory=dict)

@@ -1,65 +1,36 @@
-"""`harness report`: one page that tells a run from beginning to end, and its figures as files.
+"""What the report says of semantic gravity: headlines, tables, figures, worked failures, method and limits.
 
-Reads the snapshot and the manifest and nothing else; loads no model. The page is whole in itself: no script, and
-nothing is fetched. Prompts and completions are data, and escaped wherever they stand.
+Reads the snapshot and the manifest and nothing else. Prompts and completions are data, and escaped wherever they stand.
 """
 
-import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from harness.errors import EnvironmentFault, RunError
-from harness.experiments.gravity import figures, remarks
+from harness.experiments.experiment import Drawn, Report, Section, Table
+from harness.experiments.gravity import figures
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.figures import FigureData
-from harness.experiments.gravity.schema import SCHEMA
+from harness.experiments.gravity.method import LIMITS, METHOD, METHOD_TEXT
 from harness.experiments.gravity.summary import Summary, summarise
-from harness.files import replacing, sweep
-from harness.run import RunPaths, now_text, read_manifest, state
 from harness.run.differences import seed_of
 from harness.stats import Estimate, Support
-from harness.store import Reader, Row, open_snapshot
+from harness.store import Reader, Row
 
 PAPER = "2601.08070"
 """The arXiv id of the method."""
 NUM_EXAMPLES = 20
 SIGNIFICANT = 0.05
 """The false-discovery rate below which a difference is called significant."""
-_DPI = 150
 _MEASURES = {"iar": "IAR", "nf": "NF", "tmf": "TMF", "pi": "PI"}
 _SPANS = ("instruction", "negation", "mention", "question")
 _PAPER_MODEL = "Qwen2.5-7B-Instruct"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page, its cells text. The first `num_words` columns are words, the others numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
-    num_words: int = 1
-    absent: str = "not measured"
-    """What stands in place of a table without rows."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: paragraphs, tables, figures by name."""
-
-    name: str
-    title: str
-    text: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    figures: tuple[str, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -87,71 +58,14 @@ class Example:
     """The lens' p_target and p_emitted as points of a polyline, 0…100 wide and 0…30 high."""
 
 
-def write(paths: RunPaths, to: Path | None = None) -> Path:
-    """Writes report.html and figures/ into the run's report folder, or into `to`; the page's path.
-
-    Each file takes the place of an older one whole. Raises EnvironmentFault where the folder cannot be written.
-    """
-    folder = to or paths.report
-    if to is None and any(path.is_symlink() for path in (folder, folder / "figures")):
-        raise RunError(f"{folder}: expected a folder of the run's own, found a link; name one with --to")
-    manifest = read_manifest(paths)
-    with open_snapshot(paths, SCHEMA) as reader:
-        data = figures.gather(reader, seed_of(manifest))
-        content = _content(reader, manifest, data)
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        sweep(folder, only_dead=True)
-        content["figures"] = _write_figures(folder / "figures", data)
-        page = folder / "report.html"
-        with replacing(page) as temporary:
-            temporary.write_text(_render(content), "utf-8")
-    except OSError as e:
-        raise EnvironmentFault(f"{folder}: the report cannot be written there: {e.strerror or e}") from e
-    return page
-
-
-def _write_figures(folder: Path, data: FigureData) -> dict[str, dict[str, str]]:
-    """Every figure as PNG and SVG; by name its title, caption, and the SVG as a data URI."""
-    found = {}
-    for name, draw in figures.FIGURES.items():
-        figure = draw(data)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # placed once, not once a file: it takes longer than the drawing
-        # With a salt and without a date the same data give the same file, byte for byte.
-        with matplotlib.rc_context({"svg.hashsalt": name}):
-            with replacing(folder / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", dpi=_DPI)
-            with replacing(folder / f"{name}.svg") as temporary:
-                figure.savefig(temporary, format="svg", dpi=_DPI, metadata={"Date": None})
-        title, caption = figures.CAPTIONS[name]
-        svg = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode()
-        found[name] = {"title": title, "caption": caption, "source": f"data:image/svg+xml;base64,{svg}"}
-    return found
-
-
-def _render(content: Mapping[str, Any]) -> str:
-    folder = Path(__file__).parents[2] / "commands" / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(content)
-
-
-def _content(reader: Reader, manifest: Mapping[str, Any], data: FigureData) -> dict[str, Any]:
+def report(reader: Reader, manifest: Mapping[str, Any]) -> Report:
+    """All of it, of a run that may still go on."""
+    data = figures.gather(reader, seed_of(manifest))
     summary = summarise(reader, manifest)
-    return {
-        "run_id": manifest["run_id"],
-        "written": now_text(),
-        "planted": bool(manifest.get("planted")),
-        "facts": _facts(reader, manifest, summary),
-        "headlines": list(_headlines(data, summary)),
-        "remarks": remarks.lines(summary.remarks),
-        "sections": [
+    return Report(
+        question="How often does a model say X when it is told not to, and what inside it explains that?",
+        headlines=tuple(_headlines(data, summary)),
+        sections=(
             _outcome(summary),
             _violation(summary, data),
             _suppression(data),
@@ -160,33 +74,38 @@ def _content(reader: Reader, manifest: Mapping[str, Any], data: FigureData) -> d
             _patching(data),
             _taxonomy(reader, data),
             *_paper(manifest, data),
-        ],
-        "examples": _examples(reader),
-        "sanity": _sanity(reader),
-        "paper": PAPER,
-        "manifest": _manifest_tables(reader, manifest),
-    }
+            Section("examples", "Worked failures", html=_examples_page(_examples(reader))),
+        ),
+        figures={name: Drawn(*figures.CAPTIONS[name], partial(draw, data)) for name, draw in figures.FIGURES.items()},
+        method=METHOD,
+        method_text=(METHOD_TEXT,),
+        limits=LIMITS,
+        style=_template("style.css"),
+    )
+
+
+def _examples_page(examples: Sequence[Example]) -> str:
+    return _environment().get_template("examples.html.j2").render(examples=examples)
+
+
+def _template(name: str) -> str:
+    return (_TEMPLATES / name).read_text("utf-8")
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 # -- the head of the page
-
-
-def _facts(reader: Reader, manifest: Mapping[str, Any], summary: Summary) -> list[tuple[str, str]]:
-    model, prompts, machine, code = (manifest.get(k) or {} for k in ("model", "prompts", "machine", "code"))
-    gpus = ", ".join(str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in machine.get("gpus") or [])
-    status = state(manifest)
-    return [
-        ("status", status + (f" ({manifest['reason']})" if manifest.get("reason") else "")),
-        ("model", f"{model.get('name')}, revision {model.get('revision')}, {model.get('dtype')}"),
-        ("prompts", f"{_count(prompts.get('used'))} of {_count(prompts.get('read'))} in {prompts.get('path')}"),
-        ("rejected prompts", _counts(prompts.get("rejected") or {})),
-        ("failed items", str(summary.num_failed)),
-        ("machine", f"{gpus or machine.get('cpu')}, device {manifest.get('device')}"),
-        ("computed in", f"{manifest['seconds']:,.0f} s" if manifest.get("seconds") else "–"),
-        ("created", str(manifest.get("created"))),
-        ("code", f"{code.get('version')}, commit {code.get('git_commit')}{' with changes' if code.get('git_dirty') else ''}"),
-        ("results as of", f"{reader.age_s:,.0f} s before this page" if status == "running" else "the end of the run"),
-    ]  # fmt: skip
 
 
 def _headlines(data: FigureData, summary: Summary) -> Iterator[str]:
@@ -489,22 +408,7 @@ def _paper(manifest: Mapping[str, Any], data: FigureData) -> list[Section]:
                     (Table("Condition “negative”", ("quantity", "this run [95 %]", "paper"), rows, note),))]  # fmt: skip
 
 
-def _sanity(reader: Reader) -> Table:
-    rows = reader.query("SELECT * FROM sanity ORDER BY ok, measurement") if "sanity" in reader.tables() else []
-    columns = ("measurement", "verdict", "items", "largest difference", "relative", "tolerance", "flips", "near ties",
-               "worst item", "repeated", "left out")  # fmt: skip
-    cells = [
-        (r["measurement"], "left out" if r["ok"] is None else "agrees" if r["ok"] else "DISAGREES", _count(r["num_items"]),
-         *(_power(r[k]) for k in ("max_abs", "max_rel", "tolerance")), _count(r["flips"]), _count(r["near_ties"]),
-         r["worst"] or "–", r["repeated"] or "–", ", ".join(r.get("left_out") or ()) or "–")
-        for r in rows
-    ]  # fmt: skip
-    note = ("Every measurement of the fast, batched path against a plain one-by-one reference, on a few prompts of this run; and "
-            "which of them its budget of time left out.")  # fmt: skip
-    return Table("Sanity certificate", columns, cells, note, 2, "not checked in this run")
-
-
-# -- worked examples
+# -- worked failures
 
 
 def _examples(reader: Reader) -> list[Example]:
@@ -618,52 +522,6 @@ def _marked(text: str, spans: Sequence[tuple[int, int]], name: str) -> list[Segm
 def _polyline(values: Sequence[float | None]) -> str:
     step = 100 / max(1, len(values) - 1)
     return " ".join(f"{i * step:.1f},{30 - 30 * v:.1f}" for i, v in enumerate(values) if v is not None)
-
-
-# -- the manifest
-
-
-def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]:
-    settings = [
-        (name, str(v.get("value")), str(v.get("source"))) for name, v in (manifest.get("settings") or {}).items()
-    ]
-    stages = [
-        (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
-         f"{r['num_rows']:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
-         f"{r.get('padding_tokens') or 0:,}",
-         f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "")
-        for r in reader.query("SELECT * FROM stages ORDER BY rowid")
-    ]  # fmt: skip
-    events = [
-        (r["level"], r["kind"], r["stage"] or "", r["item_key"] or "", r["message"] or "")
-        for r in reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 50")
-    ]
-    packages = [(name, str(version)) for name, version in (manifest.get("packages") or {}).items()]
-    shown_apart = {"settings", "packages", "stages", "tables", "table_sha256"}
-    rest = [
-        (name, value) for name, value in _leaves({k: v for k, v in manifest.items() if k not in shown_apart})
-        if not name.startswith("prompts.row_hashes")
-    ]  # fmt: skip
-    hashes = manifest.get("table_sha256") or {}
-    tables = [(name, f"{n:,}", hashes.get(name, "")) for name, n in (manifest.get("tables") or {}).items()]
-    return [
-        Table("Settings, and where each came from", ("setting", "value", "source"), settings, num_words=3),
-        Table("Stages", ("stage", "version", "status", "items", "done", "failed", "rows", "seconds", "tokens",
-                         "of contexts", "padding", "tokens/s"), stages, num_words=3),
-        Table("Warnings and errors", ("level", "kind", "stage", "item", "message"), events,
-              "The first 50; all are in the table `events`.", 5, "none"),
-        Table("Rows of each table", ("table", "rows", "sha256 of what was measured"), tables),
-        Table("Packages", ("package", "version"), packages, num_words=2),
-        Table("Everything else in the manifest", ("key", "value"), rest, num_words=2),
-    ]  # fmt: skip
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", " ".join(map(str, value)) if key == "argv" and value else str(value)
 
 
 # -- numbers as text
