@@ -42,18 +42,8 @@ def print_run(root: Path, wanted: str) -> None:
         facts.add_row(name, value)
     log.print_out(facts)
     progress = Table(title="Stages", title_justify="left")
-    for column in (
-        "stage",
-        "status",
-        "items",
-        "done",
-        "failed",
-        "seconds",
-        "tokens",
-        "of contexts",
-        "padding",
-        "tokens/s",
-    ):
+    shown = ("stage", "status", "items", "done", "failed", "seconds", "tokens", "of contexts", "padding", "tokens/s")
+    for column in shown:
         progress.add_column(column, justify="left" if column in ("stage", "status") else "right")
     for row in reader.query("SELECT s.* FROM stages s ORDER BY s.rowid"):
         progress.add_row(
