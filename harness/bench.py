@@ -23,9 +23,9 @@ from torch import nn
 from harness import launch, least, log, peers, processor, tally
 from harness.errors import ItemFailed, SettingsError
 from harness.models import attend, device, plain
-from harness.models.attend import Layout
+from harness.models.attend import Layout, right_padded
 from harness.models.decode import Completion, Request, Sampling, decode
-from harness.models.inside import Probe, View, look_inside, right_padded
+from harness.models.inside import Probe, View, look_inside
 from harness.models.load import LM, RANDOM, shared
 from harness.models.noise import row_key
 from harness.models.patch import PATCHES, Patched, begin, run_rows, sweep
