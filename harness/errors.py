@@ -66,16 +66,13 @@ class NotFinite(ItemFailed):
     """A model's logits are NaN or infinite for one item."""
 
 
+_NO_MEMORY = ("out of memory error", "cannot allocate memory", "can't allocate memory", "bad allocation")
 _FAULTS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("the disk is full", (errno.ENOSPC, errno.EDQUOT), ("no space left", "out of disk", "disk quota exceeded")),
     ("the file system can only be read", (errno.EROFS,), ("read-only file system",)),
     ("the disk fails", (errno.EIO,), ("input/output error", "fsync failed")),
     ("too many files are open", (errno.EMFILE, errno.ENFILE), ("too many open files",)),
-    (
-        "memory ran out",
-        (errno.ENOMEM,),
-        ("out of memory error", "cannot allocate memory", "can't allocate memory", "bad allocation"),
-    ),
+    ("memory ran out", (errno.ENOMEM,), _NO_MEMORY),
 )
 _REMEDY = {
     "memory ran out": "free some, or give a smaller batching.max_tokens",

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from harness.models import noise
 from harness import environment
+from harness.models import noise
 from tests.test_cli import SECRET, harness, manifest, only_run, prompt_file
 
 IMAGE = {"REVISION": "abc123", "VERSION": "1.2.3", "CREATED": "2026-01-01", "SOURCE": "https://example.org/x",

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import pytest
 
 from harness.cli import main
+from harness.commands import given
 from harness.errors import EnvironmentFault, HarnessError
 from harness.models import fetch
-from harness.commands import given
 from harness.settings import PathSettings
 from tests.test_cli import harness, refused
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from harness.commands.launch import prepare
+from harness.commands.recognise import open_run
+from harness.run import RunPaths
 from harness.settings import resolve
 from tests.test_cli import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 
@@ -229,9 +231,10 @@ SMALL_BATCHES = ("--experiment.sanity.num_prompts", 1, "--limit", 12, "--batchin
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(tmp_path: Path) -> None:
     root, kills = tmp_path / "killed", 0
     rng = random.Random(0)
-    for moment in ("(new)", "continued"):
+    # The first kill may come before anything is done, on a busy machine; the second not before a stage is.
+    for moments in (("(new)",), ("continued", " done: ")):
         process = start(root, *SMALL_BATCHES)
-        if wait_for(process, root, moment):
+        if all(wait_for(process, root, moment) for moment in moments):
             time.sleep(rng.uniform(0.0, 0.6))
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
@@ -241,10 +244,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(t
     assert manifest(killed)["status"] == "running", "it had no time to say otherwise"
     done = "SELECT stage, status, num_items, num_done FROM stages"
     before = query(killed, "SELECT count(*) FROM batches WHERE status = 'done'")[0][0]
-    shown = harness("show", "latest", "--paths.runs", root)  # publishes what was committed, and holds nothing
-    assert shown.code == 0, shown.err
-    committed = query(killed, "SELECT count(*) FROM batches WHERE status = 'done'")[0][0]
-    assert committed >= before  # none, where the machine was so busy that the first batch was not done in this time
+    assert harness("show", "latest", "--paths.runs", root).code == 0
+    with open_run(RunPaths(killed)) as reader:  # as it is shown: from a copy, with what was committed and not published
+        committed = reader.query("SELECT count(*) AS num FROM batches WHERE status = 'done'")[0]["num"]
+    assert committed >= max(before, 1)
 
     told = harness("run", "--paths.runs", root, *SMALL_BATCHES)
     assert told.code == 0, told.err

@@ -95,9 +95,8 @@ def test_a_line_through_batches_is_no_flatter_than_half_of_the_fastest_and_never
     assert Pace.fit([(100, 3.0), (1_000, 1.0), (1_000, 7.0)]) == Pace(0.5, 0.0005), "what is slow for once says nothing"
     assert Pace.fit([(100, 1.0), (120, 1.0)]) == Pace(0.0, 1 / 120), "too near to each other for a line"
     assert Pace.fit([(0, 1.0)]) is None
-    assert Pace.typical([(100, 1.0), (250, 2.0), (350, 3.0), (300, 2.5)]) == Pace(0.25, 0.0075), (
-        "the mean of the large ones"
-    )
+    of_large = Pace.typical([(100, 1.0), (250, 2.0), (350, 3.0), (300, 2.5)])
+    assert of_large == Pace(0.25, 0.0075), "the mean of the large ones"
     assert Pace.typical([]) is None
     pace = Pace(0.5, 0.005)
     assert (pace.seconds(100), pace.most(1.0), pace.most(0.1)) == (1.0, 100.0, 0.0)
@@ -143,9 +142,8 @@ def test_items_that_share_work_stay_in_one_batch_where_it_does_not_take_too_long
 
 def test_a_group_larger_than_memory_is_cut(tmp_path: Path) -> None:
     machine = Memory(base=50_000, per_token=70, capacity=750_000, per_token_s=1e-6)
-    lengths = {
-        f"g{n}|{i:03d}": 50.0 for n in range(3) for i in range(300)
-    }  # 15,000 tokens each, for 8,500 there is room
+    # 15,000 tokens a group, where there is room for 8,500.
+    lengths = {f"g{n}|{i:03d}": 50.0 for n in range(3) for i in range(300)}
     groups_of(tmp_path, Grouped(lengths, machine.scored), max_tokens=None, memory=machine)
     assert 8_000 < max(padded_sizes(tmp_path)) <= 8_500
     assert max(machine.peaks) <= 750_000
@@ -281,9 +279,8 @@ class Slow(Fake):
         try:
             self._pause("run")
         except BaseException as e:
-            raise RuntimeError(
-                "query interrupted"
-            ) from e  # as a library does with an exception from a signal's handler
+            # As a library does with an exception from a signal's handler.
+            raise RuntimeError("query interrupted") from e
         return scored(items)
 
 

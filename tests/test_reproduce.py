@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import duckdb
 import pytest
 
+from harness import environment
 from harness.engine.executors import ItemResult
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
-from harness import environment
 from harness.store import Reader
 from tests.test_cli import (
     DATA,

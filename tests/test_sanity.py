@@ -326,16 +326,18 @@ def see_the_words_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def share_one_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token in which a context differs from the batch's first one is taken as common too."""
 
-    def shared(contexts: Sequence[Sequence[int]], *rest: Any) -> Cells:
-        cells = shared_cells(contexts, *rest)
-        for row, context in enumerate(contexts):
+    def shared(
+        contexts: Sequence[Sequence[int]], num_own: Sequence[int], device: torch.device, is_apart: bool = False
+    ) -> Cells:
+        cells = shared_cells(contexts, num_own, device, is_apart)
+        for row, context in enumerate(() if is_apart else contexts):
             pairs = enumerate(zip(contexts[0], context, strict=False))
             apart = next((c for c, (a, b) in pairs if a != b), None)
             if apart is not None:
                 cells.source[row, apart] = cells.source[0, apart]
         return cells
 
-    for module in (score_module, decode_module, inside):
+    for module in (score_module, attend):
         monkeypatch.setattr(module, "shared_cells", shared)
 
 

@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from app.queries import attention
+from harness.commands import given
 from harness.errors import HarnessError, RunError
 from harness.experiments.gravity.schema import SCHEMA
 from harness.files import open_inside
 from harness.run import RunPaths, read_manifest
-from harness.commands import given
 from harness.run.tensors import HEADER_BYTES, open_tensors
 from harness.store import AlteredStore, Reader, Store, seal
 from tests.test_cli import ROWS, Told, harness, only_run, prompt_file, refused

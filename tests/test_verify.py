@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import environment
 from harness.engine.executors import ItemResult
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
-from harness import environment
 from harness.run import RunPaths, read_manifest
 from harness.store import Broken, Reader, Store, seal
 from tests.test_cli import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query

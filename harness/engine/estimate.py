@@ -14,7 +14,7 @@ from loguru import logger
 
 from harness.engine import BatchReport, Engine, Limits, Observer, Stage, StageReport
 from harness.engine.executors import Executor
-from harness.engine.plan import CPU_BUDGET, Pace
+from harness.engine.plan import Pace, unmeasured_cap
 from harness.engine.stop import StopSignal
 from harness.run import RunPaths
 from harness.store import Schema, Store
@@ -100,7 +100,7 @@ def measure(
     what the stages raise where nothing can be run at all; an item that fails is left out.
     """
     start, watch = clock(), _Watch(clock, shown)
-    most_tokens = limits.max_tokens or (CPU_BUDGET if executor.accelerator.capacity_bytes() is None else None)
+    most_tokens = limits.max_tokens or unmeasured_cap(executor.accelerator.capacity_bytes())
     most = min(_MOST_PROMPTS, num_prompts // _SHARE)
     with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results, schema) as store:
         paths = RunPaths(Path(name))

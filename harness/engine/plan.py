@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeGuard
 
 from harness.engine.executors import Item
 from harness.store import Batch
@@ -31,6 +32,15 @@ _STEADY = 0.75
 """The same where it is told from, and not tried: how long a run takes."""
 
 
+Timed = tuple[int | float, int | float]
+"""Tokens of a batch, and the seconds it took."""
+
+
+def unmeasured_cap(capacity_bytes: int | None) -> int | None:
+    """Most padded tokens a batch that are known without measuring memory; None where there is memory to measure."""
+    return CPU_BUDGET if capacity_bytes is None else None
+
+
 @dataclass(frozen=True)
 class Pace:
     """How long a batch takes: so many seconds whatever is in it, and so many a token."""
@@ -39,18 +49,18 @@ class Pace:
     per_token_s: float
 
     @classmethod
-    def fit(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+    def fit(cls, measured: Collection[Timed]) -> "Pace | None":
         """From (tokens, seconds) of batches: a line through the smallest one and the fastest a token, since what is slow
         for once says nothing. None of none."""
-        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        timed = _that_tell(measured)
         if not timed:
             return None
         return cls._line(min(timed), min(timed, key=lambda b: (b[1] / b[0], b[0])), _STEEP)
 
     @classmethod
-    def typical(cls, measured: Collection[tuple[int | float, int | float]]) -> "Pace | None":
+    def typical(cls, measured: Collection[Timed]) -> "Pace | None":
         """The same through the smallest batch and the mean of the large ones: what a machine does that wavers."""
-        timed = [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
+        timed = _that_tell(measured)
         large = [b for b in timed if 2 * b[0] >= max(timed)[0]]
         if not large:
             return None
@@ -58,9 +68,7 @@ class Pace:
         return cls._line(min(timed), mean, _STEADY)
 
     @classmethod
-    def _line(
-        cls, small: tuple[int | float, int | float], large: tuple[int | float, int | float], steep: float
-    ) -> "Pace":
+    def _line(cls, small: Timed, large: Timed, steep: float) -> "Pace":
         rate = large[1] / large[0]
         rise = (large[1] - small[1]) / (large[0] - small[0]) if large[0] >= 1.5 * small[0] else rate
         per_token_s = min(rate, max(steep * rate, rise))
@@ -78,6 +86,11 @@ class Pace:
         """Seconds of so many tokens, cut into batches of about the target, none of more than `most_tokens`."""
         size = _power(min(self.most(TARGET_S), most_tokens or math.inf))
         return math.ceil(tokens / size) * self.fixed_s + self.per_token_s * tokens
+
+
+def _that_tell(measured: Collection[Timed]) -> list[Timed]:
+    """Without batches that have no length or took no time, of which no rate can be told."""
+    return [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
 
 
 class Budget:
@@ -164,10 +177,16 @@ class Budget:
             # Twice as much where it can be: what every batch costs, whatever is in it, makes a small one look slow for ever.
             double = min(2 * largest, _power(pace.most(_MOST_S)))
             return min(size, max(self._by_time(pace, largest), double))
-        if pace is None or pace.seconds(length) <= TARGET_S:
+        if not self._takes_long(pace, length):
             return None
         size = self._by_time(pace, largest)
         return size if 1.5 * largest <= size < self._ceiling_of_memory() else None
+
+    @staticmethod
+    def _takes_long(pace: Pace | None, length: float) -> TypeGuard[Pace]:
+        """Whether time limits what is left, `length` together: where that takes no longer than the target whole, or where
+        nothing tells how long, any number of items does."""
+        return pace is not None and pace.seconds(length) > TARGET_S
 
     @staticmethod
     def _by_time(pace: Pace, largest: int) -> int:
@@ -185,15 +204,12 @@ class Budget:
         return float(min(pace.most(_MOST_S), self._ceiling_of_memory(), self._ceiling or math.inf))
 
     def _ceiling_of_memory(self) -> int:
-        return self._by_memory() if self._capacity is not None else CPU_BUDGET
+        return unmeasured_cap(self._capacity) or self._by_memory()
 
     def _measured_budget(self, length: float) -> int:
-        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory.
-
-        Of items that take no longer than the target whole, any number does.
-        """
+        """Padded tokens a batch for what is left of a stage, `length` together: what time allows, and memory."""
         pace, by_memory = self._pace, self._ceiling_of_memory()
-        if pace is None or pace.seconds(length) <= TARGET_S:
+        if not self._takes_long(pace, length):
             return by_memory
         return min(by_memory, self._by_time(pace, max(b.padded_tokens for b in self._measured)))
 

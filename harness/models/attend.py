@@ -9,7 +9,7 @@ be handed no mask at all, and lose padding and sliding windows without a word.
 Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) are computed explicitly: SDPA has no place for them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from harness.models.cells import Cells
+from harness.models.cells import Cells, shared_cells
 
 NAME = "harness"
 
@@ -93,6 +93,23 @@ class Layout:
             distance = self.q_positions.gather(1, at)[:, :, None] - self.k_positions[:, None, :]
             allowed = allowed & (distance < window)
         return allowed
+
+
+def right_padded(
+    texts: Sequence[Sequence[int]], device: torch.device, *, shifts: Sequence[int] | None = None, is_apart: bool = False
+) -> tuple[Int[Tensor, "R T"], Layout]:
+    """Tokens of several texts as one causal batch: padding stands behind each text, where nothing of it looks.
+
+    Padding is never computed; a beginning that texts have in common is computed once, unless `is_apart`. A text stands as
+    many places further on as `shifts` says, by which equal tokens become different ones: texts must be apart then.
+    """
+    assert shifts is None or is_apart, "texts that stand at different places have nothing in common"
+    width = max(map(len, texts))
+    tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], dtype=torch.long, device=device)
+    positions = torch.arange(width, device=device).expand(len(texts), width)
+    if shifts is not None:
+        positions = positions + torch.tensor(shifts, device=device)[:, None]
+    return tokens, Layout(positions, positions, cells=shared_cells(texts, [0] * len(texts), device, is_apart))
 
 
 @dataclass(frozen=True)

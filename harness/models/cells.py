@@ -71,16 +71,20 @@ def shared_cells(
     A beginning that contexts have in common is computed once; with `is_apart` nothing is shared.
     """
     width = max(len(c) + n for c, n in zip(contexts, num_own, strict=True))
+    # Where a cell stays empty, 0 is as good as any: nothing looks there, and a gather needs a number.
     source = np.zeros((len(contexts), width), dtype=np.int64)
     home: list[tuple[int, int]] = []
+    # A token is known by the number of the one before it, so being known means that the whole beginning is the same.
     known: dict[tuple[int, int], int] = {}
     for r, (context, own) in enumerate(zip(contexts, num_own, strict=True)):
+        # Numbers are not negative: a beginning that each row has for itself makes all that follows its own.
         before = -1 - r if is_apart else -1
         for c, token in enumerate(context):
             found = known.setdefault((before, token), len(home))
             if found == len(home):
                 home.append((r, c))
             source[r, c] = before = found
+        # Own tokens are never shared, even behind equal contexts: what stands there is the caller's to know.
         for c in range(len(context), len(context) + own):
             source[r, c] = len(home)
             home.append((r, c))
@@ -117,14 +121,17 @@ class _Layers:
         """Tokens that are computed from this layer on."""
         self._from: dict[int, Tensor] = {}
         """Where, among the tokens of the layer before, each of them comes from."""
+        # Layers where nobody enters are as the one below them: as many cells as there are distinct entries will do.
         before = np.arange(len(row))
         for layer in sorted({0, *entry.tolist()}):
             is_active = entry <= layer
             number = np.cumsum(is_active) - 1
+            # A leader is active in every layer, so what stands in has a number in each.
             now = np.where(is_active, number, number[stands_in])
             active = np.flatnonzero(is_active)
             self._cells[layer] = Cells(now[source], row[active], column[active], device)
             self._active[layer] = torch.from_numpy(active).to(device)
+            # `before` of a row that enters here is still its leader's token: from that one's residual it goes on.
             self._from[layer] = torch.from_numpy(before[active]).to(device)
             before = now
         self._starts = np.array(sorted(self._cells))
@@ -141,6 +148,7 @@ class _Layers:
 
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
+                # By shape, since families name them otherwise: rotary tables and positions are [1, N, ...].
                 of_tokens = value.ndim >= 2 and value.shape[0] == 1 and value.shape[1] == self._num
                 return value[:, active] if of_tokens else value
             if isinstance(value, tuple | list):
@@ -149,6 +157,7 @@ class _Layers:
 
         in_args = bool(args)
         resid = args[0] if in_args else kwargs["hidden_states"]
+        # In other layers the stream already has the length of those that are active.
         if layer in self._from:
             resid = resid[:, self._from[layer]]
         rest = {name: cut(value) for name, value in kwargs.items() if name != "hidden_states"}

@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicCache
 
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
-from harness.models.attend import Layout
-from harness.models.cells import filled_cells, shared_cells
+from harness.models.attend import Layout, right_padded
+from harness.models.cells import filled_cells
 from harness.models.load import LM
 from harness.models.noise import gumbel
 from harness.text.words import Vocabulary
@@ -87,12 +87,8 @@ class _Tree:
         self.width = int(self.lengths.max())
         self.rows = np.arange(len(contexts))
         """Which context each row of the caches is."""
-        padded = np.array([[*c, *[0] * (self.width - len(c))] for c in contexts])
-        device = lms[0].device
-        tokens, columns = torch.from_numpy(padded).to(device), torch.arange(self.width, device=device)
-        at = columns.expand(len(contexts), -1)
-        # Causality alone keeps real tokens from the padding behind them; nodes are masked from it.
-        layout = Layout(at, at, cells=shared_cells(contexts, [0] * len(contexts), device, is_apart))
+        # Causality alone keeps real tokens from the padding behind them; nodes, which stand behind it, are masked from it.
+        tokens, layout = right_padded(contexts, lms[0].device, is_apart=is_apart)
         self.caches: list[DynamicCache] = []
         last = []
         with tally.prefilling():
@@ -103,6 +99,8 @@ class _Tree:
                 self.caches.append(cache)
         self.logits: tuple[Float[Tensor, "N V"], ...] = tuple(last)
         """Of the newest nodes (at first: of the prompts' last tokens)."""
+        # A slot is a place in the cache behind the prompt, as wide in every row as the widest level needs; where a node
+        # stands in its text is told by position, so slots that stay empty cost memory and shift nothing.
         self._slot_sees = np.zeros((len(contexts), 0, 0), dtype=bool)  # [row, node slot, node slot]: ancestors and self
         self._slot_positions = np.zeros((len(contexts), 0), dtype=np.int64)
         self._slot_of: dict[int, tuple[int, int]] = {}
@@ -113,8 +111,10 @@ class _Tree:
         `parents` are (context, node index in the previous level, or -1 for the prompt). All new nodes stand at
         position context length + step.
         """
+        # Two completions share a node only under one parent: then all their tokens so far are the same.
         index: dict[tuple[int, int, int], int] = {}
         node_of = [index.setdefault((c, p, t), len(index)) for (c, p), t in zip(parents, tokens, strict=True)]
+        # Rows leave before nodes are given places, which count within the rows that stay.
         self._keep_rows(sorted({c for c, _, _ in index}))
         row_of = {int(c): r for r, c in enumerate(self.rows)}
         taken = [0] * len(self.rows)
@@ -126,6 +126,7 @@ class _Tree:
         rows, new, old = len(self.rows), max(taken), self._slot_positions.shape[1]
         block = np.zeros((rows, new), dtype=np.int64)
         sees = np.zeros((rows, old + new, old + new), dtype=bool)
+        # Itself, and what its parent sees: its ancestors and no cousin. An empty slot is seen by nobody else.
         sees[:, :old, :old] = self._slot_sees
         sees[:, range(old, old + new), range(old, old + new)] = True
         slot_of = {}
@@ -135,6 +136,7 @@ class _Tree:
             if parent >= 0:
                 sees[row, old + place, :old] |= self._slot_sees[row, self._slot_of[parent][1]]
         position = self.lengths[self.rows] + step
+        # The slots of this level replace those of the last: a parent is always one level up.
         self._slot_sees, self._slot_of = sees, slot_of
         self._slot_positions = np.concatenate([self._slot_positions, np.repeat(position[:, None], new, axis=1)], axis=1)
         self.logits = self._forward(block, taken, [slot_of[n] for n in range(len(index))], old)
@@ -158,6 +160,7 @@ class _Tree:
         device = self.lms[0].device
         rows, new = block.shape
         lengths = self.lengths[self.rows]
+        # Nodes stand behind the padding of shorter prompts, so causality does not hide it from them any more.
         prompt = np.arange(self.width)[None, :] < lengths[:, None]
         allowed = np.concatenate(
             [np.repeat(prompt[:, None, :], new, axis=1), self._slot_sees[:, old:, :]], axis=2
@@ -213,6 +216,7 @@ def _decode(
     live = [i for i, r in enumerate(results) if isinstance(r, Completion)]
     if not live:
         return results
+    # A prompt is a row, once, however many completions it has; apart, the request's number gives each a row of its own.
     names = [(i if is_apart else 0, requests[i].context) for i in live]
     rows = {name: n for n, name in enumerate(dict.fromkeys(names))}
     of_context = [rows[name] for name in names]
@@ -223,7 +227,8 @@ def _decode(
         chosen = _choose(tree.logits, nodes, live, keys, step, sampling, combine)
         going = [n for n, i in enumerate(live) if _record(results, i, *chosen[n], lms[0], sampling)]
         if step + 1 == sampling.max_new_tokens or not going:
-            break
+            break  # the last tokens are not forwarded: nothing is read behind them
+        # In the first step `nodes` are the prompts themselves, which are nobody's nodes.
         parents = [(parents[n][0], nodes[n] if step else -1) for n in going]
         nodes = tree.grow(parents, [chosen[n][0] for n in going], step)
         live, keys = [live[n] for n in going], keys[torch.tensor(going, device=keys.device)]
@@ -245,12 +250,13 @@ def _choose(
         table = combine(tuple(x[node] for x in logits), torch.tensor(live, device=device))
         node = torch.arange(len(live), device=device)
     table = table.log_softmax(-1)  # everything else is read off this one pass over the vocabulary
-    finite = table.sum(-1).isfinite()
+    finite = table.sum(-1).isfinite()  # one NaN or infinity anywhere makes the sum so
     best, best_ids = table.topk(2, dim=-1)
     is_greedy = sampling.temperature == 0
     token = best_ids[node, 0] if is_greedy else sample(table, keys, step, sampling, node)
     logprob = table[node, token]
     margin = (best[:, 0] - best[:, 1])[node]
+    # Float64 holds every token id exactly, so ids and numbers make one transfer.
     whole = torch.stack([token.double(), logprob.double(), margin.double(), finite[node].double()]).cpu().tolist()
     return [(int(t), lp, lead, ok > 0) for t, lp, lead, ok in zip(*whole, strict=True)]
 
@@ -277,6 +283,7 @@ def sample(
     rows = torch.arange(len(scaled), device=scaled.device)  # whose nucleus is not within what was looked at yet
     for size in (*(n for n in _NUCLEUS_SIZES if n < num_tokens), num_tokens):
         values, ids = scaled[rows].topk(size, dim=-1) if size < num_tokens else scaled[rows].sort(-1, descending=True)
+        # Added up in float64: where the nucleus ends hangs on a sum over the vocabulary.
         probs = (values - normaliser[rows]).double().exp()
         before = probs.cumsum(-1) - probs
         is_whole = before[:, -1] + probs[:, -1] >= sampling.top_p
@@ -290,6 +297,7 @@ def sample(
             kept = before[at] < sampling.top_p
             widest = max(1, int(kept.sum(-1).max()))  # none is kept where logits are NaN, which is told of elsewhere
             some, kept = ids[at, :widest], kept[:, :widest]
+            # Noise goes by token id, not by rank, so a draw does not depend on how many tokens were looked at.
             noisy = (values[at, :widest].double() + gumbel(keys[mine], step, some)).masked_fill(~kept, float("-inf"))
             drawn[mine] = some.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
         rows = rows[~is_whole]

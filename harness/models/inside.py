@@ -16,8 +16,7 @@ from torch import Tensor
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models import measure
-from harness.models.attend import Layout
-from harness.models.cells import shared_cells
+from harness.models.attend import right_padded
 from harness.models.load import LM
 from harness.models.measure import SPANS
 from harness.models.taps import Captured, capture
@@ -162,19 +161,6 @@ def _view(
         view.steps.append(step)
     parts = [view.resid_norm, *(x for s in view.steps for x in (s.masses, s.p_in, s.p_attn, *s.lens.values()))]
     return view if all(np.isfinite(x).all() for x in parts) else NotFinite(NOT_FINITE)
-
-
-def right_padded(
-    texts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "R T"], Layout]:  # fmt: skip
-    """Tokens of several texts as one causal batch: padding stands behind each text, where nothing of it looks.
-
-    A beginning that texts have in common is computed once, and padding never.
-    """
-    width = max(map(len, texts))
-    tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], dtype=torch.long, device=device)
-    positions = torch.arange(width, device=device).expand(len(texts), width)
-    return tokens, Layout(positions, positions, cells=shared_cells(texts, [0] * len(texts), device))
 
 
 def _span_masks(probes: Sequence[Probe], width: int) -> Bool[np.ndarray, "R 4 S"]:

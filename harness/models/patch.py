@@ -20,6 +20,7 @@ nothing to turn, and keys are taken as they are.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from transformers.cache_utils import DynamicCache
 
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
-from harness.models.attend import GridCache, Layout
-from harness.models.cells import Cells, Late, late_cells, shared_cells
+from harness.models.attend import GridCache, Layout, right_padded
+from harness.models.cells import Cells, Late, late_cells
 from harness.models.decode import Completion
 from harness.models.load import LM
 from harness.models.score import TreeScores, read_trees
@@ -115,14 +116,16 @@ def begin(lm: LM, pair: Pair, patches: Sequence[str]) -> Start:
     wanted = [
         m for n, m in (("kv_question", pair.question), ("kv_instruction", pair.instruction)) if n in patches and m
     ]
+    # Unmoved first, whether its keys are wanted or not: from there `resid`, `attn` and `mlp` take what they put in.
     shifts = sorted({0} | {_shift(lm, move) for move in wanted}, key=abs)
+    # The target's last token is left to the rows: it is the first that differs between them.
     texts = [*((pair.source, shift) for shift in shifts), (pair.target[:-1], 0)]
     with tally.prefilling():
-        try:
-            found, caches = _prefill(lm, texts)
-        except NotFinite:  # a masked NaN is still a NaN: one text may have it from another
-            (found, *_), caches = zip(*(_prefill(lm, [text], is_checked=False) for text in texts), strict=True)
-            caches = [cache for (cache,) in caches]
+        found, caches, is_finite = _prefill(lm, texts)
+        if not is_finite:  # a masked NaN is still a NaN (0 × NaN), so one text may have it from another
+            apart = [_prefill(lm, [text]) for text in texts]
+            found, caches = apart[0].found, [text.caches[0] for text in apart]
+    # What is not finite even then stays: it fails the rows that read it (`run_rows`), and no other.
     return Start(found, dict(zip(shifts, caches[:-1], strict=True)), caches[-1])
 
 
@@ -139,6 +142,8 @@ def run_rows(
             assert move is not None, "checked at the door"
             _move_keys(cache, start.moved[_shift(lm, move)], rows, move)
     edits = [e for name in ("resid", "attn", "mlp") for e in _edits(lm, start.found, name, _rows_of(names, name))]
+    # Only this forward is edited. What is said afterwards reads the patched keys and values, and is not patched again:
+    # a patch is made at the answer's first step.
     with patch(edits):
         hidden = _forward_tree(lm, pair, trie, cache, names)
     scores = read_trees(lm, hidden.flatten(0, 1), [trie] * len(names), top_k)
@@ -176,27 +181,32 @@ def _shift(lm: LM, move: Move) -> int:
     return move.shift if lm.anatomy.is_relative else 0
 
 
-def _prefill(
-    lm: LM, texts: Sequence[tuple[Sequence[int], int]], is_checked: bool = True
-) -> tuple[Captured, list[DynamicCache]]:
-    """Activations at the last token of the first text, and every text's keys and values, from one forward of all.
+class _Prefilled(NamedTuple):
+    """What one forward of several texts gives."""
 
-    A text is its tokens, and how many places further on it stands. Raises NotFinite where anything is, if `is_checked`.
-    """
-    lengths, shifts = [len(t) for t, _ in texts], [shift for _, shift in texts]
-    width = max(lengths)
-    tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t, _ in texts], device=lm.device)
-    positions = torch.arange(width, device=lm.device) + torch.tensor(shifts, device=lm.device)[:, None]
-    # Equal tokens at other places are other tokens: nothing is shared. Padding stands behind, where no token looks.
-    cells = shared_cells([t for t, _ in texts], [0] * len(texts), lm.device, is_apart=True)
+    found: Captured
+    """Activations at the last token of the first text."""
+    caches: list[DynamicCache]
+    """Every text's keys and values."""
+    is_finite: bool
+    """Whether every text's output is."""
+
+
+def _prefill(lm: LM, texts: Sequence[tuple[Sequence[int], int]]) -> _Prefilled:
+    """One forward of all texts: each is its tokens, and how many places further on it stands."""
+    lengths = [len(tokens) for tokens, _ in texts]
+    tokens, layout = right_padded(
+        [tokens for tokens, _ in texts], lm.device, shifts=[shift for _, shift in texts], is_apart=True
+    )
+    # The hooks want a place in every row; what they find in the other texts' is dropped below.
     at = torch.full((len(texts), 1), lengths[0] - 1, device=lm.device)
     cache = lm.new_cache()
     with capture(lm.anatomy, at) as found:
-        hidden = lm.hidden(tokens, Layout(positions, positions, cells=cells), cache)
-    if is_checked and not bool(cells.gather(hidden).isfinite().all()):
-        raise NotFinite(NOT_FINITE)
+        hidden = lm.hidden(tokens, layout, cache)
     first = Captured(*([x[:1] for x in part] for part in (found.resid, found.attention, found.mlp)))
-    return first, [_row(cache, n, length) for n, length in enumerate(lengths)]
+    caches = [_row(cache, n, length) for n, length in enumerate(lengths)]
+    # Padding need not be left out: its cells show a token of the first text, and have no number of their own.
+    return _Prefilled(first, caches, bool(hidden.isfinite().all()))
 
 
 def _row(cache: DynamicCache, row: int, length: int) -> DynamicCache:
@@ -221,6 +231,7 @@ def _move_keys(cache: DynamicCache, source: DynamicCache, rows: Sequence[tuple[i
     """Write the source's span over the target's, for each row in its own layer only."""
     here, there = slice(move.start, move.start + move.length), slice(move.to, move.to + move.length)
     for row, layer in rows:
+        # In the row's own layer, not from it on: higher layers hold what the target's own tokens made of it.
         for kind in ("keys", "values"):
             getattr(cache.layers[layer], kind)[row, :, there] = getattr(source.layers[layer], kind)[0, :, here]
 
@@ -231,7 +242,7 @@ def _edits(lm: LM, found: Captured, name: str, rows: Sequence[tuple[int, int]]) 
     edits = []
     for row, layer in rows:
         module = {"resid": anatomy.blocks, "attn": anatomy.attention_out, "mlp": anatomy.mlp_out}[name][layer]
-        # A part's own output is wanted here, before the family's multiplier.
+        # A part's own output is wanted here, before the family's multiplier: the module is edited, not what is added.
         value = (
             found.resid[layer + 1] if name == "resid" else getattr(found, {"attn": "attention"}.get(name, name))[layer]
         )
@@ -245,12 +256,14 @@ def _forward_tree(lm: LM, pair: Pair, trie: Trie, cache: DynamicCache, names: Na
     prefix, num, width = len(pair.target) - 1, len(names), 1 + len(trie)
     tokens = torch.tensor([[pair.target[-1], *trie.tokens]], device=lm.device).expand(num, -1)
     positions = torch.tensor([*range(prefix + 1), *(prefix + 1 + d for d in trie.depths)], device=lm.device)
+    # All rows stand on one text, so the prefix has no padding to hide: the mask is about the last token and the nodes.
     own = np.zeros((width, width), dtype=bool)
     own[:, 0] = True
     own[1:, 1:] = trie.ancestry()
     allowed = torch.ones(num, width, prefix + width, dtype=torch.bool, device=lm.device)
     allowed[:, :, prefix:] = torch.from_numpy(own).to(lm.device)
     at = positions.expand(num, -1)
+    # One text, so one leader: the untouched row where there is one, which no layer parts from the target.
     cells = late_cells(
         num, width, enter_late([layer for _, layer in names], [()] * num, len(lm.anatomy.blocks)), lm.device
     )
@@ -263,11 +276,13 @@ def enter_late(layers: Sequence[int], texts: Sequence[Sequence[int]], num_layers
 
     Rows of one text are equal below the layers they are patched at; the one patched highest stands for the others.
     """
+    # Behind the last layer: a row that is nowhere patched may stand for any other, and needs no layer of its own.
     entry = np.array([num_layers if layer < 0 else layer for layer in layers])
     leader_of: dict[tuple[int, ...], int] = {}
     for row, text in enumerate(map(tuple, texts)):
         if entry[row] > entry[leader_of.setdefault(text, row)]:
             leader_of[text] = row
+    # Whoever leads is computed from the start: only where it too is patched later could it have been spared.
     leader = np.array([leader_of[tuple(text)] for text in texts])
     entry[leader] = 0
     return Late(entry, leader)
@@ -278,6 +293,7 @@ def _knockouts(pair: Pair, names: Names, allowed: Bool[Tensor, "R T S"]) -> Mapp
     for row, layer in _rows_of(names, "knockout_instruction"):
         assert pair.prohibition is not None, "checked at the door"
         here = blocked.setdefault(layer, torch.zeros_like(allowed))
+        # The last token alone is blinded; the word's nodes behind it still see the span, as its continuation does.
         here[row, 0, pair.prohibition[0] : pair.prohibition[1]] = True
     return blocked
 
@@ -303,11 +319,13 @@ def _continue(
             if done[row].append(tokens[n], log_p[n], margins[n], lm.vocabulary, stop_at_newline)
         ]
         if step + 1 == max_new_tokens or not going:
-            break
+            break  # the last tokens are not forwarded: nothing is read behind them
         if len(going) < len(live):
             cache.batch_select_indices(torch.tensor(going, device=lm.device))
             live = [live[n] for n in going]
         newest = torch.tensor([[done[row].token_ids[-1]] for row in live], device=lm.device)
+        # Grouped anew at every step, since rows that said the same so far may part. Any row may lead next: its cache is
+        # whole, for in the layers below its patch the leader's keys were laid out in it too.
         late = enter_late([names[r][1] for r in live], [done[r].token_ids for r in live], len(lm.anatomy.blocks))
         layout = _next_layout(late_cells(len(live), 1, late, lm.device), seen, num_nodes, step)
         logits = lm.logits(lm.hidden(newest, layout, cache)[:, 0])
@@ -321,6 +339,7 @@ def _next_layout(cells: Cells, seen: int, num_nodes: int, step: int) -> Layout:
         [*range(seen), *[0] * num_nodes, *range(seen, seen + step + 1)], device=device
     )
     allowed = torch.ones(rows, 1, len(k_positions), dtype=torch.bool, device=device)
+    # The nodes stay in the cache and are hidden: to cut them out would copy every row's keys.
     allowed[:, :, seen : seen + num_nodes] = False
     at = k_positions.expand(rows, -1)
     return Layout(at[:, -1:], at, allowed, cells=cells)

@@ -86,6 +86,7 @@ def _score(
     lm: LM, contexts: Sequence[Sequence[int]], tries: Sequence[Trie], top_k: int, is_apart: bool = False
 ) -> list[TreeScores | ItemFailed]:
     tokens, layout = tree_batch(contexts, tries, lm.device, is_apart)
+    # Nodes are never shared, so what is computed beside them is contexts, each distinct beginning once.
     num_tokens, num_nodes = len(layout.cells or tokens), sum(map(len, tries))
     with tally.prefilling(1 - num_nodes / num_tokens):
         hidden = lm.hidden(tokens, layout)
@@ -102,21 +103,24 @@ def read_trees(
 ) -> list[TreeScores | ItemFailed]:
     """Scores of tries whose rows were forwarded already: per trie its context's last token, then its nodes."""
     starts = np.cumsum([0] + [1 + len(t) for t in tries])
+    # A sequence's first token is read off the context's last row, every later one off the node before it.
     picks, pick_of = _picks(tries, starts)
     first = torch.tensor(starts[:-1], device=lm.device)
     is_end = np.zeros(rows.shape[0], dtype=bool)
     for start, trie in zip(starts, tries, strict=False):
         is_end[[start + 1 + node for node in trie.ends if node >= 0]] = True
-    ends = torch.from_numpy(is_end).to(lm.device)
-    picked, word_end, entropy, top_ids, top_probs, finite = _read(lm, rows, picks.to(lm.device), first, ends, top_k)
+    read = _read(lm, rows, _Wanted(picks.to(lm.device), first, torch.from_numpy(is_end).to(lm.device)), top_k)
+    picked, word_end = read.picked.numpy(), read.word_end.numpy()
     results: list[TreeScores | ItemFailed] = []
     for i, trie in enumerate(tries):
-        if not bool(finite[starts[i] : starts[i + 1]].all()):
+        # One bad row fails its whole item: a sum of the other sequences would pass for the word's probability.
+        if not bool(read.finite[starts[i] : starts[i + 1]].all()):
             results.append(NotFinite(NOT_FINITE))
             continue
         logprobs = np.array([picked[pick_of[i][j]].sum() for j in range(len(trie.sequences))], dtype=np.float64)
         ended = np.array([word_end[starts[i] + 1 + e] if e >= 0 else np.nan for e in trie.ends], dtype=np.float64)
-        results.append(TreeScores(logprobs, ended, float(entropy[i]), top_ids[i], top_probs[i]))
+        top_ids, top_probs = read.top_ids[i].numpy(), read.top_probs[i].numpy()
+        results.append(TreeScores(logprobs, ended, float(read.entropy[i]), top_ids, top_probs))
     return results
 
 
@@ -137,6 +141,7 @@ def tree_batch(
         n = len(context)
         tokens[r, :n], tokens[r, n:end] = context, trie.tokens
         positions[r, :n], positions[r, n:end] = np.arange(n), n + np.asarray(trie.depths, dtype=np.int64)
+        # Taller than wide: causal within the context, and below it nodes, which see all of it.
         allowed[r, :end, :n] = np.tri(end, n, dtype=bool)
         allowed[r, n:end, n:end] = trie.ancestry()
     at = torch.from_numpy(positions).to(device)
@@ -146,6 +151,7 @@ def tree_batch(
 
 def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"], list[list[np.ndarray]]]:
     """Every (head row, token) whose log-probability is needed, and for each sequence where its own stand in that list."""
+    # Sequences that begin alike want the same numbers, which are read once.
     index: dict[tuple[int, int], int] = {}
     pick_of = [
         [
@@ -157,60 +163,111 @@ def _picks(tries: Sequence[Trie], starts: np.ndarray) -> tuple[Int[Tensor, "P 2"
     return torch.tensor(list(index), dtype=torch.long).reshape(-1, 2), pick_of
 
 
-def _read(
-    lm: LM,
-    rows: Float[Tensor, "N D"],
-    picks: Int[Tensor, "P 2"],
-    first: Int[Tensor, " B"],
-    is_end: Bool[Tensor, " N"],
-    top_k: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which numbers are wanted of rows that the head is applied to."""
+
+    picks: Int[Tensor, "P 2"]
+    """(row, token) of every log-probability."""
+    first: Int[Tensor, " B"]
+    """The rows that begin an answer: of these, and no others, a whole distribution."""
+    is_end: Bool[Tensor, " N"]
+    """The rows after which a word may end."""
+
+    def picks_of(self, mine: Int[Tensor, " M"]) -> Int[Tensor, " P"]:
+        """Where among the rows `mine` each pick's row stands; -1 for a pick of another row."""
+        place = torch.full_like(self.is_end, -1, dtype=torch.long)
+        place[mine] = torch.arange(len(mine), device=mine.device)
+        return place[self.picks[:, 0]]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What is wanted of rows, filled a few rows at a time, and kept where the model is: one transfer at the end."""
+
+    picked: Float[Tensor, " P"]
+    word_end: Float[Tensor, " N"]
+    """NaN for rows after which no word can end."""
+    finite: Bool[Tensor, " N"]
+    entropy: Float[Tensor, " B"]
+    top_ids: Int[Tensor, "B K"]
+    top_probs: Float[Tensor, "B K"]
+
+    @classmethod
+    def empty(cls, wanted: _Wanted, top_k: int) -> "_Numbers":
+        num_rows, num_first, device = len(wanted.is_end), len(wanted.first), wanted.is_end.device
+        # Float64, since sequences and slices are summed up in these.
+        wide = {"dtype": torch.float64, "device": device}
+        return cls(
+            picked=torch.empty(len(wanted.picks), **wide),
+            word_end=torch.full((num_rows,), torch.nan, **wide),
+            finite=torch.empty(num_rows, dtype=torch.bool, device=device),
+            entropy=torch.empty(num_first, **wide),
+            top_ids=torch.empty(num_first, top_k, dtype=torch.long, device=device),
+            top_probs=torch.empty(num_first, top_k, **wide),
+        )
+
+    def cpu(self) -> "_Numbers":
+        return _Numbers(**{name: value.cpu() for name, value in vars(self).items()})
+
+
+def _read(lm: LM, rows: Float[Tensor, "N D"], wanted: _Wanted, top_k: int) -> _Numbers:
     """The numbers wanted of each row; the full [N, V] logits never stand in memory.
 
     Only of the first rows a whole distribution is needed. Of the others, mostly all, it is a few tokens and the sum, for
     which the vocabulary is gone through a slice at a time: head and all passes over it then stay within a CPU's cache.
     """
-    num_rows, top_k = rows.shape[0], min(top_k, lm.vocabulary.ends_word.size)
+    numbers = _Numbers.empty(wanted, min(top_k, lm.vocabulary.ends_word.size))
+    for places in torch.arange(len(wanted.first), device=rows.device).split(_HEAD_ROWS):
+        _read_whole_(numbers, lm, rows, wanted, places)
+    is_first = torch.zeros_like(wanted.is_end)
+    is_first[wanted.first] = True
+    for mine in (~is_first).nonzero()[:, 0].split(_SLICE_ROWS):
+        if len(mine):  # a split of nothing is one empty part
+            _read_sliced_(numbers, lm, rows, wanted, mine)
+    return numbers.cpu()
+
+
+def _read_whole_(
+    numbers: _Numbers, lm: LM, rows: Float[Tensor, "N D"], wanted: _Wanted, places: Int[Tensor, " F"]
+) -> None:
+    """Fill in the first rows at these places among all first rows, each from its whole distribution."""
+    mine = wanted.first[places]
+    log_p = lm.logits(rows[mine]).log_softmax(-1)
+    at = wanted.picks_of(mine)
+    numbers.picked[at >= 0] = log_p[at[at >= 0], wanted.picks[at >= 0, 1]].double()
+    numbers.finite[mine] = log_p.sum(-1).isfinite()
+    numbers.entropy[places] = -(log_p.exp() * log_p).sum(-1).double()
+    values, ids = log_p.topk(numbers.top_ids.shape[1], dim=-1)
+    numbers.top_ids[places], numbers.top_probs[places] = ids, values.exp().double()
+
+
+def _read_sliced_(
+    numbers: _Numbers, lm: LM, rows: Float[Tensor, "N D"], wanted: _Wanted, mine: Int[Tensor, " M"]
+) -> None:
+    """Fill in the rows `mine`, whose vocabulary is gone through once, a slice at a time.
+
+    A pick is its raw logit until the last slice is seen: what is to be subtracted from it, the log-sum of all, is known
+    only then.
+    """
     device = rows.device
     ends_word: Bool[Tensor, " V"] = torch.from_numpy(lm.vocabulary.ends_word).to(device)
-    picked = torch.empty(picks.shape[0], dtype=torch.float64, device=device)
-    word_end = torch.full((num_rows,), torch.nan, dtype=torch.float64, device=device)
-    finite = torch.empty(num_rows, dtype=torch.bool, device=device)
-    entropy = torch.empty(first.shape[0], dtype=torch.float64, device=device)
-    top_ids = torch.empty(first.shape[0], top_k, dtype=torch.long, device=device)
-    top_probs = torch.empty(first.shape[0], top_k, dtype=torch.float64, device=device)
-    place = torch.full((num_rows,), -1, dtype=torch.long, device=device)  # of a row among those looked at now
-    for some in torch.arange(len(first), device=device).split(_HEAD_ROWS):
-        mine = first[some]
-        log_p = lm.logits(rows[mine]).log_softmax(-1)
-        place.fill_(-1)[mine] = torch.arange(len(mine), device=device)
-        at = place[picks[:, 0]]
-        picked[at >= 0] = log_p[at[at >= 0], picks[at >= 0, 1]].double()
-        finite[mine] = log_p.sum(-1).isfinite()
-        entropy[some] = -(log_p.exp() * log_p).sum(-1).double()
-        values, ids = log_p.topk(top_k, dim=-1)
-        top_ids[some], top_probs[some] = ids, values.exp().double()
-    is_first = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    is_first[first] = True
-    others = (~is_first).nonzero()[:, 0]
-    for mine in others.split(_SLICE_ROWS) if len(others) else ():
-        place.fill_(-1)[mine] = torch.arange(len(mine), device=device)
-        at = place[picks[:, 0]]
-        ended = is_end[mine].nonzero()[:, 0]
-        sums, sums_of_ends, total = [], [], torch.zeros(len(mine), dtype=torch.float64, device=device)
-        width = max(1, (_SLICE_OF_CPU if device.type == "cpu" else _SLICE_OF_GPU) // len(mine))
-        for begin in range(0, len(ends_word), width):
-            some = slice(begin, begin + width)
-            logits = lm.logits(rows[mine], some)
-            here = (at >= 0) & (picks[:, 1] >= begin) & (picks[:, 1] < begin + width)
-            picked[here] = logits[at[here], picks[here, 1] - begin].double()
-            total += logits.sum(-1)
-            sums.append(logits.logsumexp(-1))
-            if len(ended):
-                sums_of_ends.append(logits[ended].masked_fill_(~ends_word[some], float("-inf")).logsumexp(-1))
-        whole = torch.stack(sums, -1).double().logsumexp(-1)
-        finite[mine] = (total - whole).isfinite()
-        picked[at >= 0] -= whole[at[at >= 0]]
+    at, tokens = wanted.picks_of(mine), wanted.picks[:, 1]
+    ended = wanted.is_end[mine].nonzero()[:, 0]
+    sums, sums_of_ends, total = [], [], torch.zeros(len(mine), dtype=torch.float64, device=device)
+    width = max(1, (_SLICE_OF_CPU if device.type == "cpu" else _SLICE_OF_GPU) // len(mine))
+    for begin in range(0, len(ends_word), width):
+        some = slice(begin, begin + width)
+        logits = lm.logits(rows[mine], some)
+        here = (at >= 0) & (tokens >= begin) & (tokens < begin + width)
+        numbers.picked[here] = logits[at[here], tokens[here] - begin].double()
+        # A logit of -inf leaves every log-sum finite: only a plain sum shows it.
+        total += logits.sum(-1)
+        sums.append(logits.logsumexp(-1))
         if len(ended):
-            word_end[mine[ended]] = torch.stack(sums_of_ends, -1).double().logsumexp(-1) - whole[ended]
-    return tuple(x.cpu().numpy() for x in (picked, word_end, entropy, top_ids, top_probs, finite))  # type: ignore[return-value]
+            sums_of_ends.append(logits[ended].masked_fill_(~ends_word[some], float("-inf")).logsumexp(-1))
+    whole = torch.stack(sums, -1).double().logsumexp(-1)
+    numbers.finite[mine] = (total - whole).isfinite()
+    numbers.picked[at >= 0] -= whole[at[at >= 0]]
+    if len(ended):
+        numbers.word_end[mine[ended]] = torch.stack(sums_of_ends, -1).double().logsumexp(-1) - whole[ended]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.models import attend, plain
-from harness.models.attend import Layout
-from harness.models.inside import right_padded
+from harness.models.attend import Layout, right_padded
 from harness.models.load import LM, Codec, assemble
 from harness.models.score import tree_batch
 from harness.text.words import Tokens, build_trie

@@ -9,10 +9,9 @@ import torch
 
 from harness import tally
 from harness.models import patch as patch_module
-from harness.models.attend import Layout
+from harness.models.attend import Layout, right_padded
 from harness.models.cells import Late, filled_cells, late_cells, shared_cells
 from harness.models.decode import Request, Sampling, decode
-from harness.models.inside import right_padded
 from harness.models.load import LM
 from harness.models.patch import PATCHES, Patched, enter_late, sweep
 from harness.models.score import score_trees

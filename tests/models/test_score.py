@@ -183,6 +183,24 @@ def test_the_head_may_be_applied_in_blocks_of_any_size(block: int, monkeypatch: 
     assert worst(tiny_lm("tiny-llama"), "tiny-llama", [*APART, *TOGETHER]) < RELATIVE
 
 
+@pytest.mark.parametrize(("logits", "rows"), [(1, 2_048), (5_000, 2_048), (300, 3), (100, 1)])
+def test_the_vocabulary_may_be_gone_through_in_slices_of_any_size(
+    logits: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny vocabulary fits into one slice: without this no test would ever see a second one, nor a shorter last one."""
+    lm, real, begins = tiny_lm("tiny-llama"), LM.logits, set[int]()
+
+    def seen(self: LM, hidden: Tensor, tokens: slice | None = None) -> Tensor:
+        begins.add(tokens.start if tokens else 0)
+        return real(self, hidden, tokens)
+
+    monkeypatch.setattr(score, "_SLICE_OF_CPU", logits)
+    monkeypatch.setattr(score, "_SLICE_ROWS", rows)
+    monkeypatch.setattr(LM, "logits", seen)
+    assert worst(lm, "tiny-llama", [*APART, *TOGETHER]) < RELATIVE
+    assert len(begins) > 2, "control: there were several slices"
+
+
 # ---- controls: each part of the layout is needed --------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.models import attend
 from harness.models.anatomy import record_outputs
-from harness.models.inside import right_padded
+from harness.models.attend import right_padded
 from harness.models.load import LM, Codec, assemble
 from harness.models.taps import Captured, Edit, capture, patch
 from harness.text.words import Tokens

@@ -452,9 +452,8 @@ def test_a_patch_whose_numbers_are_not_finite_fails_and_leaves_no_row_of_any_lay
     items = next(iter(ran.prompts.values()))
     pair, late = items[0].payload[0].pair, ran.stage.identity.num_layers - 1
     length, behind = len(pair.source), len(pair.target) - 1
-    together = {
-        k * length + behind: k * length for k in (1, 2, 3)
-    }  # the source, as often as it is moved, then the target
+    # Tokens of the forward of all texts, the source as often as it is moved and then the target: how many are the source's.
+    together = {k * length + behind: k * length for k in (1, 2, 3)}
 
     def overflow(_module: object, _args: object, output: Tensor) -> Tensor:
         changed, num = output.clone(), output.shape[1] if len(output) == 1 else 0

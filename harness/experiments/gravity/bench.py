@@ -17,9 +17,9 @@ from harness.experiments.gravity.stages.patching import align, cannot
 from harness.experiments.gravity.stages.prompts import context_row
 from harness.experiments.timing import Apart, Course, Figure, Grounds, Timed, Way, in_turn
 from harness.models import attend, peers, plain
-from harness.models.attend import Layout
+from harness.models.attend import Layout, right_padded
 from harness.models.decode import Completion, Request, Sampling, decode
-from harness.models.inside import Probe, View, look_inside, right_padded
+from harness.models.inside import Probe, View, look_inside
 from harness.models.load import LM
 from harness.models.noise import row_key
 from harness.models.patch import PATCHES, Patched, begin, run_rows, sweep
