@@ -16,7 +16,7 @@ from loguru import logger
 from rich.table import Table
 
 from harness import log
-from harness.engine import Engine, Limits, Stage, StageReport
+from harness.engine import AnyStage, Engine, Limits, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
 from harness.engine.executors import Accelerator, Host, Inline
 from harness.engine.stop import StopNow, StopSignal
@@ -63,7 +63,7 @@ class Plan:
     """An experiment ready to run: its stages, and everything that decides its results."""
 
     experiment: str
-    stages: tuple[Stage, ...]
+    stages: tuple[AnyStage, ...]
     parts: dict[str, Any]
     fingerprint: str
     slug: str
@@ -174,7 +174,7 @@ def estimate_table(whole: Estimate) -> Iterator[object]:
         table.add_row(name, items, tokens, duration(s.seconds), f"{s.seconds / (whole.seconds or 1):.0%}")
     yield table
     yield (
-        f"{duration(whole.seconds)} in all, as {whole.num_prompts} of {whole.of_prompts} prompts say, which took "
+        f"{duration(whole.seconds)} in all, as {whole.num_subjects} of {whole.of_subjects} prompts say, which took "
         f"{duration(whole.cost_s)}. What rests on results that are not there yet is an upper bound."
     )
 
@@ -334,7 +334,7 @@ def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
     return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
 
 
-def _build(plan: Plan, **changes: Any) -> tuple[Stage, ...]:
+def _build(plan: Plan, **changes: Any) -> tuple[AnyStage, ...]:
     """The stages of a plan from other inputs, which decide no result."""
     return stages.build(plan.experiment, replace(plan.inputs, **changes))
 
@@ -354,8 +354,8 @@ def _estimate_once(
         "about {} in all: {}; tried on {} of {} prompts in {}",
         duration(whole.seconds),
         ", ".join(f"{name} {duration(s.seconds)}" for name, s in longest),
-        whole.num_prompts,
-        whole.of_prompts,
+        whole.num_subjects,
+        whole.of_subjects,
         duration(whole.cost_s),
     )
     return whole
@@ -368,7 +368,7 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
         plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)]
     )
 
-    def build(number: int, folder: Path) -> tuple[Stage, ...]:
+    def build(number: int, folder: Path) -> tuple[AnyStage, ...]:
         some = spread(given.prompts, number, lambda p: len(p.question))
         return _build(plan, prompts=tuple(some), stages=names, data_folder=folder)
 

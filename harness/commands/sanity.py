@@ -66,7 +66,7 @@ def make_tables(plan: launch.Plan, num_prompts: int) -> Tables:
         for name, template in given.conditions.items()
     ]
     told = [{"prompt_id": p.prompt_id, "target": p.target} for p in prompts]
-    return {"prompts": told, "contexts": contexts, "sanity_items": []}
+    return Tables.of({"prompts": told, "contexts": contexts, "sanity_items": []})
 
 
 def make_subjects(plan: launch.Plan, num_prompts: int) -> list[Subject]:

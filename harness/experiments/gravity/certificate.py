@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.errors import HarnessError, ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.stages.mechanism import probe_of
@@ -134,7 +133,7 @@ class Sampler:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """What an item measures: a kind of `MEASURED` for one subject, a patch at one layer."""
 
@@ -553,7 +552,11 @@ class Sanity:
     version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("prompts",)
     optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts", "sanity_items")
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "prompts": ("prompt_id", "target"),
+        "contexts": ("prompt_id", "condition", "token_ids", "spans"),
+        "sanity_items": ("measurement", "subject", "left_out", "seconds"),
+    }
     row_bytes: ClassVar[int] = 1_000
 
     @classmethod
@@ -566,14 +569,15 @@ class Sanity:
     def params(self) -> dict[str, Any]:
         return {"num_prompts": self.num_prompts, "sampling": asdict(self.sampler)}
 
-    def items(self, tables: Tables) -> list[Item]:
-        codec = load_codec(self.model, self.identity)
+    def items(self, tables: Tables) -> list[Item[Task]]:
+        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_prompts]}
-        rows = [row for row in tables["contexts"] if row["prompt_id"] in targets]
+        rows = tables.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
         tasks = tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
-        known = {(r["measurement"], r["subject"]): r["left_out"] for r in tables["sanity_items"]}
+        done = tables["sanity_items"]
+        known = {(r["measurement"], r["subject"]): r["left_out"] for r in done}
         before_s: dict[str, float] = {}
-        for r in tables["sanity_items"]:
+        for r in done:
             if not r["left_out"]:
                 key = item_key(_KIND[r["measurement"]], r["subject"])
                 before_s[key] = before_s.get(key, 0.0) + (r["seconds"] or 0.0)
@@ -592,7 +596,7 @@ class Sanity:
         widened = Widened(self.model, self.sampler, is_full) if self.identity.dtype in HALF else None
         return Work(Bench(shared(self.model, self.identity), self.sampler, is_full), widened)
 
-    def run(self, context: Work, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: Work, items: Sequence[Item[Task]]) -> list[ItemResult]:
         return [self._one(context, item.key, item.payload) for item in items]
 
     def _one(self, work: Work, key: str, task: Task) -> ItemResult:

@@ -1,7 +1,7 @@
 """The experiments' tables of contents. A stage is one file beside this one and one entry here, in the order of running."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from harness.engine import Stage
 from harness.errors import SettingsError
@@ -33,7 +33,7 @@ class Entry(Protocol):
     @property
     def optional(self) -> bool: ...
 
-    def build(self, given: Inputs, /) -> Stage: ...
+    def build(self, given: Inputs, /) -> Stage[Any]: ...
 
 
 EXPERIMENTS: dict[str, tuple[Entry, ...]] = {
@@ -78,6 +78,6 @@ def optional(experiment: str) -> tuple[str, ...]:
     return tuple(e.name for e in EXPERIMENTS[experiment] if e.optional)
 
 
-def build(experiment: str, given: Inputs) -> tuple[Stage, ...]:
+def build(experiment: str, given: Inputs) -> tuple[Stage[Any], ...]:
     """The stages of `given.stages`, ready to run."""
     return tuple(e.build(given) for e in EXPERIMENTS[experiment] if e.name in given.stages)

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.stats import (
@@ -76,6 +75,14 @@ _USES: dict[str, dict[str, tuple[str, ...]]] = {
 """What each analysis rests on: tables, and of these the columns, first those that tell its rows apart."""
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """One analysis by name, and all that it rests on."""
+
+    analysis: str
+    tables: Mapping[str, list[Row]]
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Writes `statistics`. Uses what the other stages wrote, and no model.
@@ -91,7 +98,10 @@ class Analysis:
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("psem", "samples", "detect")
     optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = tuple(sorted({table for uses in _USES.values() for table in uses}))
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        table: tuple(dict.fromkeys(c for uses in _USES.values() for c in uses.get(table, ())))
+        for table in sorted({table for uses in _USES.values() for table in uses})
+    }
     row_bytes: ClassVar[int] = 2_000_000
 
     @classmethod
@@ -101,20 +111,20 @@ class Analysis:
     def params(self) -> dict[str, Any]:
         return {"patched": self.patched, "num_bootstraps": self.num_bootstraps}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Used]]:
         return [_item(name, uses, tables) for name, uses in _USES.items()]
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return len(_USES)
 
     def setup(self) -> None:
         return None
 
-    def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: None, items: Sequence[Item[Used]]) -> list[ItemResult]:
         return [self._one(item) for item in items]
 
-    def _one(self, item: Item) -> ItemResult:
-        name, tables = item.payload
+    def _one(self, item: Item[Used]) -> ItemResult:
+        name, tables = item.payload.analysis, item.payload.tables
         rows = [_complete(name, row) for row in _COMPUTE[name](self, tables)]
         return ItemResult(item.key, {"statistics": rows}, replaces={"statistics": {"analysis": name}})
 
@@ -136,7 +146,7 @@ class Analysis:
         )
 
 
-def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item:
+def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item[Used]:
     """An analysis with all it uses, in an order of its own, and a key that follows from that and nothing else."""
     used, digest = {}, blake2b(digest_size=8)
     for table, columns in uses.items():
@@ -145,7 +155,7 @@ def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item:
             digest.update(repr([_told(table, c, value) for c, value in zip(columns, row, strict=True)]).encode())
         digest.update(table.encode())
         used[table] = [dict(zip(columns, row, strict=True)) for row in rows]
-    return Item(item_key(name, digest.hexdigest()), _LENGTH, (name, used))
+    return Item(item_key(name, digest.hexdigest()), _LENGTH, Used(name, used))
 
 
 def _told(table: str, column: str, value: Any) -> Any:

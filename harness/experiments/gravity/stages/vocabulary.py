@@ -1,11 +1,10 @@
 """Stage `vocabulary`: the text of every token id, so that a run can be read where its tokenizer is not at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.text.words import token_texts
@@ -21,7 +20,7 @@ class TokenTexts:
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     row_bytes: ClassVar[int] = 5_000_000
 
     @classmethod
@@ -31,16 +30,16 @@ class TokenTexts:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[None]]:
         return [Item("tokens", 1)]
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return 1
 
     def setup(self) -> Codec:
         return load_codec(self.model, self.identity)
 
-    def run(self, context: Codec, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: Codec, items: Sequence[Item[None]]) -> list[ItemResult]:
         special = set(context.all_special_ids)
         rows = [
             {"token_id": n, "text": context.name_of(n) if n in special else text, "is_special": n in special}
