@@ -43,7 +43,7 @@ class Fake:
     lengths: Mapping[str, float]
     compute: Callable[[Sequence[Item]], Sequence[ItemResult]] = scored
     name: str = "scores"
-    reads: tuple[str, ...] = ()
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     row_bytes: int = 1_000
     version: int = 1
 
@@ -70,7 +70,7 @@ class Followers:
 
     name: str = "followers"
     version: int = 1
-    reads: tuple[str, ...] = ("psem",)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"psem": ("prompt_id", "condition", "p_sem")})
     row_bytes: int = 1_000
 
     def params(self) -> dict[str, Any]:

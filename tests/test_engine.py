@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -240,15 +241,11 @@ def test_an_executor_may_take_several_batches_and_answer_in_any_order(tmp_path: 
     class Backwards:
         accelerator = Host()
 
-        def map(self, setup: Any, run: Any, batches: Any) -> Iterator[Outcome]:
-            taken: list[tuple[Batch, Sequence[Item]]] = []
-            while True:
-                taken += [b for b, _ in zip(batches, range(3 - len(taken)), strict=False)]
-                if not taken:
-                    return
+        def map(self, setup: Any, work: Any, jobs: Any) -> Iterator[Outcome]:
+            while taken := list(takewhile(lambda job: job is not None, islice(jobs, 3))):
                 while taken:
-                    token, items = taken.pop()
-                    yield Outcome(token, run(setup(), items), 0.0, 0)
+                    job = taken.pop()
+                    yield Outcome(job.token, work(setup(), job).results)
 
     run_stages(tmp_path / "inline", Fake(MIXED))
     (tmp_path / "other").mkdir()

@@ -23,7 +23,8 @@ def with_files(items: Sequence[Item]) -> list[ItemResult]:
     return [
         ItemResult(
             i.key, {"psem": [{"prompt_id": i.key, "condition": "baseline", "p_sem": float("nan") if i.key == "k001" else 0.5}]},
-            artifacts=(Artifact(f"kind/{i.key}.bin", "kind", content(i.key), (2, 3), "float32", i.key, "baseline"),),
+            artifacts=(Artifact(f"kind/{i.key}.bin", {"prompt_id": i.key, "condition": "baseline"}, "kind", (2, 3), "float32",
+                                content(i.key)),),
         )
         for i in items
     ]  # fmt: skip

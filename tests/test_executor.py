@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from harness.engine.executors import Inline, Item, ItemResult, Outcome
+from harness.engine.executors import Computed, Inline, Item, ItemResult, Job, Outcome
 from harness.errors import EnvironmentFault, ItemFailed
 from tests.fakes import Memory, OutOfRoom, scored
 
@@ -15,8 +15,12 @@ ITEMS = [Item("a", 3.0), Item("b", 2.0)]
 
 
 def outcomes(compute, memory: Memory | None = None, batches: int = 1) -> list[Outcome]:
-    given = [(n, ITEMS) for n in range(batches)]
-    return list(Inline(memory or Memory()).map(lambda: None, lambda _context, items: compute(items), given))
+    given = [Job(n, ITEMS) for n in range(batches)]
+    return list(Inline(memory or Memory()).map(lambda: None, lambda _context, job: Computed(compute(job.items)), given))
+
+
+def work(_context: object, job: Job) -> Computed:
+    return Computed(scored(job.items))
 
 
 def raising(error: BaseException):
@@ -37,21 +41,21 @@ def test_a_batch_comes_back_with_its_token_results_time_and_peak() -> None:
 def test_setup_runs_once_and_not_at_all_without_a_batch() -> None:
     calls: list[int] = []
     executor = Inline(Memory())
-    assert list(executor.map(lambda: calls.append(1), lambda _c, i: scored(i), [])) == []
+    assert list(executor.map(lambda: calls.append(1), work, [])) == []
     assert calls == []
-    assert len(list(executor.map(lambda: calls.append(1), lambda _c, i: scored(i), [(0, ITEMS), (1, ITEMS)]))) == 2
+    assert len(list(executor.map(lambda: calls.append(1), work, [Job(0, ITEMS), Job(1, ITEMS)]))) == 2
     assert calls == [1]
 
 
 def test_batches_may_be_added_while_the_outcomes_are_read() -> None:
     todo = [0]
 
-    def pull() -> Iterator[tuple[int, list[Item]]]:
+    def pull() -> Iterator[Job]:
         while todo:
-            yield todo.pop(), ITEMS
+            yield Job(todo.pop(), ITEMS)
 
     seen = []
-    for outcome in Inline().map(lambda: None, lambda _c, i: scored(i), pull()):
+    for outcome in Inline().map(lambda: None, work, pull()):
         seen.append(outcome.token)
         if outcome.token < 3:
             todo.append(outcome.token + 1)

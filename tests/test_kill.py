@@ -44,7 +44,7 @@ class Stage:
     """A stage whose batches take some milliseconds."""
 
     name: str
-    reads: tuple[str, ...]
+    reads: Mapping[str, tuple[str, ...]]
     list_items: Callable[[Mapping[str, list[Row]]], list[Item]]
     measure: Callable[[Item], ItemResult]
     most: int = 100
@@ -94,17 +94,17 @@ def _completion(item: Item) -> ItemResult:
 
 
 STAGES = (
-    Stage("texts", (), lambda _: [Item(f"p{i:02d}", 20.0) for i in range(NUM_PROMPTS)], _prompt),
+    Stage("texts", {}, lambda _: [Item(f"p{i:02d}", 20.0) for i in range(NUM_PROMPTS)], _prompt),
     Stage(
         "pressure",
-        ("prompts",),
+        {"prompts": ("prompt_id",)},
         lambda t: [Item(f"{p['prompt_id']}|{c}", 10.0, (p["prompt_id"], c)) for p in t["prompts"] for c in CONDITIONS],
         _psem,
         most=2,  # batches of four run out of memory: the first is tried and split, the others are cut before
     ),
     Stage(
         "answers",
-        ("psem",),
+        {"psem": ()},
         lambda t: [
             Item(r["prompt_id"], 5.0 + r["p_sem"], r["p_sem"]) for r in t["psem"] if r["condition"] == "negative"
         ],

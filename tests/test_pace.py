@@ -353,7 +353,7 @@ class Costly(Fake):
     token_s: float = 0.0
     most: int = 10**9
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return self.most
 
     def run(self, context: None, items: Sequence[Item]) -> Sequence[ItemResult]:
@@ -406,7 +406,7 @@ def estimated(token_s: float = 0.004) -> tuple[Estimate, Clock, list[int]]:
 def test_an_estimate_is_near_what_the_run_takes_stage_by_stage(tmp_path: Path) -> None:
     whole, clock, asked = estimated()
     assert asked == [1, 7]
-    assert (whole.num_prompts, whole.of_prompts) == (7, 200)
+    assert (whole.num_subjects, whole.of_subjects) == (7, 200)
     before = clock.now
     assert whole.cost_s == pytest.approx(before - 100.0)
     taken = {}
@@ -434,7 +434,7 @@ def test_what_one_prompt_says_is_short_is_tried_on_no_more() -> None:
         build, SCHEMA, len(PROMPTS), Inline(Ticking(clock)), Limits(None, 0), StopSignal(), Watcher(), clock
     )
     assert asked == [1]
-    assert (whole.num_prompts, whole.stages["once"].items) == (1, 1)
+    assert (whole.num_subjects, whole.stages["once"].items) == (1, 1)
     assert whole.seconds == pytest.approx(3.0, rel=0.01), "and what does not grow with the prompts is not multiplied"
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from harness import log
 from harness.commands import launch
-from harness.engine import Stage
+from harness.engine import AnyStage
 from harness.errors import SettingsError, nearest
 from harness.experiments.experiment import Experiment
 from harness.experiments.timing import Course, Figure, Grounds, Timed, disagreements, told
@@ -91,7 +91,7 @@ def _with_model(resolved: Resolved, shape: str | None) -> Resolved:
     return replace(resolved, settings=settings.model_copy(update={"model": model}))
 
 
-def _run_aside(plan: launch.Plan, resolved: Resolved, stages: Sequence[Stage]) -> int:
+def _run_aside(plan: launch.Plan, resolved: Resolved, stages: Sequence[AnyStage]) -> int:
     with tempfile.TemporaryDirectory(prefix="harness-") as folder, redirect_stdout(StringIO()):
         settings = resolved.settings
         paths = settings.paths.model_copy(update={"runs": Path(folder)})

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from harness import environment, log
 from harness.commands import given, show
-from harness.engine import Engine, Limits, Stage, StageReport
+from harness.engine import AnyStage, Engine, Limits, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure
 from harness.engine.executors import Accelerator, Host, Inline
 from harness.engine.stop import StopNow, StopSignal
@@ -60,7 +60,7 @@ class Plan:
     """An experiment ready to run: its stages, and everything that decides its results."""
 
     experiment: Experiment
-    stages: tuple[Stage, ...]
+    stages: tuple[AnyStage, ...]
     parts: dict[str, Any]
     fingerprint: str
     slug: str
@@ -141,7 +141,7 @@ def estimate_table(whole: Estimate) -> Iterator[object]:
         table.add_row(name, items, tokens, duration(s.seconds), f"{s.seconds / (whole.seconds or 1):.0%}")
     yield table
     yield (
-        f"{duration(whole.seconds)} in all, as {whole.num_prompts} of {whole.of_prompts} prompts say, which took "
+        f"{duration(whole.seconds)} in all, as {whole.num_subjects} of {whole.of_subjects} prompts say, which took "
         f"{duration(whole.cost_s)}. What rests on results that are not there yet is an upper bound."
     )
 
@@ -298,7 +298,7 @@ def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
     return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
 
 
-def _within(stages: Sequence[Stage], seconds: float) -> tuple[Stage, ...]:
+def _within(stages: Sequence[AnyStage], seconds: float) -> tuple[AnyStage, ...]:
     """The stages, the certificate among them with what it may take of the run."""
     return tuple(s.within(seconds) if isinstance(s, Certificate) else s for s in stages)
 
@@ -318,8 +318,8 @@ def _estimate_once(
         "about {} in all: {}; tried on {} of {} prompts in {}",
         duration(whole.seconds),
         ", ".join(f"{name} {duration(s.seconds)}" for name, s in longest),
-        whole.num_prompts,
-        whole.of_prompts,
+        whole.num_subjects,
+        whole.of_subjects,
         duration(whole.cost_s),
     )
     return whole
@@ -331,7 +331,7 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     asked = [s.name for s in plan.stages if s.name not in (*contents.optional, CERTIFICATE)]
     names = contents.wanted(asked) if asked else ()
 
-    def build(number: int, folder: Path) -> tuple[Stage, ...]:
+    def build(number: int, folder: Path) -> tuple[AnyStage, ...]:
         return contents.build(prepared.some(number, names), names)
 
     logger.info("trying every stage on a few prompts, to say how long the run takes…")

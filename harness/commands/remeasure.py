@@ -1,18 +1,26 @@
 """Whether a run's numbers come out again: some of its batches computed once more, and compared with what it keeps."""
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.commands.diff import TableDrift, table_drift
 from harness.commands.findings import Check, checks_of
 from harness.commands.launch import Plan, surroundings
 from harness.commands.replay import prepare_again
-from harness.engine import Stage, collect
-from harness.engine.executors import Host, Inline, Outcome
+from harness.engine import AnyStage, Tables, collect
+from harness.engine.chain import States
+from harness.engine.executors import Host, Inline, Job, Outcome
+from harness.engine.plan import Plan as Batches
+from harness.engine.stage import kind_of, loaded
+from harness.engine.staging import compute, drop_folder
+from harness.engine.tables import source_of
 from harness.errors import HarnessError
 from harness.models import device
+from harness.run import RunPaths
 from harness.run.differences import environment_differences, shortened, told
 from harness.settings import Resolved
 from harness.store import Batch, BatchResult, Reader, Row, Schema
@@ -63,36 +71,65 @@ def measured_again(
 
 
 def _stage_again(
-    stage: Stage, plan: Plan, resolved: Resolved, reader: Reader, num_batches: int, rng: random.Random, tolerance: float
+    stage: AnyStage,
+    plan: Plan,
+    resolved: Resolved,
+    reader: Reader,
+    num_batches: int,
+    rng: random.Random,
+    tolerance: float,
 ) -> Iterator[Check]:
     """Some of a stage's batches, computed as the run computed them, each beside its rows."""
     told_of = reader.query("SELECT num_rows FROM stages WHERE stage = ?", [stage.name])
-    done = [
-        Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"])
-        for r in reader.query(
-            "SELECT * FROM batches WHERE stage = ? AND status = 'done' ORDER BY batch_id", [stage.name]
-        )
-    ]
+    batches = Batches(
+        [
+            Batch(
+                r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"]
+            )
+            for r in reader.query("SELECT * FROM batches WHERE stage = ? ORDER BY batch_id", [stage.name])
+        ],
+        is_loop=kind_of(stage) == "loop",
+    )
+    done = [b for b in batches if b.status == "done"]
     if not told_of or not done:
         return  # it was not reached
     if not told_of[0]["num_rows"]:
         yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
         return
-    items = {i.key: i for i in stage.items({name: reader.table(name) for name in stage.reads})}
+    artifacts = RunPaths(reader.path.parent).artifacts
+    tables = Tables(source_of(reader), stage.reads, artifacts)
+    items = {i.key: i for i in stage.items(tables)}
+    states = None
+    if kind_of(stage) != "map":
+        rows = reader.query("SELECT path, sha256, bytes FROM artifacts")
+        states = States(stage.name, batches, artifacts, rows, getattr(stage, "keeps", "last"))
+        done = [b for b in done if states.is_before_known(b)]
     chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
     last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there
     gone = {b.batch_id: [k for k in b.keys if k not in items or last[k] != b.batch_id] for b in chosen}
     reserve = int(resolved.settings.batching.reserve_gb * 1e9)
     executor = Inline(device.CudaMemory(reserve) if plan.device == "cuda" else Host())
-    given = ((b, [items[k] for k in b.keys if k in items]) for b in chosen)
-    for outcome in executor.map(stage.setup, stage.run, given):
-        batch: Batch = outcome.token
-        problems = list(_problems_again(outcome, batch, gone[batch.batch_id], reader, tolerance))
-        fine = f"batch {batch.batch_id} of {len(done)}, {len(batch.keys)} items: the same rows"
-        yield from checks_of(f"again {stage.name}", problems, fine)
+    with TemporaryDirectory(prefix="harness-again-") as aside:
+        jobs = (
+            Job(
+                b,
+                loaded(stage, tables, [items[k] for k in b.keys if k in items]),
+                Path(aside) / str(b.batch_id),
+                states.before(b) if states else None,
+            )
+            for b in chosen
+        )
+        for outcome in executor.map(stage.setup, partial(compute, stage), jobs):
+            batch: Batch = outcome.token
+            problems = list(_problems_again(outcome, batch, gone[batch.batch_id], reader, states, tolerance))
+            drop_folder(Path(aside) / str(batch.batch_id))
+            fine = f"batch {batch.batch_id} of {len(done)}, {len(batch.keys)} items: the same rows"
+            yield from checks_of(f"again {stage.name}", problems, fine)
 
 
-def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Reader, tolerance: float) -> Iterator[str]:
+def _problems_again(
+    outcome: Outcome, batch: Batch, gone: list[str], reader: Reader, states: States | None, tolerance: float
+) -> Iterator[str]:
     where = f"batch {batch.batch_id}"
     if outcome.error or outcome.out_of_memory:
         yield f"{where}: {outcome.error or 'out of memory'}"
@@ -103,12 +140,14 @@ def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Rea
     kept = [key for key in batch.keys if key not in gone]
     yield from (f"{where}: {key} failed in the run and does not now" for key in kept if key in failed - failing.keys())
     without = [key for key in batch.keys if key not in kept or key in failed]
-    for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}):
+    for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}, states):
         drift = table_drift(table, reader.same_rows(table, rows))
         yield from (f"{where}: {line}" for line in _apart(drift, tolerance, reader.schema))
 
 
-def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterator[tuple[str, list[Row]]]:
+def _rows_of(
+    outcome: Outcome, result: BatchResult, without: set[str], states: States | None
+) -> Iterator[tuple[str, list[Row]]]:
     """What the batch would write, by table and columns; files by their hashes."""
     for rows in (result.rows, result.updates):
         for table, given in rows.items():
@@ -116,12 +155,13 @@ def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterat
             for row in given:
                 alike.setdefault(tuple(row), []).append(row)
             yield from ((table, group) for group in alike.values())
-    files = [
-        {"path": a.path, "sha256": hashlib.sha256(a.content).hexdigest(), "bytes": len(a.content)}
-        for r in outcome.results
-        if r.key not in without
-        for a in r.artifacts
-    ]
+    files = []
+    for f in outcome.files:
+        path = states.path(outcome.token, f.artifact.path) if f.is_state and states else f.artifact.path
+        if f.item not in without and not (
+            f.is_state and states and not states.has(path)
+        ):  # states may have been let go
+            files.append({"path": path, "sha256": f.sha256, "bytes": f.bytes})
     if files:
         yield "artifacts", files
 

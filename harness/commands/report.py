@@ -142,7 +142,7 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
     ]
     stages = [
         (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
-         f"{r['num_rows']:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
+         f"{r.get('num_rows') or 0:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
          f"{r.get('padding_tokens') or 0:,}",
          f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "")
         for r in reader.query("SELECT * FROM stages ORDER BY rowid")

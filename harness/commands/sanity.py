@@ -9,7 +9,7 @@ from rich.table import Table
 
 from harness import log, store, tally
 from harness.commands import launch
-from harness.engine import BatchReport
+from harness.engine import BatchReport, Tables
 from harness.errors import SettingsError
 from harness.experiments.certificate import MOST_S, NAME, Certificate
 from harness.experiments.experiment import Experiment
@@ -30,7 +30,7 @@ def command(resolved: Resolved, experiment: Experiment, num_subjects: int, *, is
         raise SettingsError(f"experiment {experiment.name} has no stage {NAME!r} among those of this command")
     if is_full or auto:
         stage = replace(stage, budget_s=None if is_full else MOST_S)
-    tables = {**experiment.certify(plan.prepared, num_subjects), "sanity_items": []}
+    tables = Tables.of({**experiment.certify(plan.prepared, num_subjects), "sanity_items": []})
     items, rows, failed = stage.items(tables), [], 0
     with log.ConsoleProgress() as progress:
         progress.stage_started(stage.name, len(items), 0, float(sum(i.length for i in items)), 0.0)

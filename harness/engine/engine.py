@@ -3,67 +3,28 @@
 The plan of a stage is made once and stored: a killed run goes on with the same batches and so ends with the same bits.
 """
 
-import hashlib
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from loguru import logger
 
-from harness.engine.executors import Executor, Item, ItemResult, Outcome
-from harness.engine.plan import Budget, batch_of, halves, place
+from harness.engine.chain import States
+from harness.engine.executors import Executor, Job, Outcome, StagedFile
+from harness.engine.plan import Budget, Plan, batch_of, halves, in_order
+from harness.engine.stage import AnyStage, Item, ItemResult, kind_of, loaded
+from harness.engine.staging import claim, compute, drop_folder, drop_if_empty, sweep_staged
 from harness.engine.stop import StopSignal
-from harness.errors import EnvironmentFault, machine_fault
-from harness.files import replacing
+from harness.engine.tables import Tables, source_of
+from harness.errors import EnvironmentFault
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Failure, Row, Store
 
 _FLOAT_MAX = 3.4028234663852886e38
-
-Tables = Mapping[str, list[Row]]
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """One step of an experiment: rows in, rows out. It opens no store and draws no progress."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int:
-        """Changes when the stage's results would."""
-        ...
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Tables it is handed whole."""
-        ...
-
-    @property
-    def row_bytes(self) -> int:
-        """Disk that one item takes, roughly."""
-        ...
-
-    def params(self) -> dict[str, Any]:
-        """Everything of its settings that decides its rows, for the fingerprint."""
-        ...
-
-    def items(self, tables: Tables) -> list[Item]:
-        """All its items, done or not."""
-        ...
-
-    def setup(self) -> Any:
-        """What `run` needs and is costly to make; once per worker."""
-        ...
-
-    def run(self, context: Any, items: Sequence[Item]) -> Sequence[ItemResult]:
-        """One result per item. An exception fails the whole batch, which is then tried in halves."""
-        ...
 
 
 class BatchReport(NamedTuple):
@@ -128,6 +89,8 @@ class StageReport:
     """Items a batch, in the order of the plan; retries left out. The same sizes give the same bits again."""
     retried: int = 0
     """Items that were measured on a later attempt, each in a batch of its own: the last bits may differ from the plan's."""
+    num_untried: int = 0
+    """Items of a loop that were not tried, since one before them failed."""
 
 
 class Engine:
@@ -140,26 +103,30 @@ class Engine:
         self._limits, self._observer, self._stop = limits, observer, stop
 
     def run(
-        self, stages: Iterable[Stage], after_stage: Callable[[StageReport], None], retry_failed: bool = False
+        self, stages: Iterable[AnyStage], after_stage: Callable[[StageReport], None], retry_failed: bool = False
     ) -> None:
         """Bring every stage to its end. Raises Stopped on a signal, EnvironmentFault on a full disk; both resumable."""
+        if num := sweep_staged(self._paths.staged):
+            self._store.event("info", "swept_files", f"{num} files of batches that were killed")
         for stage in stages:
-            with self._stop.droppable():
+            with self._stop.droppable(), self._stop.patient(getattr(stage, "grace_s", None)):
                 report = self._run_stage(stage, retry_failed)
             after_stage(report)
+        drop_if_empty([self._paths.staged])
 
-    def _run_stage(self, stage: Stage, retry_failed: bool) -> StageReport:
+    def _run_stage(self, stage: AnyStage, retry_failed: bool) -> StageReport:
         self._observer.doing(stage.name, "listing its items")
+        tables = Tables(source_of(self._store), stage.reads, self._paths.artifacts)
         with self._stop.at_once():
-            items = {i.key: i for i in stage.items({name: self._store.table(name) for name in stage.reads})}
+            items = {i.key: i for i in stage.items(tables)}
         self._observer.doing(stage.name, "")
-        plan = self._store.plan(stage.name)
+        plan = Plan(self._store.plan(stage.name), is_loop=kind_of(stage) == "loop")
         self._check_disk(stage, len(items))
+        failed = set(self._store.failed(stage.name))
         if retry_failed:
-            plan += self._plan_retries(stage, items, plan)
+            self._plan_retries(stage, items, plan, failed)
         # Items may have changed since the plan was made, where what they rest on was measured again.
         finished = {key for b in plan if b.status == "done" for key in b.keys} & items.keys()
-        failed = set(self._store.failed(stage.name))
         with self._stop.shield():
             self._store.drop_items(stage.name, sorted(failed - items.keys()))
             self._store.start_stage(stage.name, stage.version, len(items), len(finished - failed))
@@ -169,32 +136,19 @@ class Engine:
         sizes = self._limits.sizes.get(stage.name, ())
         rate = self._limits.rates.get(stage.name)
         budget = Budget(self._limits.max_tokens, capacity, plan, self._store.ran_out(stage.name), sizes, rate)
-        while True:
-            plan += self._plan_more(stage, items, plan, budget)
-            todo = deque(sorted((b for b in plan if b.status == "planned"), key=lambda b: place(b, plan)))
-            if not todo:
-                break
-            self._execute(stage, items, todo, budget, next_id=len(plan))
-            plan = self._store.plan(stage.name)
-            budget.remember(plan)
+        course = _Course(self, stage, tables, items, plan, budget, failed & items.keys())
+        while course.has_work():
+            for outcome in self._executor.map(partial(self._set_up, stage), partial(compute, stage), course.jobs()):
+                course.take(outcome)
+                self._stop.check()
+        course.say_untried()
         self._observer.stage_finished(stage.name)
-        return self._finish(stage, plan, budget)
+        return self._finish(stage, plan, budget, course.num_untried)
 
-    def _plan_more(self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch], budget: Budget) -> list[Batch]:
-        """Store batches for the items that no batch holds yet: all of them, or first one that measures time and memory."""
-        if budget.tokens is None and any(b.status == "planned" for b in plan):
-            return []  # measure first
-        planned = {key for b in plan for key in b.keys}
-        new = [item for key, item in items.items() if key not in planned]
-        batches = list(budget.cut(new, len(plan), stage.name))
-        if batches:
-            with self._stop.shield():
-                self._store.add_batches(batches)
-        return batches
-
-    def _plan_retries(self, stage: Stage, items: Mapping[str, Item], plan: Sequence[Batch]) -> list[Batch]:
+    def _plan_retries(
+        self, stage: AnyStage, items: Mapping[str, Item[Any]], plan: Plan, failed: Collection[str]
+    ) -> None:
         """One new batch for each item that failed, beside the batch it failed in."""
-        failed = [key for key in self._store.failed(stage.name) if key in items]
         last = {key: b for b in plan for key in b.keys if b.status == "done"}
         waiting = {key for b in plan for key in b.keys if b.status == "planned"}
         retries = [
@@ -203,103 +157,21 @@ class Engine:
                 parent=last[key].batch_id,
                 attempt=last[key].attempt + 1,
             )
-            for n, key in enumerate(k for k in failed if k in last and k not in waiting)
+            for n, key in enumerate(k for k in sorted(failed) if k in items and k in last and k not in waiting)
         ]
         if retries:
             with self._stop.shield():
                 self._store.add_batches(retries)
-        return retries
+            plan.add(retries)
 
-    def _execute(
-        self, stage: Stage, items: Mapping[str, Item], todo: deque[Batch], budget: Budget, next_id: int
-    ) -> None:
-        """Compute and commit what is planned, and what is planned once that was measured. A batch that does not fit, or fails
-        whole, comes back as two halves."""
-
-        def pull() -> Iterator[tuple[Batch, list[Item]]]:
-            while todo or plan_more():
-                batch = todo.popleft()
-                if budget.allows(batch):
-                    yield batch, [items[key] for key in batch.keys if key in items]
-                else:
-                    split(batch, "ceiling_split", f"{batch.padded_tokens} padded tokens are over the learned ceiling")
-
-        def plan_more() -> bool:
-            nonlocal next_id
-            plan = self._store.plan(stage.name)
-            budget.remember(plan)
-            todo.extend(self._plan_more(stage, items, plan, budget))
-            next_id = len(plan) + len(todo)
-            return bool(todo)
-
-        def split(batch: Batch, kind: str, why: str) -> None:
-            nonlocal next_id
-            parts = halves(batch, items, next_id)
-            next_id += len(parts)
-            message = f"{stage.name} batch {batch.batch_id} ({len(batch.keys)} items): {why}; split in two"
-            with self._stop.shield():
-                self._store.add_batches(parts, batch, message, kind)
-            # Running out of memory is worth one line; that later batches keep to what was learned is not.
-            logger.log("DEBUG" if kind == "ceiling_split" else "WARNING", "{}", message)
-            todo.extendleft(reversed(parts))
-
-        self._stop.check()
-        for outcome in self._executor.map(partial(self._set_up, stage), stage.run, pull()):
-            batch: Batch = outcome.token
-            if outcome.error is not None and self._stop.dropped:
-                self._stop.check()
-            if outcome.out_of_memory and len(batch.keys) > 1:
-                budget.learn(batch)
-                split(batch, "oom_split", "out of memory")
-            elif outcome.error is not None and len(batch.keys) > 1:
-                logger.debug("traceback of a failed batch:\n{}", outcome.traceback)
-                split(batch, "error_split", outcome.error)
-            else:
-                with self._stop.shield():
-                    self._commit(stage, batch, outcome, items)
-            self._stop.check()
-
-    def _set_up(self, stage: Stage) -> Any:
+    def _set_up(self, stage: AnyStage) -> Any:
         self._observer.doing(stage.name, "loading what it needs")
         with self._stop.at_once():
             context = stage.setup()
         self._observer.doing(stage.name, "")
         return context
 
-    def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, items: Mapping[str, Item]) -> None:
-        result = collect(batch, outcome, [key for key in batch.keys if key not in items])
-        self._write_artifacts(batch, outcome, result)
-        for failure in result.failures:
-            logger.error("{} failed on {}: {}", stage.name, failure.key, failure.message)
-        if outcome.traceback:
-            logger.debug("its traceback:\n{}", outcome.traceback)
-        self._store.commit(batch, result)
-        self._store.publish_if_due(self._paths.live)
-        self._check_reserve()
-        length = math.fsum(items[key].length for key in batch.keys if key in items)
-        self._observer.batch_done(
-            BatchReport(stage.name, len(batch.keys), length, result.tokens, result.seconds, result.peak_bytes)
-        )
-
-    def _write_artifacts(self, batch: Batch, outcome: Outcome, result: BatchResult) -> None:
-        """Each file written beside, synced and renamed before any row speaks of it: a kill leaves a file, never a claim."""
-        failed = {f.key for f in result.failures}
-        for key, artifact in ((r.key, a) for r in outcome.results if r.key not in failed for a in r.artifacts):
-            path = self._paths.artifacts / artifact.path
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    temporary.write_bytes(artifact.content)
-            except OSError as e:
-                raise machine_fault(e) or EnvironmentFault(f"{path}: cannot be written: {e.strerror}") from e
-            result.rows.setdefault("artifacts", []).append({
-                "path": artifact.path, "kind": artifact.kind, "sha256": hashlib.sha256(artifact.content).hexdigest(),
-                "bytes": len(artifact.content), "shape": list(artifact.shape), "dtype": artifact.dtype,
-                "stage": batch.stage, "batch_id": batch.batch_id, "item_key": key,
-                "keys": {"prompt_id": artifact.prompt_id, "condition": artifact.condition},
-            })  # fmt: skip
-
-    def _finish(self, stage: Stage, plan: Sequence[Batch], budget: Budget) -> StageReport:
+    def _finish(self, stage: AnyStage, plan: Plan, budget: Budget, num_untried: int) -> StageReport:
         row = next(r for r in self._store.stage_rows() if r["stage"] == stage.name)
         with self._stop.shield():
             self._store.finish_stage(stage.name, "done" if not row["num_failed"] else "failed")
@@ -320,13 +192,16 @@ class Engine:
             splits=sum(b.status == "split" for b in plan),
             peak_bytes=max((b.peak_bytes or 0 for b in plan), default=0),
             budget=budget.tokens or 0,
-            sizes=tuple(len(b.keys) for b in sorted(done, key=lambda b: place(b, plan)) if b.attempt == 1),
+            sizes=tuple(len(b.keys) for b in plan.in_order() if b.status == "done" and b.attempt == 1),
             retried=sum(len(b.keys) for b in done if b.attempt > 1),
+            num_untried=num_untried,
         )
 
-    def _check_disk(self, stage: Stage, num_items: int) -> None:
-        """Before a stage: room for its rows, twice, since the snapshot is a copy, and for what must stay free."""
-        need = 2 * num_items * stage.row_bytes + self._limits.reserve_disk_bytes
+    def _check_disk(self, stage: AnyStage, num_items: int) -> None:
+        """Before a stage: room for its rows, twice, since the snapshot is a copy, for its files, and for what must stay
+        free."""
+        files = num_items * int(getattr(stage, "file_bytes", 0))
+        need = 2 * num_items * stage.row_bytes + files + self._limits.reserve_disk_bytes
         free = shutil.disk_usage(self._paths.folder).free
         if free < need:
             raise EnvironmentFault(
@@ -340,6 +215,252 @@ class Engine:
             raise EnvironmentFault(
                 f"{self._paths.folder}: only {_mb(free)} of disk are free; free some space and type the same command again"
             )
+
+
+class _Course:
+    """One stage on its way: which batch is next, what is out, and what becomes of an outcome.
+
+    The plan is read from the store once and kept in step here. Asking the store again for each batch would read every key
+    of every batch as often as there are batches.
+    """
+
+    def __init__(
+        self, engine: Engine, stage: AnyStage, tables: Tables, items: Mapping[str, Item[Any]], plan: Plan, budget: Budget,
+        failed: set[str],
+    ):  # fmt: skip
+        self._engine, self._stage, self._tables, self._items = engine, stage, tables, items
+        self._plan, self._budget, self._failed = plan, budget, set(failed)
+        self._store, self._paths, self._stop = engine._store, engine._paths, engine._stop
+        self._kind = kind_of(stage)
+        new = [item for key, item in items.items() if key not in plan]
+        self._waiting: Sequence[Item[Any]] = new if self._kind == "loop" else in_order(new)
+        self._todo: deque[Batch] = deque()
+        self._num_out = 0
+        self._ahead: dict[str, Item[Any]] = {}
+        """Items that are loaded, whose batches are next."""
+        self._ended_at: str | None = None
+        """The item that ended a loop."""
+        self._columns = {r["column_name"] for r in self._store.query("DESCRIBE artifacts")}
+        self._states: States | None = None
+        if self._kind != "map":
+            rows = self._store.query("SELECT path, sha256, bytes FROM artifacts")
+            self._states = States(stage.name, plan, self._paths.artifacts, rows, getattr(stage, "keeps", "last"))
+            self._states.sweep()
+            self._say_stale()
+
+    @property
+    def num_untried(self) -> int:
+        """Items that were planned and will not be computed."""
+        return sum(key in self._items for b in self._plan if b.status == "planned" for key in b.keys)
+
+    def has_work(self) -> bool:
+        """Plan what can be planned; whether there is a batch to compute."""
+        self._stop.check()
+        self._plan_more()
+        self._todo = deque(self._planned())
+        self._num_out = 0
+        return bool(self._todo)
+
+    def jobs(self) -> Iterator[Job | None]:
+        """What is planned, and what is planned once that was measured; None while there is nothing before an outcome."""
+        while True:
+            # Batches that are out may come back in halves, and a chain goes on from what the one that is out leaves.
+            if self._num_out and (self._states is not None or not self._todo):
+                yield None
+                continue
+            if not self._todo and not self._plan_more():
+                return
+            batch = self._todo.popleft()
+            if not self._budget.allows(batch, self._plan.place(batch)):
+                why = f"{batch.padded_tokens} padded tokens are over the learned ceiling"
+                self._split(batch, "ceiling_split", why)
+                continue
+            items = [self._items[key] for key in batch.keys if key in self._items]
+            before = self._states.before(batch) if self._states else None
+            if before is not None:
+                before.check()  # here, where a damaged one ends the run and says which, rather than every item after it
+            self._num_out += 1
+            yield Job(batch, self._loaded(items), self._staging(batch), before)
+
+    def _loaded(self, items: Sequence[Item[Any]]) -> list[Item[Any]]:
+        """Items as they are computed; loaded with those of the next batches, as far as the stage allows."""
+        if any(i.key not in self._ahead for i in items):
+            keys = dict.fromkeys(i.key for i in items)
+            most = getattr(self._stage, "loads_ahead", 0)
+            for batch in self._todo:
+                if len(keys) + len(batch.keys) > most:
+                    break
+                keys.update(dict.fromkeys(batch.keys))
+            wanted = [self._items[key] for key in keys if key in self._items]
+            self._ahead = {i.key: i for i in loaded(self._stage, self._tables, wanted)}
+        return [self._ahead.pop(i.key) for i in items]
+
+    def take(self, outcome: Outcome) -> None:
+        """Commit an outcome. A batch that does not fit, or fails whole, comes back as two halves."""
+        batch: Batch = outcome.token
+        self._num_out -= 1
+        self._budget.hear(outcome.capacity_bytes)
+        if outcome.error is not None and self._stop.dropped:
+            self._stop.check()
+        can_split = len(batch.keys) > 1
+        if outcome.out_of_memory and can_split:
+            self._budget.learn(batch, self._plan.place(batch))
+            self._split(batch, "oom_split", "out of memory")
+        elif outcome.error is not None and can_split:
+            logger.debug("traceback of a failed batch:\n{}", outcome.traceback)
+            self._split(batch, "error_split", outcome.error)
+        elif can_split and self._states is not None and (why := _unforeseen(batch, outcome, self._items)):
+            # Its state has taken in what is no result. Without that item it is computed again.
+            self._drop_files(outcome.files, why)
+            self._split(batch, "error_split", why)
+        else:
+            with self._stop.shield():
+                self._commit(batch, outcome)
+        drop_folder(self._staging(batch))
+
+    def say_untried(self) -> None:
+        """Where a loop has ended before its end: say so, and by which item."""
+        if not self.num_untried:
+            return
+        at = self._ended_at or "an item that failed before"
+        message = f"{self._stage.name} ended at {at}, which failed: {self.num_untried} items after it were not tried"
+        logger.error("{}; `harness run --retry-failed` goes on from there", message)
+        if self._ended_at is not None:
+            with self._stop.shield():
+                self._store.event("error", "chain_ended", message, self._stage.name, self._ended_at)
+
+    # -- planning
+
+    def _plan_more(self) -> bool:
+        """Store batches for the items that no batch holds yet: all of them, or first one that measures time and memory."""
+        if self._kind == "loop":
+            batches = [batch_of(self._stage.name, len(self._plan) + n, [i]) for n, i in enumerate(self._waiting)]
+        elif self._budget.tokens is None and any(b.status == "planned" for b in self._plan):
+            return False  # measure first
+        else:
+            self._budget.remember(self._plan)
+            batches = list(self._budget.cut(self._waiting, len(self._plan), self._stage.name))
+        if not batches:
+            return False
+        self._waiting = self._waiting[sum(len(b.keys) for b in batches) :]
+        with self._stop.shield():
+            self._store.add_batches(batches)
+        self._plan.add(batches)
+        self._todo.extend(batches)
+        return True
+
+    def _planned(self) -> Iterator[Batch]:
+        """Batches to compute, in the order of the plan; of a loop those before an item that failed and is not retried."""
+        retried = {key for b in self._plan if b.status == "planned" and b.attempt > 1 for key in b.keys}
+        for batch in self._plan.in_order():
+            if batch.status == "planned":
+                yield batch
+            elif self._kind == "loop" and batch.status == "done" and self._failed.intersection(batch.keys) - retried:
+                return
+
+    def _split(self, batch: Batch, kind: str, why: str) -> None:
+        parts = halves(batch, self._items, len(self._plan))
+        message = f"{self._stage.name} batch {batch.batch_id} ({len(batch.keys)} items): {why}; split in two"
+        with self._stop.shield():
+            self._store.add_batches(parts, batch, message, kind)
+        self._plan.change(replace(batch, status="split"))
+        self._plan.add(parts)
+        # Running out of memory is worth one line; that later batches keep to what was learned is not.
+        logger.log("DEBUG" if kind == "ceiling_split" else "WARNING", "{}", message)
+        self._todo.extendleft(reversed(parts))
+
+    # -- what comes back
+
+    def _commit(self, batch: Batch, outcome: Outcome) -> None:
+        result = collect(batch, outcome, [key for key in batch.keys if key not in self._items])
+        state = self._claim_files(batch, outcome, result)
+        for failure in result.failures:
+            logger.error("{} failed on {}: {}", self._stage.name, failure.key, failure.message)
+        if outcome.traceback:
+            logger.debug("its traceback:\n{}", outcome.traceback)
+        self._store.commit(batch, result)
+        if state is not None and self._states is not None:
+            self._states.committed(batch, state)
+        self._plan.change(replace(batch, status="done", peak_bytes=result.peak_bytes, work_s=result.work_s))
+        failed = {f.key for f in result.failures}
+        self._failed.difference_update(batch.keys)
+        self._failed.update(failed)
+        if failed and self._kind == "loop":
+            self._ended_at = batch.keys[0]
+            self._todo.clear()
+        self._store.publish_if_due(self._paths.live)
+        self._engine._check_reserve()
+        length = math.fsum(self._items[key].length for key in batch.keys if key in self._items)
+        self._engine._observer.batch_done(
+            BatchReport(self._stage.name, len(batch.keys), length, result.tokens, result.seconds, result.peak_bytes)
+        )
+
+    def _claim_files(self, batch: Batch, outcome: Outcome, result: BatchResult) -> Row | None:
+        """Give the files of what worked their names, before any row speaks of them: a kill leaves a file, never a claim.
+
+        Their rows go into `result`; the one of a state comes back.
+        """
+        failed = {f.key: f.message for f in result.failures}
+        whole = f"all {len(batch.keys)} items failed" if len(failed) == len(batch.keys) else None
+        for item, path in outcome.unwritten:
+            self._say_dropped(path, failed.get(item, "its item failed"), item)
+        state = None
+        for file in outcome.files:
+            why = whole if file.item is None else failed.get(file.item)
+            if why is not None:
+                self._drop_files([file], why)
+                continue
+            path = file.artifact.path
+            assert file.is_state or self._states is None or not self._states.is_own(path), f"{path}: a state's name"
+            if file.is_state and self._states is not None:
+                path = self._states.path(batch, path)
+            claim(file, self._paths.artifacts / path)
+            row = _artifact_row(file, path, batch, self._columns)
+            result.rows.setdefault("artifacts", []).append(row)
+            if file.is_state and self._states is not None:
+                state = {"path": path, "sha256": file.sha256, "bytes": file.bytes}
+                if (gone := self._states.gone_after(batch)) is not None:
+                    result.replaced.append(("artifacts", {"path": gone}))
+        return state
+
+    def _drop_files(self, files: Iterable[StagedFile], why: str) -> None:
+        for file in files:
+            self._say_dropped(file.artifact.path, why, file.item)
+
+    def _say_dropped(self, path: str, why: str, item: str | None) -> None:
+        self._store.event("info", "dropped_file", f"{path}: {why}", self._stage.name, item)
+
+    def _say_stale(self) -> None:
+        """A state holds what it was made of for good: where an item is no more, only measuring anew takes it out."""
+        gone = {k for b in self._plan if b.status == "done" for k in b.keys} - self._items.keys()
+        if gone:
+            message = (
+                f"{len(gone)} items that are no more, such as {min(gone)}, are part of the state of {self._stage.name}"
+            )
+            logger.warning("{}; --resume new makes it without them", message)
+            self._store.event("warning", "stale_state", message, self._stage.name)
+
+    def _staging(self, batch: Batch) -> Any:
+        return self._paths.staged / f"{batch.stage}-{batch.batch_id}-{batch.attempt}"
+
+
+def _unforeseen(batch: Batch, outcome: Outcome, items: Mapping[str, Item[Any]]) -> str | None:
+    """Why an item is no result although its stage took it for one, and so into the state: a number that is not finite, or
+    no answer at all. None where there is none."""
+    told = {r.key for r in outcome.results if r.error is not None}
+    result = collect(batch, outcome, [key for key in batch.keys if key not in items])
+    return next((f"{f.key}: {f.message}" for f in result.failures if f.key not in told), None)
+
+
+def _artifact_row(file: StagedFile, path: str, batch: Batch, columns: Collection[str]) -> Row:
+    """A file as the table `artifacts` tells of it, in the columns that this store has."""
+    artifact = file.artifact
+    told = dict(artifact.keys) | {
+        "path": path, "kind": artifact.kind, "sha256": file.sha256, "bytes": file.bytes, "shape": list(artifact.shape),
+        "dtype": artifact.dtype, "stage": batch.stage, "batch_id": batch.batch_id, "item_key": file.item,
+        "keys": list(artifact.keys.items()),
+    }  # fmt: skip
+    return {name: value for name, value in told.items() if name in columns}
 
 
 def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:

@@ -1,6 +1,7 @@
-"""How long a run will take: its own stages on a few prompts beforehand, scaled to all of them, and corrected as it runs.
+"""How long a run will take: its own stages on a few of its subjects beforehand, scaled to all of them, and corrected as it
+runs. A subject is what an experiment has many of: a prompt, a text.
 
-Knows no stage by name.
+Knows no stage by name, and of a subject nothing but how many there are.
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from loguru import logger
 
-from harness.engine import BatchReport, Engine, Limits, Observer, Stage, StageReport
+from harness.engine import AnyStage, BatchReport, Engine, Limits, Observer, StageReport
 from harness.engine.executors import Executor
 from harness.engine.plan import Pace, unmeasured_cap
 from harness.engine.stop import StopSignal
@@ -23,10 +24,10 @@ Clock = Callable[[], float]
 _T = TypeVar("_T")
 
 _SHARE = 24
-"""At most one prompt in so many is measured beforehand, so that it costs about a twenty-fourth of the run."""
-_MOST_PROMPTS = 7
+"""At most one subject in so many is measured beforehand, so that it costs about a twenty-fourth of the run."""
+_MOST_SUBJECTS = 7
 _LONG_S = 60.0
-"""What one prompt says takes longer than this is measured on more of them."""
+"""What one subject says takes longer than this is measured on more of them."""
 _PRIOR = 0.05
 """Share of a stage's length that what was measured beforehand weighs against what is measured now."""
 _PRIOR_S = 10.0
@@ -35,9 +36,9 @@ _PRIOR_S = 10.0
 
 @runtime_checkable
 class Bounded(Protocol):
-    """A stage whose items do not grow with the prompts, or not as fast."""
+    """A stage whose items do not grow with the subjects, or not as fast."""
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         """The most items it can have, whatever the results are that it rests on."""
         ...
 
@@ -57,8 +58,8 @@ class Estimate:
     """What a whole run will take, stage by stage, and what it was measured on."""
 
     stages: Mapping[str, StageEstimate]
-    num_prompts: int
-    of_prompts: int
+    num_subjects: int
+    of_subjects: int
     cost_s: float
 
     @property
@@ -67,7 +68,7 @@ class Estimate:
 
     def with_stage(self, name: str, stage: StageEstimate) -> "Estimate":
         """With a stage that was not measured beforehand."""
-        return Estimate({**self.stages, name: stage}, self.num_prompts, self.of_prompts, self.cost_s)
+        return Estimate({**self.stages, name: stage}, self.num_subjects, self.of_subjects, self.cost_s)
 
     def record(self) -> dict[str, Any]:
         """As the manifest keeps it."""
@@ -75,7 +76,7 @@ class Estimate:
             name: asdict(s) | {"seconds": round(s.seconds, 1), "length": round(s.length)}
             for name, s in self.stages.items()
         }
-        on = {"prompts": self.num_prompts, "of": self.of_prompts, "seconds": round(self.cost_s, 1)}
+        on = {"subjects": self.num_subjects, "of": self.of_subjects, "seconds": round(self.cost_s, 1)}
         return {"seconds": round(self.seconds, 1), "stages": rounded, "measured_on": on}
 
     @classmethod
@@ -86,22 +87,29 @@ class Estimate:
             name: StageEstimate(float(told["seconds"]), told["tokens"], told["items"], float(told["length"]))
             for name, told in record["stages"].items()
         }
-        return cls(stages, on["prompts"], on["of"], float(on["seconds"]))
+        num = on["subjects"] if "subjects" in on else on["prompts"]  # as it was called while there was one experiment
+        return cls(stages, num, on["of"], float(on["seconds"]))
 
 
 def measure(
-    build: Callable[[int, Path], Sequence[Stage]], schema: Schema, num_prompts: int, executor: Executor, limits: Limits,
-    stop: StopSignal, shown: Observer, clock: Clock = time.perf_counter,
-) -> Estimate:  # fmt: skip
-    """Run the stages on a few prompts, in a folder that is thrown away, and say what all `num_prompts` will take.
+    build: Callable[[int, Path], Sequence[AnyStage]],
+    schema: Schema,
+    num_subjects: int,
+    executor: Executor,
+    limits: Limits,
+    stop: StopSignal,
+    shown: Observer,
+    clock: Clock = time.perf_counter,
+) -> Estimate:
+    """Run the stages on a few subjects, in a folder that is thrown away, and say what all `num_subjects` will take.
 
-    `build` gives the stages for that many of the prompts (see `spread`), which write nothing outside of the folder. First
-    one prompt; what that says will be long is measured again on more, whose batches are nearer to those of the run. Raises
+    `build` gives the stages for that many of the subjects (see `spread`), which write nothing outside of the folder. First
+    one subject; what that says will be long is measured again on more, whose batches are nearer to those of the run. Raises
     what the stages raise where nothing can be run at all; an item that fails is left out.
     """
     start, watch = clock(), _Watch(clock, shown)
     most_tokens = limits.max_tokens or unmeasured_cap(executor.accelerator.capacity_bytes())
-    most = min(_MOST_PROMPTS, num_prompts // _SHARE)
+    most = min(_MOST_SUBJECTS, num_subjects // _SHARE)
     with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results, schema) as store:
         paths = RunPaths(Path(name))
         engine = Engine(store, paths, executor, limits, watch, stop)
@@ -110,8 +118,8 @@ def measure(
             engine.run(stages, lambda report, reports=reports: reports.__setitem__(report.name, report))
             for stage in stages:
                 _say_failed(store, reports[stage.name])
-            found = {s.name: watch.scaled(s, num, num_prompts, most_tokens) for s in stages}
-            whole = Estimate(found, num, num_prompts, clock() - start)
+            found = {s.name: watch.scaled(s, num, num_subjects, most_tokens) for s in stages}
+            whole = Estimate(found, num, num_subjects, clock() - start)
             if most <= 1 or whole.seconds < _LONG_S:
                 break
     return whole
@@ -180,12 +188,12 @@ class _Watch:
     def stage_finished(self, stage: str) -> None:
         pass
 
-    def scaled(self, stage: Stage, num_prompts: int, of_prompts: int, most_tokens: int | None) -> StageEstimate:
-        """A stage for all prompts, in batches as large as its pace says they will be."""
+    def scaled(self, stage: AnyStage, num_subjects: int, of_subjects: int, most_tokens: int | None) -> StageEstimate:
+        """A stage for all subjects, in batches as large as its pace says they will be."""
         seen = self._stages[stage.name]
-        factor = of_prompts / num_prompts
+        factor = of_subjects / num_subjects
         if isinstance(stage, Bounded) and seen.num_items:
-            factor = min(factor, stage.most_items(of_prompts) / seen.num_items)
+            factor = min(factor, stage.most_items(of_subjects) / seen.num_items)
         length = seen.length * factor
         pace = Pace.typical(seen.batches)
         done = sum(tokens for tokens, _ in seen.batches)

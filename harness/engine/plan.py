@@ -7,10 +7,10 @@ Pure arithmetic on lengths; stores nothing and computes nothing.
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import TypeGuard
+from itertools import accumulate, takewhile
+from typing import Any, TypeGuard
 
-from harness.engine.executors import Item
+from harness.engine.stage import Item
 from harness.store import Batch
 
 CPU_BUDGET = 8_192
@@ -93,6 +93,56 @@ def _that_tell(measured: Collection[Timed]) -> list[Timed]:
     return [(tokens, seconds) for tokens, seconds in measured if tokens > 0 and seconds > 0]
 
 
+Place = tuple[int, ...]
+"""Where a batch stands in the order of a plan."""
+
+
+class Plan:
+    """All batches of a stage, by id, and which items they hold: read from the store once, and kept in step with it.
+
+    With `is_loop`, an item that is tried again stands where it stood: what comes after rests on it.
+    """
+
+    def __init__(self, batches: Sequence[Batch] = (), *, is_loop: bool = False):
+        self._batches: list[Batch] = []
+        self._held: set[str] = set()
+        self._is_loop = is_loop
+        self.add(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+    def __getitem__(self, batch_id: int) -> Batch:
+        return self._batches[batch_id]
+
+    def __contains__(self, key: object) -> bool:
+        """Whether an item is in a batch already."""
+        return key in self._held
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            assert batch.batch_id == len(self._batches), "ids count from 0, without a gap"
+            self._batches.append(batch)
+            self._held.update(batch.keys)
+
+    def change(self, batch: Batch) -> None:
+        """What became of a batch."""
+        self._batches[batch.batch_id] = batch
+
+    def place(self, batch: Batch) -> Place:
+        """Where a batch stands in the order of running: halves stand where their parent stood, in a resumed run too."""
+        parent = None if batch.parent is None else self._batches[batch.parent]
+        if parent is None or (parent.status != "split" and not self._is_loop):
+            return (batch.batch_id,)
+        return (*self.place(parent), batch.batch_id)
+
+    def in_order(self) -> list[Batch]:
+        return sorted(self._batches, key=self.place)
+
+
 class Budget:
     """How many padded tokens a batch may have: given, or measured on the first batches; lower after running out."""
 
@@ -100,7 +150,7 @@ class Budget:
         self,
         given: int | None,
         capacity_bytes: int | None,
-        plan: Sequence[Batch],
+        plan: Plan,
         ran_out: Collection[int],
         sizes: Sequence[int] = (),
         expected_rate: float | None = None,
@@ -114,27 +164,43 @@ class Budget:
         self._probes = CPU_PROBES if capacity_bytes is None else GPU_PROBES
         self._expected_rate = expected_rate
         self.tokens = self._given = given
-        self._ceiling: int | None = None
+        self._ceilings: dict[Place, int] = {}
         for batch in plan:
             if batch.batch_id in ran_out:
-                self.learn(batch)
+                self.learn(batch, plan.place(batch))
         self.remember(plan)
 
-    def allows(self, batch: Batch) -> bool:
-        return self._ceiling is None or batch.padded_tokens <= self._ceiling or len(batch.keys) == 1
+    def allows(self, batch: Batch, place: Place) -> bool:
+        """Whether it may be tried, by what those before it in the plan have shown.
 
-    def learn(self, batch: Batch) -> None:
-        """A batch did not fit: none larger than its larger half is tried again in this stage."""
+        What a later batch has shown does not count, whichever came back first: so any number of workers splits the same
+        batches as one does, but for those that are out at that moment.
+        """
+        if len(batch.keys) == 1:
+            return True
+        return all(batch.padded_tokens <= most for learned, most in self._ceilings.items() if learned <= place)
+
+    def learn(self, batch: Batch, place: Place) -> None:
+        """A batch did not fit: of those after it in the plan none larger than its larger half is tried."""
         num = len(batch.keys)
         half = math.ceil(batch.padded_tokens * ((num + 1) // 2) / num)
-        self._ceiling = min(half, self._ceiling or half)
+        if half < min((most for learned, most in self._ceilings.items() if learned <= place), default=half + 1):
+            self._ceilings[place] = half
 
-    def cut(self, items: Sequence[Item], next_id: int, stage: str) -> Iterator[Batch]:
-        """Batches of the items, longest first, so that trouble shows early; equal lengths in the order of their keys.
+    def hear(self, capacity_bytes: int | None) -> None:
+        """A worker has so much memory: where they differ, what is planned from here on fits the weakest."""
+        if capacity_bytes is not None and self._capacity is not None:
+            self._capacity = min(self._capacity, capacity_bytes)
+
+    @property
+    def _ceiling(self) -> int | None:
+        return min(self._ceilings.values(), default=None)
+
+    def cut(self, ordered: Sequence[Item[Any]], next_id: int, stage: str) -> Iterator[Batch]:
+        """Batches of the items, which come as `ordered` gives them.
 
         Of items that the budget is still to be measured on, one batch: it is to be remembered before the next.
         """
-        ordered = sorted(items, key=lambda i: (-i.length, i.key))
         if ordered and len(ordered) == sum(self._sizes):
             for n, (end, size) in enumerate(zip(accumulate(self._sizes), self._sizes, strict=True)):
                 yield batch_of(stage, next_id + n, ordered[end - size : end])
@@ -144,18 +210,19 @@ class Budget:
             probe = self._probe(left)
             if probe is not None:
                 # How much memory a whole group takes is not known before the probes.
-                batch = _take(ordered, probe, self._most() if self._capacity is None else None)
+                batch = _take(ordered, 0, probe, self._most() if self._capacity is None else None)
                 if batch:
                     yield batch_of(stage, next_id, batch)
                 return
             self.tokens = self._measured_budget(left)
-        while ordered:
-            batch = _take(ordered, self.tokens, self._most())
-            ordered = ordered[len(batch) :]
+        start, most = 0, self._most()
+        while start < len(ordered):
+            batch = _take(ordered, start, self.tokens, most)
+            start += len(batch)
             yield batch_of(stage, next_id, batch)
             next_id += 1
 
-    def remember(self, plan: Sequence[Batch]) -> None:
+    def remember(self, plan: Plan) -> None:
         """Take seconds and peaks of the batches that are done as measurements; a stage that uses no GPU memory has no peaks."""
         self._num_cut = sum(b.parent is None for b in plan)
         self._measured = [b for b in plan if b.status == "done" and b.padded_tokens]
@@ -235,41 +302,40 @@ def _power(tokens: int | float) -> int:
     return 2 ** math.floor(math.log2(max(1.0, tokens)))
 
 
-def _take(ordered: Sequence[Item], budget: int, most: float | None) -> list[Item]:
-    """The most items from the front whose rows × longest row stay within the budget; at least one.
+def in_order(items: Collection[Item[Any]]) -> list[Item[Any]]:
+    """Longest first, so that trouble shows early; equal lengths in the order of their keys."""
+    return sorted(items, key=lambda i: (-i.length, i.key))
 
-    Items of one group come whole where that many padded tokens are at `most`, or else begin a batch of their own.
+
+def _take(ordered: Sequence[Item[Any]], first: int, budget: int, most: float | None) -> Sequence[Item[Any]]:
+    """The most items from place `first` on whose rows × longest row stay within the budget; at least one, if there are any.
+
+    Items of one group come whole where that many padded tokens are at `most`, or else begin a batch of their own. Costs
+    what the batch is long, not what is left: a stage of a million items is cut in thousands of batches.
     """
-    if not ordered:
+    if first >= len(ordered):
         return []
-    longest = max(1.0, ordered[0].length)
-    num = min(len(ordered), max(1, int(budget / longest)))
-    group = ordered[num - 1].group
-    if group and num < len(ordered) and ordered[num].group == group:
-        start = next(n for n, item in enumerate(ordered) if item.group == group)
-        whole = sum(item.group == group for item in ordered[start:])
-        if start:
-            num = start
+    longest = max(1.0, ordered[first].length)
+    end = min(len(ordered), first + max(1, int(budget / longest)))
+    group = ordered[end - 1].group
+    if group and end < len(ordered) and ordered[end].group == group:
+        start = next(n for n in range(first, end) if ordered[n].group == group)
+        whole = sum(1 for _ in takewhile(lambda n: ordered[n].group == group, range(start, len(ordered))))
+        if start > first:
+            end = start
         elif whole * longest <= (most or 0.0):
-            num = whole
-    return list(ordered[:num])
+            end = first + whole
+    return ordered[first:end]
 
 
-def batch_of(stage: str, batch_id: int, items: Sequence[Item]) -> Batch:
+def batch_of(stage: str, batch_id: int, items: Sequence[Item[Any]]) -> Batch:
     """A planned batch of these items; its padded tokens are rows × longest row."""
     return Batch(
         stage, batch_id, tuple(i.key for i in items), math.ceil(len(items) * max(1.0, *(i.length for i in items)))
     )
 
 
-def place(batch: Batch, plan: Sequence[Batch]) -> tuple[int, ...]:
-    """Where a batch stands in the order of running: halves stand where their parent stood, in a resumed run too."""
-    if batch.parent is None or plan[batch.parent].status != "split":
-        return (batch.batch_id,)
-    return (*place(plan[batch.parent], plan), batch.batch_id)
-
-
-def halves(batch: Batch, items: Mapping[str, Item], next_id: int) -> list[Batch]:
+def halves(batch: Batch, items: Mapping[str, Item[Any]], next_id: int) -> list[Batch]:
     """The two planned batches that take the place of one that did not fit, or failed whole.
 
     A key that is not among `items` any more counts for one token.

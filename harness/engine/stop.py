@@ -91,6 +91,16 @@ class StopSignal:
         finally:
             self._hurried -= 1
 
+    @contextmanager
+    def patient(self, grace_s: float | None) -> Iterator[None]:
+        """Work inside may go on so long after a signal before it is dropped; None: as long as any."""
+        usual = self._grace_s
+        self._grace_s = usual if grace_s is None else grace_s
+        try:
+            yield
+        finally:
+            self._grace_s = usual
+
     def check(self) -> None:
         """Raises Stopped once a signal has come. For moments in which nothing is lost by it."""
         if self.requested:

@@ -9,14 +9,13 @@ in half precision is measured again in float64: a gap that closes was rounding, 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from loguru import logger
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.errors import HarnessError, ItemFailed
 from harness.settings import SanitySettings
 from harness.tolerance import HALF
@@ -136,8 +135,8 @@ class Checks(Protocol[T, B]):
         ...
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Tables that `tasks` needs."""
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """Tables that `tasks` needs, and of each the columns."""
         ...
 
     @property
@@ -252,8 +251,8 @@ class Certificate(Generic[T, B]):
     is_auto: bool = False
     """Whether the budget follows from what the run takes."""
     clock: Callable[[], float] = time.perf_counter
-    name: ClassVar[str] = NAME
-    row_bytes: ClassVar[int] = 1_000
+    name = NAME
+    row_bytes = 1_000
 
     @classmethod
     def of(cls, checks: Checks[T, B], given: SanitySettings) -> "Certificate[T, B]":
@@ -271,13 +270,13 @@ class Certificate(Generic[T, B]):
         return self.checks.version
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return (*self.checks.reads, "sanity_items")
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        return {**self.checks.reads, "sanity_items": ("measurement", "subject", "left_out", "seconds")}
 
     def params(self) -> dict[str, Any]:
         return self.checks.params()
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Asked[T]]]:
         tasks = self.checks.tasks(tables)
         key_of = {(m, task.name): _key(task) for task in tasks for m in task.measurements}
         was: dict[str, Literal["measured", "left out"]] = {}
@@ -300,7 +299,7 @@ class Certificate(Generic[T, B]):
         widened = Widened(self.checks, is_full) if self.checks.dtype in HALF else None
         return Work(self.checks.bench(is_full), widened)
 
-    def run(self, context: Work[T, B], items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: Work[T, B], items: Sequence[Item[Asked[T]]]) -> list[ItemResult]:
         return [self._one(context, item.key, item.payload) for item in items]
 
     def _one(self, work: Work[T, B], key: str, asked: Asked[T]) -> ItemResult:

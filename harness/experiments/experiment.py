@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from harness.engine import Stage
+from harness.engine import AnyStage
 from harness.errors import SettingsError, nearest
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
@@ -24,7 +24,7 @@ class Entry:
     the stages that must have run before it. One that is optional runs only where it is named."""
 
     name: str
-    build: Callable[[Any], Stage]
+    build: Callable[[Any], AnyStage]
     needs: tuple[str, ...] = ()
     optional: bool = False
 
@@ -258,6 +258,6 @@ class Contents:
                     pending.append(need)
         return tuple(name for name in entries if name in chosen)
 
-    def build(self, given: Any, names: Sequence[str]) -> tuple[Stage, ...]:
+    def build(self, given: Any, names: Sequence[str]) -> tuple[AnyStage, ...]:
         """The stages with these names, ready to run."""
         return tuple(e.build(given) for name, e in self._entries.items() if name in names)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from harness import tally
-from harness.engine import Stage
+from harness.engine import AnyStage
 from harness.experiments.experiment import Prepared
 from harness.models.load import LM
 from harness.models.processor import settle
@@ -108,8 +108,8 @@ class Grounds:
     course: Course
     prepared: Prepared
     num_contexts: int
-    stages: tuple[Stage, ...]
-    run_aside: Callable[[Sequence[Stage]], int]
+    stages: tuple[AnyStage, ...]
+    run_aside: Callable[[Sequence[AnyStage]], int]
     """Runs such stages from nothing, in a folder that is removed; the exit code."""
 
 

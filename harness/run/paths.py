@@ -47,6 +47,11 @@ class RunPaths:
         return self.folder / "artifacts"
 
     @property
+    def staged(self) -> Path:
+        """Files of batches in progress: on the same file system as `artifacts`, where they are renamed to."""
+        return self.artifacts / ".staged"
+
+    @property
     def report(self) -> Path:
         """What `harness report` writes: a page and its figures."""
         return self.folder / "report"

@@ -310,7 +310,7 @@ def check(con: duckdb.DuckDBPyConnection, path: Path, schema: Schema) -> Version
         return EMPTY
     recorded = _recorded(con, found, path, schema)
     known = _versions(schema)
-    if recorded in known and expected(schema, recorded) == found:
+    if recorded is not None and recorded in known and expected(schema, recorded) == found:
         return recorded
     version = next((v for v in reversed(known) if expected(schema, v) == found), None)
     if version is not None:

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Sampler:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """What an item measures: a kind of `MEASURED` for one subject, a patch at one layer."""
 
@@ -420,8 +421,13 @@ class GravityChecks:
     sampler: Sampler
     num_subjects: int
     seed: int
-    version: ClassVar[int] = 2
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts")
+    version = 2
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "target"),
+            "contexts": ("prompt_id", "condition", "token_ids", "spans"),
+        }
+    )
 
     @property
     def dtype(self) -> str:
@@ -435,9 +441,9 @@ class GravityChecks:
         return {"num_prompts": self.num_subjects, "sampling": asdict(self.sampler)}
 
     def tasks(self, tables: Tables) -> list[Task]:
-        codec = load_codec(self.model, self.identity)
+        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_subjects]}
-        rows = [row for row in tables["contexts"] if row["prompt_id"] in targets]
+        rows = tables.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
         return tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
 
     def bench(self, is_full: bool) -> Bench:
@@ -457,9 +463,7 @@ class GravityChecks:
 class Sanity:
     """Table-of-contents entry: the certificate of a run of semantic gravity."""
 
-    name: ClassVar[str] = NAME
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = False
+    name = NAME
 
     @staticmethod
     def build(given: Inputs) -> Certificate[Task, Bench]:

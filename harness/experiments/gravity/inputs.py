@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from harness.engine import Tables
 from harness.engine.estimate import spread
 from harness.errors import SettingsError, nearest
 from harness.experiments.experiment import Prepared
@@ -154,3 +155,23 @@ def _rejections_told(prompt_set: PromptSet) -> list[str]:
 
 def _hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class InContext(Protocol):
+    """Something that is measured in one context."""
+
+    @property
+    def prompt_id(self) -> str: ...
+
+    @property
+    def condition(self) -> str: ...
+
+
+def contexts_of(tables: Tables, wanted: Iterable[InContext]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The token ids of contexts, by prompt and condition."""
+    keys = [
+        {"prompt_id": prompt_id, "condition": condition}
+        for prompt_id, condition in dict.fromkeys((w.prompt_id, w.condition) for w in wanted)
+    ]
+    rows = tables.rows_with("contexts", keys, ("prompt_id", "condition", "token_ids"))
+    return {(row["prompt_id"], row["condition"]): tuple(row["token_ids"]) for row in rows}

@@ -5,15 +5,14 @@ The experiment is a real run, in a folder of its own that is removed; its stages
 items of the measuring stages carry.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from harness import tally
-from harness.engine import Stage, Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import AnyStage, BatchOutput, Item, ItemResult, Stage, Tables
 from harness.errors import RunError
 from harness.experiments.timing import Grounds
 from harness.models.load import LM
@@ -123,10 +122,11 @@ class Account:
 class _Watched:
     """A stage that counts what it forwards and remembers what it was given and gave; otherwise the stage itself."""
 
-    def __init__(self, stage: Stage):
-        self._stage = stage
+    def __init__(self, stage: AnyStage):
+        assert isinstance(stage, Stage), "this experiment has no chain"
+        self._stage: Stage[Any] = stage
         self.spent = Tally()
-        self.done: list[tuple[Item, ItemResult]] = []
+        self.done: list[tuple[Item[Any], ItemResult]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
@@ -140,7 +140,7 @@ class _Watched:
         return self._stage.version
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
         return self._stage.reads
 
     @property
@@ -150,21 +150,22 @@ class _Watched:
     def params(self) -> dict[str, Any]:
         return self._stage.params()
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> Sequence[Item[Any]]:
         return self._stage.items(tables)
 
     def setup(self) -> Any:
         """Loading a model forwards a few tokens to check it: they are nobody's."""
         return self._stage.setup()
 
-    def run(self, context: Any, items: Sequence[Item]) -> Sequence[ItemResult]:
+    def run(self, context: Any, items: Sequence[Item[Any]]) -> Sequence[ItemResult] | BatchOutput:
         before = tally.now()
-        results = self._stage.run(context, items)
+        found = self._stage.run(context, items)
+        results = found.results if isinstance(found, BatchOutput) else found
         self.spent = _sum(self.spent, tally.now() - before)
         if self._stage.name in MEASURING:
             by_key = {r.key: r for r in results}
             self.done += [(item, by_key[item.key]) for item in items if by_key[item.key].error is None]
-        return results
+        return found
 
 
 def measure(grounds: Grounds) -> Account:
@@ -192,12 +193,11 @@ def _add_needs(stage: _Watched, lm: LM, needs: Iterable[Need]) -> None:
     for need in needs:
         for item, result in stage.done:
             if stage.name == "psem":
-                _, _, context, forms = item.payload
-                need.texts.add_trie(context, forms.trie)
+                need.texts.add_trie(item.payload.token_ids, item.payload.forms.trie)
             elif stage.name in ("greedy", "samples"):
-                need.completion(item.payload[3], result.rows["completions"][0]["token_ids"])
+                need.completion(item.payload.token_ids, result.rows["completions"][0]["token_ids"])
             elif stage.name == "mechanism":
-                need.texts.add(item.payload[2].tokens)
+                need.texts.add(item.payload.probe.tokens)
         for subject, row in rows:
             need.texts.add(subject.pair.source)
             need.patched(subject.pair.target, subject.trie, row)
@@ -207,7 +207,7 @@ def _patched_rows(stage: _Watched, lm: LM) -> list[tuple[Any, Patched]]:
     """(subject, row) of every patched row, swept once more: their table keeps texts, and tokens are wanted."""
     patches_of: dict[str, tuple[Any, list[str]]] = {}
     for item, _ in stage.done:
-        subject, patch = item.payload
+        subject, patch = item.payload.subject, item.payload.patch
         patches_of.setdefault(subject.prompt_id, (subject, []))[1].append(patch)
     found = []
     for subject, patches in patches_of.values():

@@ -9,13 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.stats import (
@@ -33,6 +33,8 @@ from harness.stats import (
 )
 
 Row = dict[str, Any]
+UsedTables = Mapping[str, list[Row]]
+"""By table, the rows that an analysis rests on."""
 Values = Mapping[str, float]
 """One number a prompt."""
 Cell = tuple[Any, ...]
@@ -76,6 +78,14 @@ _USES: dict[str, dict[str, tuple[str, ...]]] = {
 """What each analysis rests on: tables, and of these the columns, first those that tell its rows apart."""
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """One analysis by name, and all that it rests on."""
+
+    analysis: str
+    tables: Mapping[str, list[Row]]
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Writes `statistics`. Uses what the other stages wrote, and no model.
@@ -87,12 +97,15 @@ class Analysis:
     patched: str
     seed: int
     num_bootstraps: int = NUM_BOOTSTRAPS
-    name: ClassVar[str] = "analysis"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("psem", "samples", "detect")
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = tuple(sorted({table for uses in _USES.values() for table in uses}))
-    row_bytes: ClassVar[int] = 2_000_000
+    name = "analysis"
+    version = 1
+    reads = MappingProxyType(
+        {
+            table: tuple(dict.fromkeys(c for uses in _USES.values() for c in uses.get(table, ())))
+            for table in sorted({table for uses in _USES.values() for table in uses})
+        }
+    )
+    row_bytes = 2_000_000
 
     @classmethod
     def build(cls, given: Inputs) -> "Analysis":
@@ -101,20 +114,20 @@ class Analysis:
     def params(self) -> dict[str, Any]:
         return {"patched": self.patched, "num_bootstraps": self.num_bootstraps}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Used]]:
         return [_item(name, uses, tables) for name, uses in _USES.items()]
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return len(_USES)
 
     def setup(self) -> None:
         return None
 
-    def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: None, items: Sequence[Item[Used]]) -> list[ItemResult]:
         return [self._one(item) for item in items]
 
-    def _one(self, item: Item) -> ItemResult:
-        name, tables = item.payload
+    def _one(self, item: Item[Used]) -> ItemResult:
+        name, tables = item.payload.analysis, item.payload.tables
         rows = [_complete(name, row) for row in _COMPUTE[name](self, tables)]
         return ItemResult(item.key, {"statistics": rows}, replaces={"statistics": {"analysis": name}})
 
@@ -136,7 +149,7 @@ class Analysis:
         )
 
 
-def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item:
+def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item[Used]:
     """An analysis with all it uses, in an order of its own, and a key that follows from that and nothing else."""
     used, digest = {}, blake2b(digest_size=8)
     for table, columns in uses.items():
@@ -145,7 +158,7 @@ def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item:
             digest.update(repr([_told(table, c, value) for c, value in zip(columns, row, strict=True)]).encode())
         digest.update(table.encode())
         used[table] = [dict(zip(columns, row, strict=True)) for row in rows]
-    return Item(item_key(name, digest.hexdigest()), _LENGTH, (name, used))
+    return Item(item_key(name, digest.hexdigest()), _LENGTH, Used(name, used))
 
 
 def _told(table: str, column: str, value: Any) -> Any:
@@ -269,7 +282,7 @@ def _outcomes(rows: Iterable[Row]) -> dict[str, set[str]]:
     return found
 
 
-def _rates(given: Analysis, tables: Tables) -> Iterator[Row]:
+def _rates(given: Analysis, tables: UsedTables) -> Iterator[Row]:
     categories: dict[str, set[str]] = defaultdict(set)
     for prompt in tables["prompts"]:
         categories[f"category:{prompt['category']}"].add(prompt["prompt_id"])
@@ -280,7 +293,7 @@ def _rates(given: Analysis, tables: Tables) -> Iterator[Row]:
         yield from _over_groups(given, [(cell, rates)], {"all": set(rates), **bins, **dict(sorted(categories.items()))})
 
 
-def _suppression(given: Analysis, tables: Tables) -> Iterator[Row]:
+def _suppression(given: Analysis, tables: UsedTables) -> Iterator[Row]:
     outcomes = _by_condition(tables["outcomes"])
     for condition, rows in _by_condition(tables["suppression"]).items():
         cells = [({"condition": condition, "measure": m}, _values(rows, m)) for m in ("delta", "relative", "log")]
@@ -290,7 +303,7 @@ def _suppression(given: Analysis, tables: Tables) -> Iterator[Row]:
         yield from _corrected(_over_outcomes(given, cells, by_outcome), _by_measure)
 
 
-def _patching(given: Analysis, tables: Tables) -> Iterator[Row]:
+def _patching(given: Analysis, tables: UsedTables) -> Iterator[Row]:
     if not tables["patching"]:
         return
     by_cell: dict[tuple[str, int], list[Row]] = defaultdict(list)
@@ -314,7 +327,7 @@ def _patching(given: Analysis, tables: Tables) -> Iterator[Row]:
 # ---- the fit --------------------------------------------------------------------------------------------------
 
 
-def _fit(given: Analysis, tables: Tables) -> Iterator[Row]:
+def _fit(given: Analysis, tables: UsedTables) -> Iterator[Row]:
     p0 = _p0(tables["psem"])
     for condition, rows in _by_condition(tables["violation"]).items():
         pressed = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows if r["prompt_id"] in p0]
@@ -357,7 +370,7 @@ def _fitted(
 def _mechanism(table: str) -> Callable[[Analysis, Tables], list[Row]]:
     """Success against failure by layer, and by head where there are heads, from a view of moments."""
 
-    def compute(given: Analysis, tables: Tables) -> list[Row]:
+    def compute(given: Analysis, tables: UsedTables) -> list[Row]:
         sides: dict[str, dict[Cell, tuple[float, float, float]]] = {"success": {}, "failure": {}}
         for row in tables[table]:
             if row["mean"] is not None:
@@ -402,7 +415,7 @@ def _from_moments(
 # ---- phrasings, and kinds of failure --------------------------------------------------------------------------
 
 
-def _phrasing(given: Analysis, tables: Tables) -> list[Row]:
+def _phrasing(given: Analysis, tables: UsedTables) -> list[Row]:
     others = [c for c in given.conditions if c != _BASELINE]
     if not others:
         return []
@@ -426,7 +439,7 @@ def _phrasing(given: Analysis, tables: Tables) -> list[Row]:
     return _corrected(rows, lambda row: "phrasing")
 
 
-def _taxonomy(given: Analysis, tables: Tables) -> Iterator[Row]:
+def _taxonomy(given: Analysis, tables: UsedTables) -> Iterator[Row]:
     for condition, rows in _by_condition(tables["outcomes"]).items():
         failures = [row for row in rows if row["outcome"] == "failure"]
         counts = Counter(row["taxonomy"] or "unknown" for row in failures)
@@ -435,7 +448,7 @@ def _taxonomy(given: Analysis, tables: Tables) -> Iterator[Row]:
                    "n": len(failures), "method": rows[0]["taxonomy_rule"]}  # fmt: skip
 
 
-_COMPUTE: dict[str, Callable[[Analysis, Tables], Iterable[Row]]] = {
+_COMPUTE: dict[str, Callable[[Analysis, UsedTables], Iterable[Row]]] = {
     "rates": _rates,
     "fit": _fit,
     "suppression": _suppression,

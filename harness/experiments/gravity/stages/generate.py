@@ -1,17 +1,27 @@
 """Stages `greedy` and `samples`: what the model really answers (gravity.md §3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.errors import ItemFailed
-from harness.experiments.gravity.inputs import Admitted, Inputs, item_key
+from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, item_key
 from harness.models.decode import Completion, Request, Sampling, decode
 from harness.models.load import LM, ModelIdentity, ModelSpec, shared
 from harness.models.noise import row_key
 from harness.text.detect import answer_of
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One completion to make; the ids of its context come when its batch is about to run."""
+
+    prompt_id: str
+    condition: str
+    sample_id: int
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,15 @@ class Generate:
     num_samples: int
     sampling: Sampling
     seed: int
-    version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts")
-    row_bytes: ClassVar[int] = 400
+    version = 1
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "single_token", "tier"),
+            "contexts": ("prompt_id", "condition", "token_ids"),
+        }
+    )
+    loads_ahead = 16_384
+    row_bytes = 400
 
     @property
     def name(self) -> str:
@@ -42,38 +58,49 @@ class Generate:
             "only_single_token": self.admitted.single_token, "only_selected": self.admitted.selected,
         }  # fmt: skip
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Answer]]:
+        tables = Tables.of(tables)
         admitted = {p["prompt_id"] for p in tables["prompts"] if self.admitted(p)}
-        return [
-            Item(
-                item_key(row["prompt_id"], row["condition"], self.mode, sample_id),
+        found = []
+        for row in tables.streamed("contexts"):
+            prompt_id, condition = row["prompt_id"], row["condition"]
+            if prompt_id not in admitted or condition not in self.conditions:
+                continue
+            length, group = (
                 len(row["token_ids"]) / self.num_samples + self.sampling.max_new_tokens,
-                (row["prompt_id"], row["condition"], sample_id, tuple(row["token_ids"])),
-                item_key(row["prompt_id"], row["condition"]),
+                item_key(prompt_id, condition),
             )
-            for row in tables["contexts"]
-            if row["prompt_id"] in admitted and row["condition"] in self.conditions
-            for sample_id in range(self.num_samples)
+            found += [
+                Item(item_key(prompt_id, condition, self.mode, n), length, Answer(prompt_id, condition, n), group)
+                for n in range(self.num_samples)
+            ]
+        return found
+
+    def load(self, tables: Tables, items: Sequence[Item[Answer]]) -> list[Item[Answer]]:
+        token_ids = contexts_of(tables, [i.payload for i in items])
+        return [
+            replace(i, payload=replace(i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition]))
+            for i in items
         ]
 
     def setup(self) -> LM:
         return shared(self.model, self.identity)
 
-    def run(self, context: LM, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: LM, items: Sequence[Item[Answer]]) -> list[ItemResult]:
         requests = [
-            Request(token_ids, row_key(self.seed, prompt_id, condition, sample_id))
-            for prompt_id, condition, sample_id, token_ids in (i.payload for i in items)
+            Request(p.token_ids, row_key(self.seed, p.prompt_id, p.condition, p.sample_id))
+            for p in (i.payload for i in items)
         ]
         completions = decode([context], requests, self.sampling)
         return [self._result(context, i, c) for i, c in zip(items, completions, strict=True)]
 
-    def _result(self, lm: LM, item: Item, done: Completion | ItemFailed) -> ItemResult:
+    def _result(self, lm: LM, item: Item[Answer], done: Completion | ItemFailed) -> ItemResult:
         if isinstance(done, ItemFailed):
             return ItemResult.failed(item.key, done)
-        prompt_id, condition, sample_id, _ = item.payload
+        asked = item.payload
         text = lm.codec.decode(done.token_ids)
         row = {
-            "prompt_id": prompt_id, "condition": condition, "mode": self.mode, "sample_id": sample_id,
+            "prompt_id": asked.prompt_id, "condition": asked.condition, "mode": self.mode, "sample_id": asked.sample_id,
             "token_ids": done.token_ids, "text": text, "answer": answer_of(text), "finish_reason": done.finish_reason,
             "logprobs": done.logprobs, "margins": done.margins,
         }  # fmt: skip
@@ -83,9 +110,7 @@ class Generate:
 class Greedy:
     """Table-of-contents entry: one greedy completion a prompt and condition."""
 
-    name: ClassVar[str] = "greedy"
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = False
+    name = "greedy"
 
     @staticmethod
     def build(given: Inputs) -> Generate:
@@ -99,9 +124,7 @@ class Greedy:
 class Samples:
     """Table-of-contents entry: `num_samples` sampled completions a prompt and condition asked for."""
 
-    name: ClassVar[str] = "samples"
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = False
+    name = "samples"
 
     @staticmethod
     def build(given: Inputs) -> Generate:

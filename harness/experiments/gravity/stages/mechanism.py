@@ -4,14 +4,14 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
-from harness.engine import Tables
-from harness.engine.executors import Artifact, Item, ItemResult
+from harness.engine import Artifact, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.settings import StoredSettings
@@ -25,6 +25,15 @@ _BYTES_PER_LAYER = 3_000
 """Of one item's rows: two steps of attention, lens and decomposition, and the norms of some sixty tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """One context to look into, and at which of its tokens."""
+
+    prompt_id: str
+    condition: str
+    probe: Probe
+
+
 @dataclass(frozen=True)
 class Mechanism:
     """Writes `attention`, `lens`, `decomposition` and `activations`, and files for a stored subset."""
@@ -33,11 +42,15 @@ class Mechanism:
     identity: ModelIdentity
     stored: StoredSettings
     seed: int
-    name: ClassVar[str] = "mechanism"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("greedy", "detect")
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts", "greedy_answers")
+    name = "mechanism"
+    version = 1
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "category", "target"),
+            "contexts": ("prompt_id", "condition", "token_ids", "spans"),
+            "greedy_answers": ("prompt_id", "condition", "token_ids", "word_present", "first_step"),
+        }
+    )
 
     @classmethod
     def build(cls, given: Inputs) -> "Mechanism":
@@ -50,7 +63,7 @@ class Mechanism:
     def params(self) -> dict[str, Any]:
         return {"stored": self.stored.model_dump(mode="json")}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Looked]]:
         codec = load_codec(self.model, self.identity)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
         answers = {(a["prompt_id"], a["condition"]): a for a in tables["greedy_answers"]}
@@ -70,14 +83,14 @@ class Mechanism:
                 row["token_ids"], answer["token_ids"], answer["first_step"], first_tokens(targets[prompt_id]),
                 row["spans"], prompt_id in kept,
             )  # fmt: skip
-            items.append(Item(item_key(prompt_id, condition), len(probe.tokens), (prompt_id, condition, probe)))
+            items.append(Item(item_key(prompt_id, condition), len(probe.tokens), Looked(prompt_id, condition, probe)))
         return items
 
     def setup(self) -> LM:
         return shared(self.model, self.identity)
 
-    def run(self, context: LM, items: Sequence[Item]) -> list[ItemResult]:
-        views = look_inside(context, [i.payload[2] for i in items])
+    def run(self, context: LM, items: Sequence[Item[Looked]]) -> list[ItemResult]:
+        views = look_inside(context, [i.payload.probe for i in items])
         return [_result(item, view) for item, view in zip(items, views, strict=True)]
 
 
@@ -113,11 +126,11 @@ def stored_prompts(
     return kept
 
 
-def _result(item: Item, view: View | ItemFailed) -> ItemResult:
+def _result(item: Item[Looked], view: View | ItemFailed) -> ItemResult:
     if isinstance(view, ItemFailed):
         return ItemResult.failed(item.key, view)
-    prompt_id, condition, probe = item.payload
-    key = {"prompt_id": prompt_id, "condition": condition}
+    probe = item.payload.probe
+    key = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition}
     rows: dict[str, list[dict[str, Any]]] = {"attention": [], "lens": [], "decomposition": [], "activations": []}
     lengths = [span[1] - span[0] if (span := probe.spans.get(name)) else None for name in SPANS]
     for kind, step, at in zip(STEP_KINDS, view.steps, probe.at, strict=True):
@@ -162,6 +175,6 @@ def _artifacts(item: str, key: Mapping[str, str], view: View) -> Iterator[Artifa
         if whole:
             first = whole[STEP_KINDS[0]]
             yield Artifact(
-                f"{kind}/{name}.safetensors", kind, save(whole, metadata={"item": item}), first.shape, str(first.dtype),
-                key["prompt_id"], key["condition"],
+                f"{kind}/{name}.safetensors", key, kind, first.shape, str(first.dtype),
+                partial(save_file, whole, metadata={"item": item}),
             )  # fmt: skip

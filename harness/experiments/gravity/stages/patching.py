@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from itertools import groupby
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.settings import PatchingSettings
@@ -25,7 +25,7 @@ _LOW, _HIGH = 0.7, 0.95
 """Bounds of the computed threshold on P0 (gravity.md §6)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Subject:
     """One prompt to patch: its two contexts, the trie of its target's spellings, and the tokens in each patch's span."""
 
@@ -34,6 +34,14 @@ class Subject:
     pair: Pair
     trie: Trie
     num_span: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One patch of one prompt, at every layer."""
+
+    subject: Subject
+    patch: str
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,16 @@ class Patching:
     max_new_tokens: int
     stop_at_newline: bool
     seed: int
-    name: ClassVar[str] = "patching"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("psem", "greedy", "detect")
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts", "suppression", "outcomes")
+    name = "patching"
+    version = 1
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "target"),
+            "contexts": ("prompt_id", "condition", "token_ids", "spans"),
+            "suppression": ("prompt_id", "condition", "p0"),
+            "outcomes": ("prompt_id", "condition", "outcome"),
+        }
+    )
 
     @classmethod
     def build(cls, given: Inputs) -> "Patching":
@@ -66,7 +79,7 @@ class Patching:
             "max_new_tokens": self.max_new_tokens, "stop_at_newline": self.stop_at_newline,
         }  # fmt: skip
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Patch]]:
         codec = load_codec(self.model, self.identity)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
         contexts = {(c["prompt_id"], c["condition"]): c for c in tables["contexts"]}
@@ -83,32 +96,32 @@ class Patching:
             subject = Subject(prompt_id, target, pair, trie(target), _num_span(pair, changed["spans"]["question"]))
             # A row goes through the layers from the one it is patched at, which is half of them in the mean.
             tokens = math.ceil(self.identity.num_layers / 2) * (1 + len(subject.trie))
-            items += [Item(item_key(prompt_id, patch), tokens, (subject, patch), prompt_id) for patch in PATCHES]
+            items += [Item(item_key(prompt_id, patch), tokens, Patch(subject, patch), prompt_id) for patch in PATCHES]
         return items
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         """All that `choose` can take: half of the prompts where no P0 is high, fewer or as many of each outcome."""
-        most = num_prompts if self.rules.min_p0 is not None else num_prompts - num_prompts // 2
+        most = num_subjects if self.rules.min_p0 is not None else num_subjects - num_subjects // 2
         return len(PATCHES) * min(most, 2 * (self.rules.max_prompts or most))
 
     def setup(self) -> LM:
         return shared(self.model, self.identity)
 
-    def run(self, context: LM, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: LM, items: Sequence[Item[Patch]]) -> list[ItemResult]:
         results: dict[str, ItemResult] = {}
-        by_prompt = sorted(items, key=lambda i: (i.payload[0].prompt_id, PATCHES.index(i.payload[1])))
-        for _, group in groupby(by_prompt, key=lambda i: i.payload[0].prompt_id):
+        by_prompt = sorted(items, key=lambda i: (i.payload.subject.prompt_id, PATCHES.index(i.payload.patch)))
+        for _, group in groupby(by_prompt, key=lambda i: i.payload.subject.prompt_id):
             results.update((r.key, r) for r in self._one_prompt(context, list(group)))
         return [results[i.key] for i in items]
 
-    def _one_prompt(self, lm: LM, items: Sequence[Item]) -> list[ItemResult]:
+    def _one_prompt(self, lm: LM, items: Sequence[Item[Patch]]) -> list[ItemResult]:
         """All patches of one prompt that can be made, in one sweep; the others say why not."""
-        subject: Subject = items[0].payload[0]
-        results = [ItemResult.failed(i.key, why) for i in items if (why := cannot(subject.pair, i.payload[1]))]
-        able = [i for i in items if cannot(subject.pair, i.payload[1]) is None]
+        subject = items[0].payload.subject
+        results = [ItemResult.failed(i.key, why) for i in items if (why := cannot(subject.pair, i.payload.patch))]
+        able = [i for i in items if cannot(subject.pair, i.payload.patch) is None]
         if not able:
             return results
-        patches = [i.payload[1] for i in able]
+        patches = [i.payload.patch for i in able]
         try:
             original, *patched = sweep(
                 lm, subject.pair, patches, subject.trie, self.max_new_tokens, self.stop_at_newline
@@ -204,9 +217,9 @@ def cannot(pair: Pair, patch: str) -> str | None:
 
 
 def _result(
-    lm: LM, item: Item, original: Patched | ItemFailed, patched: Sequence[Patched | ItemFailed]
+    lm: LM, item: Item[Patch], original: Patched | ItemFailed, patched: Sequence[Patched | ItemFailed]
 ) -> ItemResult:  # fmt: skip
-    subject, patch = item.payload
+    subject, patch = item.payload.subject, item.payload.patch
     bad = next((p for p in (original, *patched) if isinstance(p, ItemFailed)), None)
     if bad is not None:
         return ItemResult.failed(item.key, bad)

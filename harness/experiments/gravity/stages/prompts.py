@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.conditions import Spans, Template, token_span
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
@@ -23,12 +23,10 @@ class Prompts:
     model: ModelSpec
     identity: ModelIdentity
     chat: bool
-    name: ClassVar[str] = "prompts"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("vocabulary",)
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ()
-    row_bytes: ClassVar[int] = 2_000
+    name = "prompts"
+    version = 1
+    reads = MappingProxyType({})
+    row_bytes = 2_000
 
     @classmethod
     def build(cls, given: Inputs) -> "Prompts":
@@ -37,13 +35,13 @@ class Prompts:
     def params(self) -> dict[str, Any]:
         return {"chat": self.chat}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Prompt]]:
         return [Item(p.prompt_id, _LENGTH, p) for p in self.prompts]
 
     def setup(self) -> Codec:
         return load_codec(self.model, self.identity)
 
-    def run(self, context: Codec, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: Codec, items: Sequence[Item[Prompt]]) -> list[ItemResult]:
         return [self._one(context, item.payload) for item in items]
 
     def _one(self, codec: Codec, prompt: Prompt) -> ItemResult:

@@ -1,22 +1,39 @@
 """Stage `psem`: how strongly each context pulls toward its target, by one tree forward a context (gravity.md §2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.errors import ItemFailed
-from harness.experiments.gravity.inputs import Admitted, Inputs, item_key
-from harness.models.load import LM, ModelIdentity, ModelSpec, load_codec, shared
+from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, item_key
+from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, load_codec, shared
 from harness.models.score import TreeScores, row_length, score_trees
 from harness.text.words import WordForms, word_forms
 
 _ROUNDING = 1e-5
 """How far float32 rounding may push a sum of disjoint probabilities over 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One context to score; its ids and the spellings of its target come when its batch is about to run."""
+
+    prompt_id: str
+    condition: str
+    target: str
+    token_ids: tuple[int, ...] = ()
+    forms: WordForms | None = None
+
+
+@lru_cache(maxsize=4_096)
+def _forms(codec: Codec, word: str) -> WordForms:
+    """The spellings of a word. As many words are kept as runs usually have: each is asked for with every context."""
+    return word_forms(word, codec)
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,16 @@ class Psem:
     model: ModelSpec
     identity: ModelIdentity
     admitted: Admitted
-    name: ClassVar[str] = "psem"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "contexts")
-    row_bytes: ClassVar[int] = 1_500
+    name = "psem"
+    version = 1
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "target", "single_token", "tier"),
+            "contexts": ("prompt_id", "condition", "token_ids"),
+        }
+    )
+    loads_ahead = 8_192
+    row_bytes = 1_500
 
     @classmethod
     def build(cls, given: Inputs) -> "Psem":
@@ -40,36 +61,46 @@ class Psem:
     def params(self) -> dict[str, Any]:
         return {"only_single_token": self.admitted.single_token}
 
-    def items(self, tables: Tables) -> list[Item]:
-        codec = load_codec(self.model, self.identity)
+    def items(self, tables: Tables) -> list[Item[Context]]:
+        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"] if self.admitted(p)}
-        forms = lru_cache(maxsize=None)(lambda word: word_forms(word, codec))
         return [
             Item(
                 item_key(row["prompt_id"], row["condition"]),
-                row_length(row["token_ids"], forms(targets[row["prompt_id"]]).trie),
-                (row["prompt_id"], row["condition"], tuple(row["token_ids"]), forms(targets[row["prompt_id"]])),
+                row_length(row["token_ids"], _forms(codec, target).trie),
+                Context(row["prompt_id"], row["condition"], target),
             )
-            for row in tables["contexts"]
-            if row["prompt_id"] in targets
+            for row in tables.streamed("contexts")
+            if (target := targets.get(row["prompt_id"])) is not None
         ]
+
+    def load(self, tables: Tables, items: Sequence[Item[Context]]) -> list[Item[Context]]:
+        codec, token_ids = load_codec(self.model, self.identity), contexts_of(tables, [i.payload for i in items])
+        return [
+            replace(i, payload=replace(
+                i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition], forms=_forms(codec, i.payload.target)
+            ))
+            for i in items
+        ]  # fmt: skip
 
     def setup(self) -> LM:
         return shared(self.model, self.identity)
 
-    def run(self, context: LM, items: Sequence[Item]) -> list[ItemResult]:
-        scores = score_trees(context, [i.payload[2] for i in items], [i.payload[3].trie for i in items])
-        return [self._result(item, score) for item, score in zip(items, scores, strict=True)]
+    def run(self, context: LM, items: Sequence[Item[Context]]) -> list[ItemResult]:
+        forms = [i.payload.forms or _forms(context.codec, i.payload.target) for i in items]
+        scores = score_trees(context, [i.payload.token_ids for i in items], [f.trie for f in forms])
+        return [self._result(i, f, score) for i, f, score in zip(items, forms, scores, strict=True)]
 
-    def _result(self, item: Item, scores: TreeScores | ItemFailed) -> ItemResult:
-        prompt_id, condition, _, forms = item.payload
+    def _result(self, item: Item[Context], forms: WordForms, scores: TreeScores | ItemFailed) -> ItemResult:
         if isinstance(scores, ItemFailed):
             return ItemResult.failed(item.key, scores)
         if not forms.events:
             return ItemResult.failed(
                 item.key, "no tokenisation of the target decodes back to it; the tokenizer cannot spell it"
             )
-        row = {"prompt_id": prompt_id, "condition": condition} | measures(forms, scores)
+        row: dict[str, Any] = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition} | measures(
+            forms, scores
+        )
         if row["p_sem"] > 1 + _ROUNDING:
             return ItemResult.failed(item.key, f"p_sem is {row['p_sem']:.6f}: disjoint events cannot exceed 1")
         return ItemResult(item.key, {"psem": [row]})

@@ -6,14 +6,14 @@ all, and `prompts.tier` says so.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.inputs import Admitted, Inputs
 from harness.experiments.gravity.settings import SelectSettings
@@ -23,7 +23,7 @@ ADMITTED = "balanced"
 """The tier of a prompt that keeps all the rules; there is no other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A prompt that may be selected."""
 
@@ -33,18 +33,28 @@ class Candidate:
     p0: float
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """All prompts that may be selected."""
+
+    all: tuple[Candidate, ...]
+
+
 @dataclass(frozen=True)
 class Select:
     """Sets `prompts.tier`. Later stages measure only the prompts admitted."""
 
     rules: SelectSettings
     admitted: Admitted
-    name: ClassVar[str] = "select"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("psem",)
-    optional: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ("prompts", "psem")
-    row_bytes: ClassVar[int] = 100_000
+    name = "select"
+    version = 1
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "category", "target", "single_token", "tier"),
+            "psem": ("prompt_id", "condition", "p_sem"),
+        }
+    )
+    row_bytes = 100_000
 
     @classmethod
     def build(cls, given: Inputs) -> "Select":
@@ -53,23 +63,23 @@ class Select:
     def params(self) -> dict[str, Any]:
         return self.rules.model_dump()
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Candidates]]:
         p0 = {row["prompt_id"]: row["p_sem"] for row in tables["psem"] if row["condition"] == "baseline"}
         candidates = [
             Candidate(p["prompt_id"], p["category"], letters(p["target"]), p0[p["prompt_id"]])
             for p in tables["prompts"]
             if p["prompt_id"] in p0 and self.admitted(p)
         ]
-        return [Item("selection", 1, candidates)]
+        return [Item("selection", 1, Candidates(tuple(candidates)))]
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return 1
 
     def setup(self) -> None:
         return None
 
-    def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
-        chosen = choose(items[0].payload, **self.rules.model_dump())
+    def run(self, context: None, items: Sequence[Item[Candidates]]) -> list[ItemResult]:
+        chosen = choose(items[0].payload.all, **self.rules.model_dump())
         changes = [{"prompt_id": prompt_id, "tier": ADMITTED} for prompt_id in chosen]
         return [ItemResult(items[0].key, {}, updates={"prompts": changes})]
 

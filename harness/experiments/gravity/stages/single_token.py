@@ -6,15 +6,25 @@ touched. Later stages of the run measure only the prompts that were kept.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.inputs import Inputs
 from harness.files import replacing
+
+_FIELDS = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
+"""What a kept row is written with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """All prompts of one category: rows of `prompts`."""
+
+    rows: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -22,12 +32,10 @@ class SingleToken:
     """Writes files, and no rows: `prompts.single_token` is known already."""
 
     folder: Path
-    name: ClassVar[str] = "single_token"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("prompts",)
-    optional: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ("prompts",)
-    row_bytes: ClassVar[int] = 100_000
+    name = "single_token"
+    version = 1
+    reads = MappingProxyType({"prompts": (*_FIELDS, "single_token")})
+    row_bytes = 100_000
 
     @classmethod
     def build(cls, given: Inputs) -> "SingleToken":
@@ -38,25 +46,24 @@ class SingleToken:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Category]]:
         by_category: dict[str, list[dict[str, Any]]] = {}
         for row in tables["prompts"]:
             by_category.setdefault(row["category"], []).append(row)
-        return [Item(category, len(rows), rows) for category, rows in by_category.items()]
+        return [Item(category, len(rows), Category(tuple(rows))) for category, rows in by_category.items()]
 
     def setup(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: None, items: Sequence[Item[Category]]) -> list[ItemResult]:
         for item in items:
             name = _file_name(item.key)
-            kept = [row for row in item.payload if row["single_token"]]
-            fields = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
+            kept = [row for row in item.payload.rows if row["single_token"]]
             with replacing(self.folder / f"{name}_validated.jsonl") as temporary:
-                lines = (json.dumps({f: row[f] for f in fields}, ensure_ascii=False) + "\n" for row in kept)
+                lines = (json.dumps({f: row[f] for f in _FIELDS}, ensure_ascii=False) + "\n" for row in kept)
                 temporary.write_text("".join(lines), "utf-8")
-            summary = {"category": item.key, "prompts": len(item.payload), "kept": len(kept),
-                       "removed": sorted(r["target"] for r in item.payload if not r["single_token"])}  # fmt: skip
+            summary = {"category": item.key, "prompts": len(item.payload.rows), "kept": len(kept),
+                       "removed": sorted(r["target"] for r in item.payload.rows if not r["single_token"])}  # fmt: skip
             with replacing(self.folder / f"{name}_summary.json") as temporary:
                 temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return [ItemResult(item.key, {}) for item in items]

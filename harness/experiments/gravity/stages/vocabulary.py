@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
-from harness.engine import Tables
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.text.words import token_texts
@@ -17,12 +17,10 @@ class TokenTexts:
 
     model: ModelSpec
     identity: ModelIdentity
-    name: ClassVar[str] = "vocabulary"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ()
-    optional: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ()
-    row_bytes: ClassVar[int] = 5_000_000
+    name = "vocabulary"
+    version = 1
+    reads = MappingProxyType({})
+    row_bytes = 5_000_000
 
     @classmethod
     def build(cls, given: Inputs) -> "TokenTexts":
@@ -31,16 +29,16 @@ class TokenTexts:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[None]]:
         return [Item("tokens", 1)]
 
-    def most_items(self, num_prompts: int) -> int:
+    def most_items(self, num_subjects: int) -> int:
         return 1
 
     def setup(self) -> Codec:
         return load_codec(self.model, self.identity)
 
-    def run(self, context: Codec, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: Codec, items: Sequence[Item[None]]) -> list[ItemResult]:
         special = set(context.all_special_ids)
         rows = [
             {"token_id": n, "text": context.name_of(n) if n in special else text, "is_special": n in special}
