@@ -112,7 +112,7 @@ def _lacks(model: str) -> str:
     from harness.commands import launch
     from harness.errors import HarnessError
     from harness.models.load import identify
-    from harness.settings import resolve
+    from tests.gravity import resolve
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # a check of the machine fetches nothing
     try:

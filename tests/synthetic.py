@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 from harness.experiments.gravity.conditions import BUILT_IN, Template, token_span
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import Manifest, RunPaths, fingerprint, new_run_id, now_text
-from harness.settings import resolve
 from harness.stats import NUM_BOOTSTRAPS
 from harness.store import Row, Store
 from harness.text.prompts import Prompt, read_prompts, take
+from tests.gravity import resolve
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = Path("data/models/demo")

@@ -15,7 +15,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import cli
-from harness.commands import launch
 from harness.errors import SettingsError
 from harness.experiments.gravity import bench, least
 from harness.experiments.gravity.bench import (
@@ -32,9 +31,10 @@ from harness.models import peers
 from harness.models.decode import Completion, Sampling
 from harness.models.patch import Pair, Patched
 from harness.models.score import TreeScores
-from harness.settings import resolve
 from harness.text.prompts import Prompt
 from harness.text.words import Tokens, build_trie, word_forms
+from tests import gravity
+from tests.gravity import resolve
 from tests.tiny import tiny_lm
 
 LM = tiny_lm("tiny-llama")
@@ -336,7 +336,7 @@ def test_an_experiment_forwards_no_less_than_the_least_and_small_batches_more(tm
             {"model.name": "random:tiny-llama", "data.limit": "3", "experiment.num_samples": "3", "runtime.device": "cpu",
              "experiment.stages": "psem,greedy,samples,detect,mechanism,patching", **flags}, environ={},
         )  # fmt: skip
-        return least.measure(launch.prepare(resolved), resolved)
+        return least.measure(gravity.prepare(resolved), resolved)
 
     # One batch a stage: beginnings are shared within a batch, not between two.
     whole, cut = (account(**{"batching.max_tokens": n}) for n in ("1000000", "64"))

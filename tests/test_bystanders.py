@@ -20,6 +20,7 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
 from harness.store import Reader, Store, open_copy, reader, seal
+from tests import gravity
 from tests.test_cli import ROWS, harness, only_run, prompt_file, refused
 from tests.test_verify import copied, hashes
 
@@ -220,7 +221,7 @@ def test_a_run_whose_making_fails_leaves_no_folder(
 
     monkeypatch.setattr(launch, "_write_diff", fails)
     with pytest.raises(death):
-        launch.run(_resolved(tmp_path))
+        gravity.run(_resolved(tmp_path))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -360,7 +361,7 @@ def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(made: Path, tmp_pat
 
 
 def _resolved(folder: Path):
-    from harness.settings import resolve
+    from tests.gravity import resolve
 
     return resolve(
         {"paths.runs": str(folder / "runs"), "data.prompts": str(prompt_file(folder)), "experiment.stages": "psem"}

@@ -27,8 +27,8 @@ from harness.errors import ItemFailed
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.stages import psem
 from harness.experiments.gravity.stages.select import Candidate, choose
-from harness.settings import field_names, resolve
 from harness.text.prompts import read_prompts
+from tests.gravity import FIELDS, resolve
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 Row = dict[str, Any]
@@ -240,7 +240,7 @@ def test_help_names_every_command_and_every_setting() -> None:
     with redirect_stdout(out), pytest.raises(SystemExit) as caught:
         main(["run", "--help"])
     assert caught.value.code == 0
-    assert all(f"--{name}" in out.getvalue() for name in field_names())
+    assert all(f"--{name}" in out.getvalue() for name in list(FIELDS.names))
     assert all(f"--{short}" in out.getvalue() for short in ("model ", "prompts ", "limit ", "stages ", "config "))
 
 
@@ -274,7 +274,7 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert found["fingerprint"][:8] == finished.run.name.rsplit("-", 1)[1]
     assert found["settings"]["experiment.num_samples"] == {"value": 2, "source": "flag: --experiment.num_samples"}
     assert found["settings"]["runtime.seed"] == {"value": 0, "source": "default"}
-    assert set(found["settings"]) == set(field_names())
+    assert set(found["settings"]) == set(list(FIELDS.names))
     for key in ("created", "heartbeat", "ended", "fingerprint_parts", "experiment", "device", "lock_sha256", "seconds"):
         assert key in found
     assert {"git_commit", "git_dirty", "version"} <= set(found["code"])

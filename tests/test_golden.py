@@ -21,8 +21,7 @@ OTHER = "Say anything but {target}.\nQuestion: {question}\nAnswer:"
 
 def prepared(recorded: dict[str, Any]) -> Any:
     """The plan of recorded settings, by the names they were recorded under. The one place here that knows who makes it."""
-    from harness.launch import prepare
-    from harness.settings import resolve
+    from tests.gravity import prepare, resolve
 
     return prepare(resolve(environ={}, recorded=recorded, recorded_by="golden"))
 

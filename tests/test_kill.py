@@ -137,7 +137,7 @@ class TwoCommits(EagerStore):
 
 
 def live_once(folder: Path, open_store: Callable[[Path], Store]) -> None:
-    """One life of the run, put together as `harness.launch` does."""
+    """One life of the run, put together as `harness.commands.launch` does."""
     paths = RunPaths(folder)
     reports: dict[str, Any] = {}
     with ExitStack() as stack:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.commands.launch import prepare
 from harness.commands.recognise import open_run
 from harness.run import RunPaths
-from harness.settings import resolve
+from tests.gravity import prepare, resolve
 from tests.test_cli import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 
 ROOT = DATA.parent
@@ -197,9 +196,9 @@ def test_changed_weights_or_tokenizer_files_change_the_fingerprint(workplace: Pa
 
 def test_every_setting_is_known_to_decide_results_or_not() -> None:
     """A new setting must be put in one of the two tables above (or here, where a local model has no use for it)."""
-    from harness.settings import field_names
+    from tests.gravity import FIELDS
 
-    assert {*DECIDES, *DECIDES_NOTHING, "model.revision", "model.trust_remote_code"} == set(field_names())
+    assert {*DECIDES, *DECIDES_NOTHING, "model.revision", "model.trust_remote_code"} == set(list(FIELDS.names))
 
 
 # What a kill leaves behind

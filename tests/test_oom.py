@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from harness.commands import launch
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import generate, psem
 from harness.run import list_runs, read_manifest
-from harness.settings import resolve
 from harness.store import Reader
+from tests import gravity
+from tests.gravity import resolve
 
 FLAGS = {"data.limit": "6", "experiment.num_samples": "5", "runtime.device": "cpu",
          "experiment.stages": "psem,greedy,samples,detect"}  # fmt: skip
@@ -24,7 +24,7 @@ MEASURED = {
 
 def run(root: Path, **flags: str) -> dict[str, list[dict[str, Any]]]:
     """Rows of a fresh run, and of its splits."""
-    assert launch.run(resolve({**FLAGS, "paths.runs": str(root), **flags}, environ={}), resume="new") == 0
+    assert gravity.run(resolve({**FLAGS, "paths.runs": str(root), **flags}, environ={}), resume="new") == 0
     paths = list_runs(root)[0].paths
     with Reader(paths.live, SCHEMA) as reader:
         rows = {t: reader.query(f"SELECT {c} FROM {t} ORDER BY ALL") for t, c in MEASURED.items()}

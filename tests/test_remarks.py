@@ -12,9 +12,9 @@ import pytest
 from harness.experiments.gravity import remarks
 from harness.experiments.gravity.remarks import Remark, lines, remarks_of
 from harness.experiments.gravity.schema import SCHEMA
-from harness.settings import field_names
 from harness.store import Reader, Row, Store
 from tests.fakes import older_store
+from tests.gravity import FIELDS
 
 CHAT: dict[str, Any] = {"model": {"chat_template_sha256": "ab", "dtype": "float32"}}
 RAW: dict[str, Any] = {"model": {"chat_template_sha256": None, "dtype": "float32"}}
@@ -315,4 +315,4 @@ def test_what_is_to_be_typed_is_there_to_be_typed(said_of) -> None:
     source = Path(remarks.__file__).read_text("utf-8")
     typed = {flag.removeprefix("--") for flag in re.findall(r"`(--[\w.]+)", source) if "{" not in flag}
     ours = {"gravity.chat"}  # an alias of experiment.chat
-    assert typed - ours <= {*field_names(), "limit", "prompts", "stages", "experiment.max_new_tokens_"}
+    assert typed - ours <= {*list(FIELDS.names), "limit", "prompts", "stages", "experiment.max_new_tokens_"}

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 
 from harness import store
-from harness.commands import launch
 from harness.commands import sanity as command
 from harness.engine.executors import Item
 from harness.engine.plan import CPU_BUDGET
@@ -43,10 +42,11 @@ from harness.models.inside import View, look_inside
 from harness.models.load import LM, ModelSpec, identify, load, load_codec
 from harness.models.patch import PATCHES
 from harness.models.score import TreeScores
-from harness.settings import resolve
 from harness.text.prompts import Prompt
 from harness.text.words import Trie
 from harness.tolerance import TOLERANCE, Tolerance
+from tests import gravity
+from tests.gravity import resolve
 from tests.test_cli import DATA, Told, harness, manifest, only_run, prompt_file, query
 from tests.tiny import build_model, byte_tokenizer, tiny_lm
 
@@ -81,7 +81,7 @@ def demo() -> LM:
 @pytest.fixture(scope="module")
 def demo_subjects() -> list[Subject]:
     """Two prompts of different lengths, in both conditions."""
-    return command.make_subjects(launch.prepare(resolve({"data.limit": "2"}, None, {})), 2)
+    return command.make_subjects(gravity.prepare(resolve({"data.limit": "2"}, None, {})), 2)
 
 
 @pytest.fixture(scope="module")
@@ -718,7 +718,7 @@ class Certificate:
     """The stage on the demo model's first two prompts, an item taking as long as `costs` says, and measuring nothing."""
 
     def __init__(self, demo: LM, monkeypatch: pytest.MonkeyPatch, costs: Callable[[str], float] = lambda kind: 1.0):
-        self.plan = launch.prepare(resolve({"data.limit": "2"}, None, {}))
+        self.plan = gravity.prepare(resolve({"data.limit": "2"}, None, {}))
         self.clock = Clock()
         self.measured: list[str] = []
         self.bench = Bench(demo, HOT)
@@ -818,10 +818,10 @@ def test_a_run_that_goes_on_keeps_what_it_measured_and_what_it_left_out(
 def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for(
     setting: str, known: float | None, budget_s: float | None
 ) -> None:
-    plan = launch.prepare(resolve({"experiment.sanity.budget": setting}, None, {}))
+    plan = gravity.prepare(resolve({"experiment.sanity.budget": setting}, None, {}))
     made = Sanity.build(replace(plan.inputs, budget_s=known))
     assert made.budget_s == budget_s
-    assert plan.fingerprint == launch.prepare(resolve({}, None, {})).fingerprint, "it decides no number"
+    assert plan.fingerprint == gravity.prepare(resolve({}, None, {})).fingerprint, "it decides no number"
 
 
 def test_full_depth_compares_every_spelling_and_sweeps_each_patch_alone(

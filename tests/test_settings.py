@@ -14,7 +14,9 @@ from pydantic import ValidationError
 
 from harness.commands.launch import conditions_of
 from harness.errors import SettingsError
-from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings, TemplateSettings, describe, field_names, resolve
+from harness.experiments.gravity.settings import TemplateSettings
+from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings
+from tests.gravity import FIELDS, resolve
 
 BAN = "Name no {category}.\nQuestion: {question}\nAnswer:"
 OTHER: dict[str, Any] = {  # a legal value that is not the default, for every setting; a test says when one is missing
@@ -84,7 +86,7 @@ def test_without_any_source_every_setting_is_its_default_and_says_so() -> None:
     resolved = resolve({}, None, {})
     assert resolved.settings == Settings()
     assert {source for _, _, source in resolved.rows()} == {"default"}
-    assert [name for name, _, _ in resolved.rows()] == field_names()
+    assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names)
 
 
 def test_flags_beat_variables_beat_the_file_beats_defaults(tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_any_mix_of_sources_resolves_each_setting_by_its_strongest(
 
 def test_the_table_of_other_values_names_every_setting() -> None:
     """The control of the tests below: a new setting must be added there, with a value that differs from its default."""
-    assert list(OTHER) == field_names()
+    assert list(OTHER) == list(FIELDS.names)
     default = resolve({}, None, {})
     same = [n for n, value in OTHER.items() if str(at(default, n)) == str(value)]
     assert same == ["runtime.executor"], "the only setting with one legal value"
@@ -168,7 +170,7 @@ def test_a_sections_other_name_is_the_section_and_sources_keep_what_was_typed(tm
     assert found["experiment.top_p"] == (0.5, "env: HARNESS_GRAVITY__TOP_P")
     assert found["experiment.sanity.budget"] == (9.0, f"file: {config}")
     assert list(resolved.settings.experiment.conditions) == ["mine"]
-    assert [name for name, _, _ in resolved.rows()] == field_names(), "what is recorded has one name"
+    assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names), "what is recorded has one name"
     assert resolve({"experiment.num_samples": "5"}, config, {}).settings.experiment.num_samples == 5
 
 
@@ -206,9 +208,9 @@ def test_settings_are_frozen_all_the_way_down() -> None:
 
 
 def test_every_setting_whose_name_does_not_say_all_has_a_description() -> None:
-    bare = [name for name in field_names() if not describe(name)]
+    bare = [name for name in list(FIELDS.names) if not FIELDS.describe(name)]
     assert bare == ["experiment.temperature", "experiment.max_new_tokens_greedy", "experiment.max_new_tokens_samples"]
-    assert set(SHORT_FLAGS.values()) <= set(field_names())
+    assert set(SHORT_FLAGS.values()) <= set(list(FIELDS.names))
 
 
 # Unknown names
@@ -358,7 +360,7 @@ def test_settings_and_cli_import_neither_torch_nor_the_environment() -> None:
     """`harness runs` should answer at once. The control: the launcher does import torch."""
     code = (
         "import sys, harness.settings, harness.cli; slow = {'torch', 'transformers', 'duckdb'}; "
-        "print(sorted(slow & set(sys.modules))); import harness.launch; print('torch' in sys.modules)"
+        "print(sorted(slow & set(sys.modules))); import harness.commands.launch; print('torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert told.stdout.splitlines() == ["[]", "True"]

@@ -9,9 +9,9 @@ import duckdb
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from harness.commands import launch
-from harness.settings import resolve
+from tests import gravity
 from tests.fakes import older_store
+from tests.gravity import resolve
 
 OLDER = "20200103-000000-older-00000000"
 RUNNING = "20200104-000000-running-00000000"
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs; the newest is finished and whole."""
     root = tmp_path_factory.mktemp("app") / "runs"
     flags = {"data.limit": "15", "experiment.num_samples": "4", "paths.runs": str(root), "runtime.device": "cpu"}
-    assert launch.run(resolve(flags, environ={})) == 0
+    assert gravity.run(resolve(flags, environ={})) == 0
     (whole,) = root.iterdir()
     (root / BROKEN).mkdir()
     (root / BROKEN / "manifest.json").write_text("{ torn")

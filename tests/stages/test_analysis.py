@@ -15,10 +15,10 @@ from harness.engine.executors import Item, ItemResult
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.inputs import Inputs
 from harness.experiments.gravity.schema import SCHEMA
+from harness.experiments.gravity.settings import GravitySettings
 from harness.experiments.gravity.stages.analysis import Analysis
 from harness.models.load import ModelIdentity, ModelSpec
 from harness.run import RunPaths
-from harness.settings import ExperimentSettings
 from harness.stats import mean_interval
 from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import events_of, rows_of, run_stages
@@ -594,12 +594,12 @@ def test_a_seed_gives_the_same_rows_and_another_seed_other_intervals(large: Path
 
 def test_the_stage_is_built_from_the_settings() -> None:
     given = Inputs(
-        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), ExperimentSettings(), (), 7,
+        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), GravitySettings(), (), 7,
         Path(),
     )  # fmt: skip
     built = Analysis.build(given)
     assert built == Analysis((), "negative", 7)
-    other = ExperimentSettings.model_validate({"patching": {"condition": "gentle"}})
+    other = GravitySettings.model_validate({"patching": {"condition": "gentle"}})
     assert Analysis.build(replace(given, experiment=other)).patched == "gentle"
     assert built.params() != Analysis.build(replace(given, experiment=other)).params()
     assert set(built.reads) == {

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from harness.commands.launch import prepare
 from harness.engine import Stage
 from harness.engine.executors import Item, ItemResult
 from harness.errors import ItemFailed, NotFinite
 from harness.experiments.gravity.schema import SCHEMA
+from harness.experiments.gravity.settings import StoredSettings
 from harness.experiments.gravity.stages import mechanism
 from harness.experiments.gravity.stages.mechanism import STEP_KINDS, Mechanism, probe_of, stored_prompts
 from harness.models.inside import View, look_inside
 from harness.models.load import LM
 from harness.models.measure import SPANS, attention_ratios
 from harness.run import RunPaths
-from harness.settings import StoredSettings, resolve
 from harness.store import Row, Store
 from tests.fakes import events_of, rows_of, run_stages
+from tests.gravity import prepare, resolve
 from tests.test_cli import DATA
 
 OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from harness.engine import Stage
 from harness.engine.executors import Item, ItemResult
+from harness.experiments.gravity.settings import PatchingSettings
 from harness.experiments.gravity.stages.patching import Patching, added, align, cannot, choose, shared_span, threshold
 from harness.models import plain
 from harness.models.load import LM
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
-from harness.settings import PatchingSettings
 from harness.store import Row
 from harness.text.detect import answer_of, detect, find_word
 from tests.fakes import events_of, rows_of, run_stages
