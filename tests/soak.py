@@ -37,7 +37,7 @@ from harness.run import RunPaths, list_runs, read_manifest
 from harness.store import Reader
 
 ROOT = Path(__file__).parents[1]
-RUN = ("run", "--limit", "6", "--experiment.num_samples", "4", "--runtime.threads", "1")
+RUN = ("run", "--limit", "6", "--gravity.num_samples", "4", "--runtime.threads", "1")
 EVERY_S = 15.0
 KEPT = 8
 """Runs that stay in the folder, besides the first, with which each is compared."""

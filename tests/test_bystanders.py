@@ -364,7 +364,7 @@ def _resolved(folder: Path):
     from tests.gravity import resolve
 
     return resolve(
-        {"paths.runs": str(folder / "runs"), "data.prompts": str(prompt_file(folder)), "experiment.stages": "psem"}
+        {"paths.runs": str(folder / "runs"), "data.prompts": str(prompt_file(folder)), "gravity.stages": "psem"}
     )
 
 

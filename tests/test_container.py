@@ -40,8 +40,8 @@ MARK = f"harness-test-{uuid.uuid4().hex[:12]}"
 """Label of every container, volume and image of these tests, and the start of every name."""
 ANYBODY = ("--user", "12345:12345")
 AS_DEPLOYED = (*ANYBODY, "--read-only", "--network", "none")
-SHORT = ("run", "--limit", "3", "--experiment.num_samples", "2", "--experiment.sanity.num_prompts", "1")
-LONG = ("run", "--limit", "120", "--experiment.num_samples", "8", "--experiment.sanity.num_prompts", "1")
+SHORT = ("run", "--limit", "3", "--gravity.num_samples", "2", "--gravity.sanity.num_prompts", "1")
+LONG = ("run", "--limit", "120", "--gravity.num_samples", "8", "--gravity.sanity.num_prompts", "1")
 
 
 class Told(NamedTuple):

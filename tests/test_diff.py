@@ -221,7 +221,7 @@ def test_a_manifest_of_an_older_version_that_says_less_is_told_as_not_the_same()
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run, others that differ from it in one thing each, all in one folder."""
     folder = tmp_path_factory.mktemp("runs")
-    base = ("run", "--paths.runs", folder / "runs", "--stages", "psem,samples,detect", "--experiment.num_samples", 2)
+    base = ("run", "--paths.runs", folder / "runs", "--stages", "psem,samples,detect", "--gravity.num_samples", 2)
     prompts, others = (
         prompt_file(folder),
         prompt_file(folder, [{**ROWS[0], "prompt_id": "other", "target": "water"}], "o.jsonl"),
@@ -302,7 +302,7 @@ def test_an_unfinished_run_is_compared_as_far_as_it_got(runs: dict[str, Path], t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psem.Psem, "run", stopping)
         assert harness("run", "--prompts", runs["base"].parent.parent / "prompts.jsonl", "--paths.runs", root,
-                       "--stages", "psem,samples,detect", "--experiment.num_samples", 2, "--resume", "new",
+                       "--stages", "psem,samples,detect", "--gravity.num_samples", 2, "--resume", "new",
                        "--batching.max_tokens", 64).code == 3  # fmt: skip
     half = next(p for p in run_folders(root) if p != whole)
     told = compare({"whole": whole, "half": half}, "whole", "half")

@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A run of a model folder and a prompt file of its own. Tests change a copy."""
     folder = tmp_path_factory.mktemp("made")
     told = harness("run", "--model", checkpoint, "--prompts", prompt_file(folder), "--paths.runs", folder / "runs",
-                   "--stages", "psem,mechanism", "--experiment.stored.prompts", "milk")  # fmt: skip
+                   "--stages", "psem,mechanism", "--gravity.stored.prompts", "milk")  # fmt: skip
     assert told.code == 0, told.err
     return folder / "runs"
 
@@ -362,7 +362,7 @@ def test_a_link_in_a_run_is_never_written_through(run: Path, tmp_path: Path, nam
         harness(command, *([run.name] if command != "runs" else []), "--paths.runs", run.parent)
     paths = {k: manifest["settings"][k]["value"] for k in ("model.name", "data.prompts")}
     line = refused(harness("run", "--model", paths["model.name"], "--prompts", paths["data.prompts"], "--paths.runs", run.parent,
-                           "--stages", "psem,mechanism", "--experiment.stored.prompts", "milk"))  # fmt: skip
+                           "--stages", "psem,mechanism", "--gravity.stored.prompts", "milk"))  # fmt: skip
     assert "found a link" in line
     assert victim.read_text() == SECRET
 

@@ -32,7 +32,7 @@ BROKEN = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id"
 def start(folder: Path, *args: object) -> Path:
     """A finished run of three prompts in small batches, with two rows that are no prompts."""
     told = harness("run", "--prompts", prompt_file(folder, (*ROWS, *BROKEN)), "--paths.runs", folder / "runs",
-                   "--experiment.num_samples", 2, "--batching.max_tokens", 64, *args)  # fmt: skip
+                   "--gravity.num_samples", 2, "--batching.max_tokens", 64, *args)  # fmt: skip
     assert told.code == 0, told.err
     return only_run(folder / "runs")
 
@@ -40,7 +40,7 @@ def start(folder: Path, *args: object) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage but the optional ones. Tests change a copy."""
-    return start(tmp_path_factory.mktemp("whole"), "--experiment.sanity.num_prompts", 1)
+    return start(tmp_path_factory.mktemp("whole"), "--gravity.sanity.num_prompts", 1)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from tests.faults.injector import Call
 from tests.faults.lives import Life, Lives
 
 FLAGS = {
-    "limit": "4", "experiment.num_samples": "2", "experiment.stored.max_per_category": "1",
-    "experiment.sanity.num_prompts": "1", "experiment.max_new_tokens_greedy": "3", "experiment.max_new_tokens_samples": "3",
+    "limit": "4", "gravity.num_samples": "2", "gravity.stored.max_per_category": "1",
+    "gravity.sanity.num_prompts": "1", "gravity.max_new_tokens_greedy": "3", "gravity.max_new_tokens_samples": "3",
     "batching.max_tokens": "96", "runtime.threads": "1", "runtime.device": "cpu",
     "runtime.reserve_disk_gb": "0",
 }  # fmt: skip

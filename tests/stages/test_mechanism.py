@@ -36,7 +36,7 @@ OWN_TABLES = ("attention", "lens", "decomposition", "activations")
 
 def stages_of(**flags: object) -> tuple[Stage, ...]:
     """The stages of an experiment on the bundled model, and what they need; nothing is run."""
-    given = {"paths.data": DATA, "data.limit": 15, "experiment.stages": "mechanism"} | flags
+    given = {"paths.data": DATA, "data.limit": 15, "gravity.stages": "mechanism"} | flags
     return prepare(resolve({name: str(value) for name, value in given.items()}, None, {})).stages
 
 
@@ -77,7 +77,7 @@ class Ran(NamedTuple):
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as it is before its last stage; tests go on with copies of it."""
     folder = tmp_path_factory.mktemp("upstream") / "run"
-    run_stages(folder, *stages_of(**{"experiment.stages": "greedy,detect,psem"}), max_tokens=600)
+    run_stages(folder, *stages_of(**{"gravity.stages": "greedy,detect,psem"}), max_tokens=600)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_named_prompts_are_kept_and_no_other_and_a_cap_of_none_keeps_none() -> N
 
 
 def test_the_settings_that_decide_files_are_in_its_parameters(ran: Ran) -> None:
-    flags = {"experiment.stored.max_per_category": 3, "experiment.stored.prompts": "a,b"}
+    flags = {"gravity.stored.max_per_category": 3, "gravity.stored.prompts": "a,b"}
     before, after = ran.stage.params()["stored"], stage_named(stages_of(**flags), "mechanism").params()["stored"]
     assert before.keys() == after.keys() == {"prompts", "max_per_category"}
     assert all(before[name] != after[name] for name in before)
