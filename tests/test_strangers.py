@@ -226,7 +226,7 @@ PLANTED = {
                   "VALUES ('x', 'y')", "trigger more is not of this schema"),
     "a default": ("ALTER TABLE prompts ALTER category SET DEFAULT 'evil'", "table prompts is defined otherwise"),
     "a table instead of a view": ("DROP VIEW violation; CREATE TABLE violation (a INTEGER)", "table violation is not of"),
-    "a view instead of a table": ("DROP TABLE migrations; CREATE VIEW migrations AS SELECT 'gravity' AS experiment, 8 AS number, NULL AS applied",
+    "a view instead of a table": ("DROP TABLE migrations; CREATE VIEW migrations AS SELECT 'gravity' AS experiment, 8 AS number",
                                   "view migrations is not of this schema"),
     "another version's number": ("DELETE FROM migrations WHERE experiment = 'gravity' AND number > 3", "migrations records 3"),
 }  # fmt: skip
@@ -242,7 +242,7 @@ def test_a_store_with_anything_planted_in_it_is_refused_by_the_name_of_it(tmp_pa
     change(path, *sql.split("; "))
     for opened in (Reader, Store):
         with pytest.raises(AlteredStore, match=told):
-            opened(path)
+            opened(path, SCHEMA)
 
 
 def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -> None:
