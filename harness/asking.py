@@ -26,7 +26,7 @@ from harness.files import open_regular
 
 # The process that answers has its limits before it loads the store: it is imported where it is used.
 if TYPE_CHECKING:
-    from harness.store import Answer
+    from harness.store import Answer, Schema
 
 MEMORY_BYTES = 3 * 2**30
 """Of addresses, for all of the process: half a GB is its code and stacks, one is what DuckDB allows itself."""
@@ -55,20 +55,27 @@ _turns = threading.BoundedSemaphore(AT_ONCE)
 
 
 def answer(
-    live: Path, sql: str, max_rows: int = 1_000, limit_s: float = 10.0, memory_bytes: int = MEMORY_BYTES
+    live: Path,
+    schema: "Schema",
+    sql: str,
+    max_rows: int = 1_000,
+    limit_s: float = 10.0,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> "Answer":
     """As `store.ask_locked`, in `limit_s` and `memory_bytes` whatever is asked; the time to begin is not counted.
 
     Raises StoreError, in one line, also where the process that answers died. Nothing of it is left, however it ended.
     """
-    question = json.dumps({"sql": sql, "max_rows": max_rows, "limit_s": limit_s}).encode() + b"\n"
+    # The schema itself and not its experiment's name: what an experiment's package does when it is imported is its own.
+    question = {"schema": schema.packed(), "sql": sql, "max_rows": max_rows, "limit_s": limit_s}
+    sent_question = json.dumps(question).encode() + b"\n"
     with _turns, _opened(live) as snapshot:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 child = _started(theirs.fileno(), snapshot.fileno(), limit_s, memory_bytes)
             try:
-                sent = _talk(ours, question, limit_s)
+                sent = _talk(ours, sent_question, limit_s)
                 if sent is None:  # it is about to end, and how tells why
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(_GRACE_S)
@@ -199,7 +206,8 @@ def main(told: Sequence[str]) -> None:
             from harness import store
 
             asker.sendall(_READY)
-            found = store.ask_locked(Path(_SNAPSHOT), file=os.fdopen(snapshot, "rb"), **question)
+            schema = store.Schema.unpacked(question.pop("schema"))
+            found = store.ask_locked(Path(_SNAPSHOT), schema, file=os.fdopen(snapshot, "rb"), **question)
             sent = _packed({"is_cut": found.is_cut, "seconds": found.seconds}, _stream(found.rows))
         except StoreError as e:
             sent = _packed({"error": str(e)})

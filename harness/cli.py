@@ -287,9 +287,9 @@ def _show(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
-    from harness.commands import show
+    from harness.commands import export
 
-    show.export(root, args.run, args.to, args.format, is_safe=args.safe)
+    export.export(root, args.run, args.to, args.format, is_safe=args.safe)
     return 0
 
 

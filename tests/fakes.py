@@ -5,23 +5,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import duckdb
-import pytest
 
 from harness import tally
 from harness.engine import BatchReport, Engine, Limits, StageReport
 from harness.engine.executors import Accelerator, Host, Inline, Item, ItemResult
 from harness.engine.stop import StopSignal
 from harness.errors import Stopped
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
-from harness.store import MACHINERY, SCHEMA_VERSION, TABLES, Row, Store, schema
-
-MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
+from harness.store import Row, Schema, Store
 
 
 def score(key: str) -> float:
@@ -170,12 +167,12 @@ class Watcher:
 def run_stages(
     folder: Path, *stages: Any, max_tokens: int | None = 40, memory: Accelerator | None = None,
     retry_failed: bool = False, reserve_disk_bytes: int = 0, stop: StopSignal | None = None,
-    watcher: Watcher | None = None, open_store: Callable[[Path], Store] = Store,
+    watcher: Watcher | None = None, open_store: Callable[[Path, Schema], Store] = Store,
 ) -> list[StageReport]:  # fmt: skip
     """Open the run in `folder`, new or not, and bring the stages to their end."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, reports = RunPaths(folder), []
-    with open_store(paths.results) as store:
+    with open_store(paths.results, SCHEMA) as store:
         engine = Engine(store, paths, Inline(memory or Host()), Limits(max_tokens, reserve_disk_bytes),
                         watcher or Watcher(), stop or StopSignal())  # fmt: skip
         engine.run(stages, reports.append, retry_failed)
@@ -184,18 +181,18 @@ def run_stages(
 
 def measured(folder: Path) -> dict[str, list[Row]]:
     """Every table of measurements of a run that nobody writes."""
-    with Store(RunPaths(folder).results) as store:
-        return {name: store.table(name) for name in MEASURED}
+    with Store(RunPaths(folder).results, SCHEMA) as store:
+        return {name: store.table(name) for name in SCHEMA.measured}
 
 
 def rows_of(folder: Path, table: str) -> list[Row]:
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         return store.table(table)
 
 
 def events_of(folder: Path, kind: str) -> dict[str | None, str]:
     """Message by item of the events of a kind."""
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         rows = store.query("SELECT item_key, message FROM events WHERE kind = ? ORDER BY event_id", [kind])
     return {r["item_key"]: r["message"] for r in rows}
 
@@ -229,16 +226,15 @@ def sleepy_run(folder: Path, seconds: float) -> NoReturn:
 
 
 def older_store(path: Path, version: int) -> None:
-    """An empty store as a harness of an earlier schema version made it."""
+    """An empty store as a harness of an earlier schema version made it, before the machinery's tables were apart."""
+    assert version <= SCHEMA.made_core
     with duckdb.connect(str(path)) as con:
         con.execute("CREATE TABLE schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)")
         for n in range(version):
-            con.execute(schema.MIGRATIONS[n])
+            con.execute(SCHEMA.migrations[n])
             con.execute("INSERT INTO schema_version VALUES (?, TIMESTAMP '2026-01-01')", [n + 1])
 
 
-def with_migration(monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
-    """A later harness, whose schema has one migration more."""
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, sql))
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
-    monkeypatch.setattr(schema, "expected", lru_cache(schema.expected.__wrapped__))
+def later(sql: str) -> Schema:
+    """The schema of a later harness, which has one migration more."""
+    return replace(SCHEMA, migrations=(*SCHEMA.migrations, sql))

@@ -32,8 +32,9 @@ from typing import Any
 import psutil
 
 from harness.errors import HarnessError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs, read_manifest
-from harness.store import MEASURED, Reader
+from harness.store import Reader
 
 ROOT = Path(__file__).parents[1]
 RUN = ("run", "--limit", "6", "--experiment.num_samples", "4", "--runtime.threads", "1")
@@ -146,13 +147,13 @@ class Soak:
         try:
             if read_manifest(paths)["status"] != "finished":
                 raise HarnessError(f"it is {read_manifest(paths)['status']}")
-            with Reader(paths.live) as reader:
-                found = {t: hashlib.sha256(repr(reader.rows(t)).encode()).hexdigest() for t in MEASURED}
+            with Reader(paths.live, SCHEMA) as reader:
+                found = {t: hashlib.sha256(repr(reader.rows(t)).encode()).hexdigest() for t in SCHEMA.measured}
         except HarnessError as e:
             self.told.failures.append(f"{paths.run_id} cannot be compared: {e}")
             return
         self.expected = self.expected or found
-        apart = [t for t in MEASURED if found[t] != self.expected[t]]
+        apart = [t for t in SCHEMA.measured if found[t] != self.expected[t]]
         self.told.counts["runs that differ" if apart else "runs ended identical"] += 1
         self.told.differing += [f"{paths.run_id}: {', '.join(apart)}"] if apart else []
 

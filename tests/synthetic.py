@@ -21,6 +21,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from harness.experiments.gravity.conditions import BUILT_IN, Template, token_span
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import Manifest, RunPaths, fingerprint, new_run_id, now_text
 from harness.settings import resolve
 from harness.stats import NUM_BOOTSTRAPS
@@ -101,7 +102,7 @@ def write(root: Path, shape: Shape, now: datetime | None = None) -> RunPaths:
     paths.folder.mkdir(parents=True)
     prompts = _prompts(shape)
     manifest = Manifest.create(paths, _manifest(shape, prompts, digest))
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         fill(store, shape, prompts)
         store.publish(paths.live)
         manifest.update(

@@ -20,6 +20,7 @@ import pytest
 
 from harness import asking
 from harness.errors import StoreError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import ask_locked
 from tests import synthetic
@@ -55,7 +56,7 @@ def descriptors() -> set[str]:
 def complaint(live: Path, sql: str, limit_s: float = 1.0, memory_bytes: int = asking.MEMORY_BYTES) -> str:
     """What is said where no answer comes: one line."""
     with pytest.raises(StoreError) as caught:
-        asking.answer(live, sql, limit_s=limit_s, memory_bytes=memory_bytes)
+        asking.answer(live, SCHEMA, sql, limit_s=limit_s, memory_bytes=memory_bytes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -98,14 +99,14 @@ def one_answering(paths: RunPaths) -> Iterator[tuple[psutil.Process, Future]]:
     ],
 )  # fmt: skip
 def test_an_answer_comes_back_as_it_would_without_the_process(sql: str, paths: RunPaths) -> None:
-    here, there = ask_locked(paths.live, sql), asking.answer(paths.live, sql)
+    here, there = ask_locked(paths.live, SCHEMA, sql), asking.answer(paths.live, SCHEMA, sql)
     assert there.rows.schema == here.rows.schema
     assert str(there.rows.to_pylist()) == str(here.rows.to_pylist())  # as text: NaN is not equal to itself
     assert there.is_cut == here.is_cut
 
 
 def test_an_answer_is_cut_at_so_many_rows_and_says_so(paths: RunPaths) -> None:
-    cut = asking.answer(paths.live, "FROM range(51)", 50)
+    cut = asking.answer(paths.live, SCHEMA, "FROM range(51)", 50)
     assert (len(cut.rows), cut.is_cut) == (50, True)
 
 
@@ -114,7 +115,7 @@ def test_an_answer_is_cut_at_so_many_rows_and_says_so(paths: RunPaths) -> None:
 )
 def test_a_wrong_question_gets_the_line_it_would_get_without_the_process(sql: str, paths: RunPaths) -> None:
     with pytest.raises(StoreError) as here:
-        ask_locked(paths.live, sql)
+        ask_locked(paths.live, SCHEMA, sql)
     assert complaint(paths.live, sql, 30.0) == str(here.value)
 
 
@@ -175,19 +176,23 @@ def test_a_question_that_runs_away_ends_in_a_line(what: str, paths: RunPaths) ->
 
 def test_a_cell_that_is_bigger_than_an_answer_may_be_is_refused(paths: RunPaths) -> None:
     assert "at most 64 MB" in complaint(paths.live, "SELECT repeat('x', 100000000) AS x", 60.0)
-    assert len(asking.answer(paths.live, "SELECT repeat('x', 50000000) AS x", limit_s=60.0).rows) == 1  # control
+    assert (
+        len(asking.answer(paths.live, SCHEMA, "SELECT repeat('x', 50000000) AS x", limit_s=60.0).rows) == 1
+    )  # control
 
 
 def test_the_limit_of_addresses_is_what_stops_a_text_that_the_machine_could_hold(paths: RunPaths) -> None:
     sql = "SELECT length(repeat('x', 700000000)) AS n"
     assert "memory" in complaint(paths.live, sql, 120.0, 3 * 2**29)
-    assert asking.answer(paths.live, sql, limit_s=120.0, memory_bytes=2**33).rows["n"].to_pylist() == [700_000_000]
+    assert asking.answer(paths.live, SCHEMA, sql, limit_s=120.0, memory_bytes=2**33).rows["n"].to_pylist() == [
+        700_000_000
+    ]
 
 
 def test_the_clock_is_what_stops_a_long_call(paths: RunPaths) -> None:
     sql = "SELECT levenshtein(repeat('a', 20000), repeat('b', 20000)) AS n"
     assert complaint(paths.live, sql, 0.05).startswith("stopped after 0.05 s")
-    assert asking.answer(paths.live, sql, limit_s=120.0).rows["n"].to_pylist() == [20_000]
+    assert asking.answer(paths.live, SCHEMA, sql, limit_s=120.0).rows["n"].to_pylist() == [20_000]
 
 
 def test_more_than_an_answer_may_be_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from harness.commands import launch, verify
 from harness.commands.findings import Check
 from harness.errors import RunError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
 from harness.store import Reader, Store, open_copy, reader, seal
@@ -77,7 +78,7 @@ def test_a_run_goes_on_while_somebody_reads_its_store_and_both_see_all_their_row
         assert "is being read by somebody: the run goes on with a copy of it" in said
         out, _ = reader.communicate("end\n")
         assert out == "4\n"  # it still has the file that it opened
-    with Reader(stopped / "results.duckdb") as found:
+    with Reader(stopped / "results.duckdb", SCHEMA) as found:
         assert found.query("SELECT count(*) AS n FROM psem") == [{"n": 4}]
     assert harness("verify", stopped.name, "--paths.runs", stopped.parent).code == 0
 
@@ -93,7 +94,8 @@ def test_a_run_does_not_take_the_store_from_somebody_who_writes_it(made: Path, s
 def test_a_run_goes_on_while_verify_has_its_store_open(made: Path, stopped: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom harness.store import Reader\n"
-        "reader = Reader(Path(sys.argv[1]), threads=1)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "from harness.experiments.gravity.schema import SCHEMA\n"
+        "reader = Reader(Path(sys.argv[1]), SCHEMA, threads=1)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
         "print(reader.query('SELECT count(*) AS n FROM psem')[0]['n'])"
     )
     with beside(code, stopped / "results.duckdb") as verifier:
@@ -125,7 +127,8 @@ def test_a_killed_runs_last_rows_are_read_from_a_copy_that_leaves_nothing(tmp_pa
     temporary.mkdir()
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom harness.store import Store\n"
-        "store = Store(Path(sys.argv[1]))\nstore.publish(store.path.with_name('live.duckdb'))\n"
+        "from harness.experiments.gravity.schema import SCHEMA\n"
+        "store = Store(Path(sys.argv[1]), SCHEMA)\nstore.publish(store.path.with_name('live.duckdb'))\n"
         "store.event('info', 'note', 'the last')\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     assert (
@@ -133,14 +136,14 @@ def test_a_killed_runs_last_rows_are_read_from_a_copy_that_leaves_nothing(tmp_pa
     )
     before = hashes(folder)
     assert "results.duckdb.wal" in before
-    with Reader(folder / "live.duckdb") as snapshot:  # the control: the snapshot has not got it
+    with Reader(folder / "live.duckdb", SCHEMA) as snapshot:  # the control: the snapshot has not got it
         assert snapshot.query("SELECT message FROM events") == []
     os.environ["TMPDIR"], was = str(temporary), os.environ.get("TMPDIR")
     try:
         import tempfile
 
         tempfile.tempdir = None
-        reader = open_copy(folder / "results.duckdb")
+        reader = open_copy(folder / "results.duckdb", SCHEMA)
     finally:
         os.environ.pop("TMPDIR") if was is None else os.environ.update(TMPDIR=was)
         tempfile.tempdir = None
@@ -155,19 +158,19 @@ def test_a_store_that_is_written_while_it_is_copied_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.duckdb"
-    Store(path).close()
-    control = open_copy(path)
+    Store(path, SCHEMA).close()
+    control = open_copy(path, SCHEMA)
     assert control is not None
     control.close()
     copy = reader.shutil.copyfileobj
 
     def while_written(*given: object) -> None:
         copy(*given)  # type: ignore[arg-type]
-        with Store(path) as store:
+        with Store(path, SCHEMA) as store:
             store.event("info", "note", "meanwhile")
 
     monkeypatch.setattr(reader.shutil, "copyfileobj", while_written)
-    assert open_copy(path) is None
+    assert open_copy(path, SCHEMA) is None
 
 
 # -- leftovers
@@ -318,7 +321,7 @@ def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Pat
     if where == "log":
         assert "see `harness show" in told.stderr
     for name in ("results.duckdb", "live.duckdb"):  # no line for people was written into a store
-        with Reader(run / name) as reader:
+        with Reader(run / name, SCHEMA) as reader:
             assert reader.query("SELECT count(*) AS n FROM psem") == [{"n": 4}]
     assert harness("verify", run.name, "--paths.runs", tmp_path, "--batches", 0).code == 0
 

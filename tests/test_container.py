@@ -27,6 +27,7 @@ import pytest
 import yaml
 
 from harness.commands.diff import compare_results, verdict
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run.differences import environment_differences
 from harness.store import Reader
 from tests.test_cli import ROWS, harness, manifest, run_folders
@@ -499,7 +500,7 @@ def test_a_run_here_and_one_in_a_container_give_the_same_bits_or_what_differs_is
         apart = environment_differences(manifest(ours), manifest(theirs))
         assert apart, f"other results, and nothing says why: {found}"
         assert all(d.key.split(".")[-1] in found.out for d in apart), found
-    with Reader(ours / "live.duckdb") as a, Reader(theirs / "live.duckdb") as b:
+    with Reader(ours / "live.duckdb", SCHEMA) as a, Reader(theirs / "live.duckdb", SCHEMA) as b:
         assert verdict(compare_results(a, b), "float32") in ("identical", "rounding")
 
 

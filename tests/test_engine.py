@@ -23,6 +23,7 @@ from harness.engine import Engine, Limits
 from harness.engine.executors import Executor, Host, Inline, Item, ItemResult, Outcome
 from harness.engine.stop import StopSignal
 from harness.errors import EnvironmentFault, Stopped
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import (
@@ -253,7 +254,7 @@ def test_an_executor_may_take_several_batches_and_answer_in_any_order(tmp_path: 
     (tmp_path / "other").mkdir()
     paths = RunPaths(tmp_path / "other")
     executor: Executor = Backwards()
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         Engine(store, paths, executor, Limits(40, 0), Watcher(), StopSignal()).run([Fake(MIXED)], lambda report: None)
     assert measured(tmp_path / "other") == measured(tmp_path / "inline")
     assert plan_of(tmp_path / "other") == plan_of(tmp_path / "inline")
@@ -331,7 +332,7 @@ def test_an_exception_fails_only_the_item_that_caused_it(tmp_path: Path) -> None
     assert asked[0] == 16
     assert len(asked) == 9, "halving: 16, then two each of 8, 4, 2, 1"
     assert (report.num_failed, report.status, report.num_items) == (1, "failed", 16)
-    with Store(RunPaths(tmp_path).results) as store:
+    with Store(RunPaths(tmp_path).results, SCHEMA) as store:
         assert store.failed("scores") == ["k005"]
         assert store.stage_rows()[0]["num_done"] == 15
 
@@ -728,7 +729,7 @@ def sizes_of(folder: Path, sizes: Sequence[int], max_tokens: int | None = 1_000,
     folder.mkdir(parents=True, exist_ok=True)
     paths, reports = RunPaths(folder), []
     stage = Fake(MIXED, memory.scored if memory else scored)
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         limits = Limits(max_tokens, 0, {stage.name: sizes})
         Engine(store, paths, Inline(memory or Host()), limits, Watcher(), StopSignal()).run([stage], reports.append)
     return reports[0].sizes

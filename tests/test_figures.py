@@ -15,6 +15,7 @@ from scipy import stats as scipy_stats
 
 from harness.experiments.gravity import figures
 from harness.experiments.gravity.figures import FIGURES, FigureData
+from harness.experiments.gravity.schema import SCHEMA
 from harness.store import Reader, Store
 from tests import synthetic
 from tests.synthetic import Shape
@@ -23,7 +24,7 @@ from tests.synthetic import Shape
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     shape = Shape(60, 4, 4, 8, ("baseline", "negative", "reframed"), num_bootstraps=100)
-    with Reader(synthetic.write(tmp_path_factory.mktemp("runs"), shape).live) as reader:
+    with Reader(synthetic.write(tmp_path_factory.mktemp("runs"), shape).live, SCHEMA) as reader:
         yield reader
 
 
@@ -33,11 +34,11 @@ def data(reader: Reader) -> FigureData:
 
 
 def snapshot(folder: Path, shape: Shape | None) -> Reader:
-    with Store(folder / "results.duckdb") as store:
+    with Store(folder / "results.duckdb", SCHEMA) as store:
         if shape is not None:
             synthetic.fill(store, shape)
         store.publish(folder / "live.duckdb")
-    return Reader(folder / "live.duckdb")
+    return Reader(folder / "live.duckdb", SCHEMA)
 
 
 def words(figure: Figure) -> list[str]:

@@ -23,6 +23,7 @@ import pytest
 from harness.engine import Engine, Limits, StageReport
 from harness.engine.executors import Host, Inline, Item, ItemResult
 from harness.engine.stop import StopSignal
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import Manifest, RunPaths, locked, read_manifest
 from harness.store import Batch, BatchResult, Reader, Row, Store
 from tests.fakes import Watcher, measured, plan_of, score
@@ -141,7 +142,7 @@ def live_once(folder: Path, open_store: Callable[[Path], Store]) -> None:
     reports: dict[str, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(locked(paths))
-        store = stack.enter_context(open_store(paths.results))
+        store = stack.enter_context(open_store(paths.results, SCHEMA))
         if paths.manifest.exists():
             manifest = Manifest.reopen(paths)
             store.event("info", "resume", "continued")
@@ -229,7 +230,7 @@ class Hammer:
                 continue
             try:
                 read_manifest(self.paths)
-                with Reader(self.paths.live) as reader:
+                with Reader(self.paths.live, SCHEMA) as reader:
                     self.problems += inconsistencies(reader.query)
                     self.states.add(reader.query("SELECT count(*) AS n FROM batches WHERE status = 'done'")[0]["n"])
                 self.num_reads += 1
@@ -298,7 +299,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_rows_while_a_reader_h
     assert hammer.problems == []
     assert hammer.num_reads > 20
     assert len(hammer.states) > 5, "the reader saw the run move"
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         assert inconsistencies(store.query) == []
         assert {r["stage"]: (r["num_done"], r["num_failed"]) for r in store.stage_rows()} == {
             "texts": (40, 0), "pressure": (78, 2), "answers": (39, 0),
@@ -312,7 +313,7 @@ def test_a_store_that_commits_in_two_steps_would_be_caught(tmp_path: Path, whole
     said = lives.end()
     assert codes == [-9, 0], said
     assert measured(tmp_path / "killed") != whole.rows
-    with Store(RunPaths(tmp_path / "killed").results) as store:
+    with Store(RunPaths(tmp_path / "killed").results, SCHEMA) as store:
         assert any("is marked done and has no row" in problem for problem in inconsistencies(store.query))
 
 

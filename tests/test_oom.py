@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from harness.commands import launch
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import generate, psem
 from harness.run import list_runs, read_manifest
 from harness.settings import resolve
@@ -25,7 +26,7 @@ def run(root: Path, **flags: str) -> dict[str, list[dict[str, Any]]]:
     """Rows of a fresh run, and of its splits."""
     assert launch.run(resolve({**FLAGS, "paths.runs": str(root), **flags}, environ={}), resume="new") == 0
     paths = list_runs(root)[0].paths
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         rows = {t: reader.query(f"SELECT {c} FROM {t} ORDER BY ALL") for t, c in MEASURED.items()}
         rows["splits"] = reader.query("SELECT stage, count(*) AS n FROM batches WHERE status = 'split' GROUP BY stage")
         rows["events"] = reader.query("SELECT * FROM events WHERE kind IN ('oom_split', 'ceiling_split')")

@@ -20,6 +20,7 @@ from harness.engine.executors import Host, Inline, Item, ItemResult
 from harness.engine.plan import CPU_BUDGET, TARGET_S, Pace
 from harness.engine.stop import StopSignal
 from harness.errors import Stopped
+from harness.experiments.gravity.schema import SCHEMA
 from harness.log import ConsoleProgress
 from harness.run import RunPaths
 from harness.store import Store
@@ -166,7 +167,7 @@ def test_a_stage_expected_to_be_slow_begins_with_less(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     from harness.engine import Engine
 
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         stage = Fake(same_lengths(8, 20.0), machine.scored)
         limits = Limits(None, 0, rates={stage.name: 0.1})
         Engine(store, paths, Inline(machine), limits, Watcher(), StopSignal()).run([stage], lambda report: None)
@@ -399,7 +400,9 @@ def estimated(token_s: float = 0.004) -> tuple[Estimate, Clock, list[int]]:
         asked.append(number)
         return costly_stages(clock, spread(PROMPTS, number, float), token_s)
 
-    whole = measure(build, len(PROMPTS), Inline(Ticking(clock)), Limits(None, 0), StopSignal(), Watcher(), clock)
+    whole = measure(
+        build, SCHEMA, len(PROMPTS), Inline(Ticking(clock)), Limits(None, 0), StopSignal(), Watcher(), clock
+    )
     return whole, clock, asked
 
 
@@ -430,7 +433,9 @@ def test_what_one_prompt_says_is_short_is_tried_on_no_more() -> None:
         asked.append(number)
         return costly_stages(clock, spread(PROMPTS, number, float), 1e-5)[2:]
 
-    whole = measure(build, len(PROMPTS), Inline(Ticking(clock)), Limits(None, 0), StopSignal(), Watcher(), clock)
+    whole = measure(
+        build, SCHEMA, len(PROMPTS), Inline(Ticking(clock)), Limits(None, 0), StopSignal(), Watcher(), clock
+    )
     assert asked == [1]
     assert (whole.num_prompts, whole.stages["once"].items) == (1, 1)
     assert whole.seconds == pytest.approx(3.0, rel=0.01), "and what does not grow with the prompts is not multiplied"

@@ -11,8 +11,9 @@ import pytest
 
 from harness.experiments.gravity import remarks
 from harness.experiments.gravity.remarks import Remark, lines, remarks_of
+from harness.experiments.gravity.schema import SCHEMA
 from harness.settings import field_names
-from harness.store import MEASURED, Reader, Row, Store
+from harness.store import Reader, Row, Store
 from tests.fakes import older_store
 
 CHAT: dict[str, Any] = {"model": {"chat_template_sha256": "ab", "dtype": "float32"}}
@@ -32,13 +33,13 @@ def said_of(tmp_path: Path) -> Callable[..., list[Remark]]:
 
 @contextmanager
 def reading(folder: Path, tables: dict[str, list[Row]]) -> Iterator[Reader]:
-    with Store(folder / "results.duckdb") as store:
-        for table in MEASURED:
+    with Store(folder / "results.duckdb", SCHEMA) as store:
+        for table in SCHEMA.measured:
             store._con.execute(f"DELETE FROM {table}")
         for table, rows in tables.items():
             store._insert(table, rows)
         store.publish(folder / "live.duckdb")
-    with Reader(folder / "live.duckdb") as reader:
+    with Reader(folder / "live.duckdb", SCHEMA) as reader:
         yield reader
 
 
@@ -286,7 +287,7 @@ def test_a_run_of_the_first_schema_and_a_strange_manifest_are_no_failure(tmp_pat
                     "SELECT 'p' || n, 'baseline', 'greedy', 0 FROM range(6) t(n)")  # fmt: skip
         con.execute("INSERT INTO psem (prompt_id, condition) VALUES ('p', 'baseline')")
     for manifest in ({}, {"settings": [], "model": "x"}, {"settings": {"experiment.chat": 3}}):
-        with Reader(tmp_path / "live.duckdb") as reader:
+        with Reader(tmp_path / "live.duckdb", SCHEMA) as reader:
             assert kinds(remarks_of(reader, manifest)) == [("empty", "baseline", 6, 6)]
 
 

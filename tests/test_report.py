@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from harness.commands.show import open_snapshot
 from harness.errors import EnvironmentFault, RunError
 from harness.experiments.gravity import figures, report
 from harness.experiments.gravity.figures import FIGURES
 from harness.experiments.gravity.report import Segment, token_segments
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, read_manifest
-from harness.store import Reader, Store
+from harness.store import Reader, Store, open_snapshot
 from tests import synthetic
 from tests.synthetic import Shape
 
@@ -59,7 +59,7 @@ def run_of(folder: Path, fill: Callable[[Store], Any], **manifest: Any) -> RunPa
     paths.folder.mkdir()
     content = {"run_id": paths.run_id, "fingerprint": "0", "status": "finished", **manifest}
     paths.manifest.write_text(json.dumps(content))
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         fill(store)
     return paths
 
@@ -71,7 +71,7 @@ def written(paths: RunPaths) -> Page:
 def rendered(paths: RunPaths) -> Page:
     """The page with empty figures, which take most of the time that a report takes."""
     none = {name: {"title": name, "caption": "", "source": "data:,"} for name in FIGURES}
-    with open_snapshot(paths) as reader:
+    with open_snapshot(paths, SCHEMA) as reader:
         content = report._content(reader, read_manifest(paths), figures.gather(reader))
     return Page(report._render({**content, "figures": none}))
 
@@ -142,7 +142,7 @@ def test_links_within_the_page_lead_somewhere(page: Page) -> None:
 
 
 def test_headline_and_tables_hold_the_numbers_of_the_store(page: Page, paths: RunPaths) -> None:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         rate = reader.query("SELECT avg(rate) AS r FROM violation WHERE condition = 'negative'")[0]["r"]
         slope = reader.query("SELECT * FROM statistics WHERE measure = 'slope' AND condition = 'negative'")[0]
         lens = reader.query(
@@ -188,7 +188,7 @@ def test_what_to_know_of_a_run_stands_before_its_results_and_commands_are_marked
 
 
 def test_significant_heads_are_counted_and_their_absence_is_said(page: Page, paths: RunPaths, tmp_path: Path) -> None:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         heads = reader.query(
             "SELECT q FROM statistics WHERE analysis = 'attention' AND head >= 0 AND measured = condition AND q IS NOT NULL "
             "AND step_kind = 'first' AND measure IN ('iar', 'nf', 'tmf', 'pi')"
@@ -258,7 +258,7 @@ def test_the_papers_numbers_stand_beside_those_of_its_model_only(page: Page, pat
 
 
 def test_examples_are_twenty_failures_spread_over_categories_and_kinds_strongest_first(paths: RunPaths) -> None:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         examples = report._examples(reader)
         again = report._examples(reader)
         failures = reader.query("SELECT p.category, o.taxonomy, s.p1 FROM outcomes o JOIN prompts p USING (prompt_id) "
@@ -274,7 +274,7 @@ def test_examples_are_twenty_failures_spread_over_categories_and_kinds_strongest
 
 
 def test_an_example_shows_the_whole_prompt_its_attention_and_the_word_in_the_answer(paths: RunPaths) -> None:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         for example in report._examples(reader):
             key = [example.prompt["prompt_id"], example.prompt["condition"]]
             context = reader.query("SELECT * FROM contexts WHERE prompt_id = ? AND condition = ?", key)[0]
@@ -295,9 +295,9 @@ def test_without_token_offsets_an_example_marks_question_and_mention_by_their_wo
     """As in a run whose store is older than the column."""
     live = tmp_path / "live.duckdb"
     shutil.copy(paths.live, live)
-    with Store(live) as store:
+    with Store(live, SCHEMA) as store:
         store._con.execute("UPDATE contexts SET offsets = NULL")
-    with Reader(live) as reader:
+    with Reader(live, SCHEMA) as reader:
         examples = report._examples(reader)
         text = {r["prompt_id"]: r["text"] for r in reader.query("SELECT * FROM contexts WHERE condition = 'negative'")}
     for example in (e for e in examples if e.prompt["condition"] == "negative"):

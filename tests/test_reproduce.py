@@ -13,9 +13,10 @@ import duckdb
 import pytest
 
 from harness.engine.executors import ItemResult
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.run import environment
-from harness.store import MEASURED, Reader
+from harness.store import Reader
 from tests.test_cli import (
     DATA,
     ROWS,
@@ -85,8 +86,8 @@ def edited(run: Path, **changes: Any) -> Path:
 
 def rows(run: Path) -> dict[str, Any]:
     """Every measured table, of the store itself and not of its snapshot."""
-    with Reader(run / "results.duckdb") as reader:
-        return {name: reader.table(name) for name in MEASURED}
+    with Reader(run / "results.duckdb", SCHEMA) as reader:
+        return {name: reader.table(name) for name in SCHEMA.measured}
 
 
 def sizes(run: Path) -> dict[str, list[int]]:
@@ -200,7 +201,7 @@ def test_a_manifest_without_its_results_is_compared_by_the_hashes_in_it(recorded
     alone.write_text((recorded.run / "manifest.json").read_text())
     told = reproduce(alone, tmp_path / "runs")
     assert told.code == 0, told.err
-    assert f"Equal, bit for bit, to what the manifest records: {', '.join(MEASURED)}." in told.out
+    assert f"Equal, bit for bit, to what the manifest records: {', '.join(SCHEMA.measured)}." in told.out
     content = manifest(recorded.run)
     content["table_sha256"]["lens"] = "0" * 64
     alone.write_text(json.dumps(content))

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import RunError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
-from harness.store import TABLES, Batch, BatchResult, Reader, Row, Store, TableSeal, seal
-from tests.fakes import with_migration
+from harness.store import Batch, BatchResult, Reader, Row, Schema, Store, TableSeal, seal
+from tests.fakes import later
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.none() | st.sampled_from(["", "NULL", "null", "a", '"', "\\", "a\nb", "é", "e\u0301", "\U0001f600"]) | st.text(
@@ -50,7 +51,7 @@ def tables(draw: st.DrawFn) -> tuple[str, list[Row]]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with Store(tmp_path_factory.mktemp("seal") / "results.duckdb") as opened:
+    with Store(tmp_path_factory.mktemp("seal") / "results.duckdb", SCHEMA) as opened:
         yield opened
 
 
@@ -120,7 +121,7 @@ def test_two_rows_that_change_places_have_another_digest(store: Store) -> None:
 def test_a_seal_has_every_table_and_its_file_a_row_for_every_row(store: Store, tmp_path: Path) -> None:
     sealed(store, "psem", keyed([{"p_sem": 0.5}] * 3))
     found = store.seal(tmp_path / "seal.parquet")
-    assert tuple(found) == TABLES
+    assert tuple(found) == SCHEMA.tables
     assert {name: t.rows for name, t in found.items()} == store.counts()
     rows = duckdb.sql(f"SELECT tbl, key FROM '{tmp_path / 'seal.parquet'}' WHERE tbl = 'psem' ORDER BY key").fetchall()
     assert rows == [("psem", f'{{"prompt_id":"p{n}","condition":"baseline"}}') for n in range(3)]
@@ -131,16 +132,16 @@ def run(tmp_path: Path) -> RunPaths:
     """A folder with a store of two rows, sealed with a manifest."""
     paths = RunPaths(tmp_path / "run")
     paths.folder.mkdir()
-    with Store(paths.results) as writer:
+    with Store(paths.results, SCHEMA) as writer:
         writer.commit(Batch("s", 0, (), 1), BatchResult(rows={"psem": keyed([{"p_sem": 0.5}, {"p_sem": 0.25}])}))
-        seal.write(paths, writer.seal(paths.row_digests), {"run_id": "run", "é": [1, {"a": None}], "x": 1.0})
+        seal.write(paths, SCHEMA, writer.seal(paths.row_digests), {"run_id": "run", "é": [1, {"a": None}], "x": 1.0})
     return paths
 
 
-def broken(run: RunPaths) -> list[str]:
+def broken(run: RunPaths, schema: Schema = SCHEMA) -> list[str]:
     found = seal.read(run)
     assert found is not None
-    return list(seal.changed_rows(found, run, run.results))
+    return list(seal.changed_rows(found, run, run.results, schema))
 
 
 def test_a_seal_reads_as_it_was_written(run: RunPaths) -> None:
@@ -153,26 +154,22 @@ def test_a_seal_reads_as_it_was_written(run: RunPaths) -> None:
 
 
 def test_a_column_or_table_that_a_later_version_adds_does_not_break_an_older_seal(
-    run: RunPaths, monkeypatch: pytest.MonkeyPatch
+    run: RunPaths,
 ) -> None:
-    with_migration(
-        monkeypatch, "ALTER TABLE psem ADD COLUMN surprise DOUBLE DEFAULT 1; CREATE TABLE later (a INTEGER PRIMARY KEY)"
-    )
-    Store(run.results).close()
-    assert broken(run) == []
+    schema = later("ALTER TABLE psem ADD COLUMN surprise DOUBLE DEFAULT 1; CREATE TABLE later (a INTEGER PRIMARY KEY)")
+    Store(run.results, schema).close()
+    assert broken(run, schema) == []
     with duckdb.connect(str(run.results)) as con:  # the control
         con.execute("UPDATE psem SET p_word = 1 WHERE prompt_id = 'p1'")
-    assert broken(run) == ["results.duckdb: psem prompt_id=p1, condition=baseline: changed"]
+    assert broken(run, schema) == ["results.duckdb: psem prompt_id=p1, condition=baseline: changed"]
 
 
-def test_a_column_or_table_that_a_later_version_drops_is_named_beside_the_rows_of_the_others(
-    run: RunPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_migration(monkeypatch, "ALTER TABLE psem DROP COLUMN entropy; DROP TABLE patching;")
-    Store(run.results).close()
+def test_a_column_or_table_that_a_later_version_drops_is_named_beside_the_rows_of_the_others(run: RunPaths) -> None:
+    schema = later("ALTER TABLE psem DROP COLUMN entropy; DROP TABLE patching;")
+    Store(run.results, schema).close()
     with duckdb.connect(str(run.results)) as con:
         con.execute("INSERT INTO prompts (prompt_id) VALUES ('new')")
-    assert broken(run) == [
+    assert broken(run, schema) == [
         "results.duckdb: patching: missing", "results.duckdb: psem.entropy: missing",
         "results.duckdb: prompts prompt_id=new: added",
     ]  # fmt: skip
@@ -214,7 +211,10 @@ def test_any_flipped_bit_of_a_seal_is_seen_or_says_the_same(
         paths.folder.mkdir()
         paths.row_digests.write_bytes(b"digests")
         seal.write(
-            paths, {"psem": TableSeal(("a", "b"), 2, "0" * 64)}, {"run_id": "run", "é": [1, {"a": None}], "x": 1.5}
+            paths,
+            SCHEMA,
+            {"psem": TableSeal(("a", "b"), 2, "0" * 64)},
+            {"run_id": "run", "é": [1, {"a": None}], "x": 1.5},
         )
         (paths.folder / "whole").write_bytes(paths.seal.read_bytes())
     content = bytearray((paths.folder / "whole").read_bytes())
@@ -229,11 +229,11 @@ def test_any_flipped_bit_of_a_seal_is_seen_or_says_the_same(
 def test_a_reader_of_the_snapshot_names_a_row_as_the_writers_file_does(run: RunPaths) -> None:
     found = seal.read(run)
     assert found is not None
-    with Store(run.results) as writer:
+    with Store(run.results, SCHEMA) as writer:
         writer.publish(run.live)
-        assert list(seal.changed_rows(found, run, run.live)) == []
+        assert list(seal.changed_rows(found, run, run.live, SCHEMA)) == []
         writer.event("info", "note", "after the seal")
         writer.publish(run.live)
-    assert list(seal.changed_rows(found, run, run.live)) == ["live.duckdb: events event_id=1: added"]
-    with Reader(run.live) as reader, run.row_digests.open("rb") as digests:
+    assert list(seal.changed_rows(found, run, run.live, SCHEMA)) == ["live.duckdb: events event_id=1: added"]
+    with Reader(run.live, SCHEMA) as reader, run.row_digests.open("rb") as digests:
         assert [b.how for b in reader.broken_rows(digests, found.tables)] == ["added"]

@@ -16,6 +16,7 @@ from scipy.optimize import minimize
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES, bin_of
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import next_steps, render, summarise
 from harness.stats import (
     Estimate,
@@ -518,14 +519,14 @@ def detection(prompt: str, condition: str, mode: str, sample: int, present: bool
 @pytest.fixture
 def reader_of(tmp_path: Path) -> Callable[[dict[str, list[Row]], int], Reader]:
     def make(rows: dict[str, list[Row]], num_failed: int = 0) -> Reader:
-        with Store(tmp_path / "results.duckdb") as store:
+        with Store(tmp_path / "results.duckdb", SCHEMA) as store:
             store.start_stage("made", 1, 1)
             failures = [Failure(f"item {i}", "planted") for i in range(num_failed)]
             batch = Batch("made", 0, ("all", *(f.key for f in failures)), 1)
             store.add_batches([batch])
             store.commit(batch, BatchResult(rows=rows, failures=failures))
             store.publish(tmp_path / "live.duckdb")
-        return Reader(tmp_path / "live.duckdb")
+        return Reader(tmp_path / "live.duckdb", SCHEMA)
 
     return make
 

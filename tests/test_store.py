@@ -23,22 +23,10 @@ from hypothesis import strategies as st
 
 from harness.engine.executors import Item, ItemResult
 from harness.errors import EnvironmentFault, StoreError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
-from harness.store import (
-    SCHEMA_VERSION,
-    TABLES,
-    VIEWS,
-    Batch,
-    BatchResult,
-    Failure,
-    Reader,
-    Row,
-    Store,
-    certificate,
-    schema,
-    writer,
-)
-from tests.fakes import Fake, measured, older_store, plan_of, run_stages, same_lengths, scored, with_migration
+from harness.store import Batch, BatchResult, Failure, Reader, Row, Store, certificate, schema, writer
+from tests.fakes import Fake, later, measured, older_store, plan_of, run_stages, same_lengths, scored
 
 ROOT = Path(__file__).parents[1]
 BATCH = Batch("scores", 0, ("a", "b"), 10)
@@ -46,7 +34,7 @@ BATCH = Batch("scores", 0, ("a", "b"), 10)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "results.duckdb") as opened:
+    with Store(tmp_path / "results.duckdb", SCHEMA) as opened:
         opened.add_batches([BATCH])
         opened.start_stage("scores", 1, 2)
         yield opened
@@ -66,49 +54,52 @@ def names(store: Store) -> set[str]:
 
 # -- migrations
 
+APPLIED = "SELECT experiment, number, epoch_us(applied) AS t FROM migrations ORDER BY ALL"
+
+
+def newest(store: Store) -> int:
+    return store.query("SELECT max(number) AS v FROM migrations WHERE experiment = 'gravity'")[0]["v"]
+
 
 def test_a_fresh_file_has_every_table_and_view_and_a_second_opening_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.duckdb"
-    with Store(path) as first:
-        assert {*TABLES, *VIEWS} <= names(first)
+    with Store(path, SCHEMA) as first:
+        assert {*SCHEMA.tables, *SCHEMA.views} <= names(first)
         put(first, psem=[psem("a", 0.5)])
-        applied = first.query("SELECT version, epoch_us(applied) AS t FROM schema_version")
-    with Store(path) as second:
-        assert second.query("SELECT version, epoch_us(applied) AS t FROM schema_version") == applied
-        assert [r["version"] for r in applied] == list(range(1, SCHEMA_VERSION + 1))
+        applied = first.query(APPLIED)
+    with Store(path, SCHEMA) as second:
+        assert second.query(APPLIED) == applied
+        own = [r["number"] for r in applied if r["experiment"] == "gravity"]
+        assert own == list(range(1, SCHEMA.version + 1))
+        assert [r["number"] for r in applied if r["experiment"] == "core"] == list(range(1, len(schema.CORE) + 1))
+        assert len(applied) == len(own) + len(schema.CORE)
         assert second.table("psem")[0]["p_sem"] == 0.5
 
 
 ADDED = "CREATE TABLE added (a INTEGER PRIMARY KEY); ALTER TABLE psem ADD COLUMN extra DOUBLE;"
 
 
-def test_an_older_file_is_brought_to_this_schema_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_file_is_brought_to_this_schema_with_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "results.duckdb"
-    with Store(path) as old:
+    with Store(path, SCHEMA) as old:
         put(old, psem=[psem("a", 0.5)])
         assert "added" not in names(old)
-    with_migration(monkeypatch, ADDED)
     for _ in range(2):  # once is enough, twice does no harm
-        with Store(path) as new:
+        with Store(path, later(ADDED)) as new:
             assert "added" in names(new)
             assert [(r["p_sem"], r["extra"]) for r in new.query("SELECT * FROM psem")] == [(0.5, None)]
-            assert new.query("SELECT max(version) AS v FROM schema_version")[0]["v"] == SCHEMA_VERSION + 1
+            assert newest(new) == SCHEMA.version + 1
 
 
-def test_a_failure_inside_a_migration_leaves_it_pending_and_nothing_half_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_inside_a_migration_leaves_it_pending_and_nothing_half_done(tmp_path: Path) -> None:
     path = tmp_path / "results.duckdb"
-    Store(path).close()
-    with monkeypatch.context() as patch:
-        with_migration(patch, ADDED + "SELECT error('in the middle');")
-        with pytest.raises(Exception, match="in the middle"):
-            Store(path)
-    with Store(path) as store:
+    Store(path, SCHEMA).close()
+    with pytest.raises(Exception, match="in the middle"):
+        Store(path, later(ADDED + "SELECT error('in the middle');"))
+    with Store(path, SCHEMA) as store:
         assert "added" not in names(store)
-        assert store.query("SELECT max(version) AS v FROM schema_version")[0]["v"] == SCHEMA_VERSION
-    with_migration(monkeypatch, ADDED)
-    with Store(path) as store:
+        assert newest(store) == SCHEMA.version
+    with Store(path, later(ADDED)) as store:
         assert "added" in names(store)
 
 
@@ -117,23 +108,22 @@ def test_a_crash_inside_the_first_migration_leaves_a_file_that_opens(tmp_path: P
     path = tmp_path / "results.duckdb"
     code = (
         "import os, signal, sys, pathlib\nfrom harness.store import Store, schema\n"
+        "from harness.experiments.gravity.schema import SCHEMA\n"
         "class Clock:\n    def now(*_):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "schema.datetime = Clock()\nStore(pathlib.Path(sys.argv[1]))\n"
+        "schema.datetime = Clock()\nStore(pathlib.Path(sys.argv[1]), SCHEMA)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == -signal.SIGKILL
-    with Store(path) as store:
-        assert set(TABLES) <= names(store)
-        assert store.counts() == dict.fromkeys(TABLES, 0)
+    with Store(path, SCHEMA) as store:
+        assert set(SCHEMA.tables) <= names(store)
+        assert store.counts() == dict.fromkeys(SCHEMA.tables, 0)
 
 
-def test_a_file_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.duckdb"
-    with monkeypatch.context() as patch:
-        with_migration(patch, ADDED)
-        Store(path).close()
+    Store(path, later(ADDED)).close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=f"schema {SCHEMA_VERSION + 1}, this harness knows up to {SCHEMA_VERSION}"):
-        Store(path)
+    with pytest.raises(StoreError, match=f"schema {SCHEMA.version + 1}, this harness knows up to {SCHEMA.version}"):
+        Store(path, SCHEMA)
     assert path.read_bytes() == before
 
 
@@ -173,12 +163,12 @@ def test_the_certificate_is_a_row_a_measurement_of_what_its_items_came_to(store:
 def test_a_certificate_of_an_older_schema_is_kept(tmp_path: Path) -> None:
     """It was a table, a row a measurement."""
     path = tmp_path / "results.duckdb"
-    old = next(n for n, sql in enumerate(schema.MIGRATIONS) if "CREATE TABLE sanity_items" in sql)
+    old = next(n for n, sql in enumerate(SCHEMA.migrations) if "CREATE TABLE sanity_items" in sql)
     older_store(path, old)
     values = ("lens", 12, 1e-6, 2e-5, 1, 1, 1e-5, "a|negative", None, True)
     with duckdb.connect(str(path)) as con:
         con.execute(f"INSERT INTO sanity VALUES ({', '.join('?' * len(values))})", values)
-    with Store(path) as store:
+    with Store(path, SCHEMA) as store:
         (row,) = store.table("sanity")
         assert tuple(row.values()) == (*values, 0, [])
 
@@ -209,7 +199,7 @@ def test_means_have_the_same_bits_whatever_parts_a_store_has_and_in_whatever_ord
 
     def filled(name: str, order: int, opened_again_after: int | None) -> tuple[dict[str, list[Row]], list[Row]]:
         path = tmp_path / name
-        store = Store(path)
+        store = Store(path, SCHEMA)
         store.add_batches([replace(BATCH, batch_id=n) for n in range(6)])
         for n in range(6):  # as batches come
             rows = {
@@ -221,12 +211,12 @@ def test_means_have_the_same_bits_whatever_parts_a_store_has_and_in_whatever_ord
             store.commit(replace(BATCH, batch_id=n), BatchResult(rows={t: r[::order] for t, r in rows.items()}))
             if n == opened_again_after:
                 store.close()
-                store = Store(path)
+                store = Store(path, SCHEMA)
         views = {v: store.table(v) for v in ("lens_moments", "decomposition_moments", "attention_moments", "outcomes")}
         plain = store.query(PLAIN_MEAN)
         store.publish(path.with_name("live.duckdb"))
         store.close()
-        with Reader(path.with_name("live.duckdb"), threads=1) as reader:
+        with Reader(path.with_name("live.duckdb"), SCHEMA, threads=1) as reader:
             assert {v: reader.rows(v) for v in views} == views
         return views, plain
 
@@ -250,6 +240,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "DOUBLE": st.floats(allow_nan=False, allow_infinity=False),
     "FLOAT": st.floats(allow_nan=False, allow_infinity=False, width=32),
     "INTEGER[2]": SPANS,
+    "MAP(VARCHAR, VARCHAR)": st.dictionaries(LETTERS, st.none() | LETTERS, max_size=3),
     "TIMESTAMP": st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1)),
     "TIMESTAMP WITH TIME ZONE": st.datetimes(datetime(1990, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),
 }
@@ -284,10 +275,10 @@ def plain(value: Any) -> Any:
     return value.astimezone(UTC) if isinstance(value, datetime) and value.tzinfo else value
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", SCHEMA.tables)
 def test_a_row_comes_back_as_it_went_in(table: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("round trip")
-    store = Store(folder / "results.duckdb")
+    store = Store(folder / "results.duckdb", SCHEMA)
     types, key = columns(store, table), store._key(table)
     rows = st.fixed_dictionaries({n: values(t) if n in key else st.none() | values(t) for n, t in types.items()})
     several = st.lists(rows, min_size=1, max_size=3, unique_by=lambda r: tuple(str(r[k]) for k in key))
@@ -302,7 +293,7 @@ def test_a_row_comes_back_as_it_went_in(table: str, tmp_path_factory: pytest.Tem
 
     check()
     store.publish(folder / "live.duckdb")
-    with Reader(folder / "live.duckdb") as reader:  # and a snapshot holds the same
+    with Reader(folder / "live.duckdb", SCHEMA) as reader:  # and a snapshot holds the same
         assert [plain(r) for r in reader.query(f"SELECT * FROM {table} ORDER BY ALL")] == [
             plain(r) for r in store.query(f"SELECT * FROM {table} ORDER BY ALL")
         ]
@@ -385,7 +376,7 @@ def test_changes_of_one_batch_with_different_columns_lose_nothing(store: Store) 
     )
 
 
-@pytest.mark.parametrize("table", [t for t in TABLES if t not in ("events", "batches", "stages")])
+@pytest.mark.parametrize("table", [t for t in SCHEMA.tables if t not in ("events", "batches", "stages")])
 def test_a_primary_key_cannot_be_written_twice(table: str, store: Store) -> None:
     types = columns(store, table)
     row = {name: "x" if types[name] == "VARCHAR" else 1 for name in store._key(table)}
@@ -542,13 +533,14 @@ def num_psem(reader: Reader) -> int:
 
 CHILD = """
 import sys, pathlib
+from harness.experiments.gravity.schema import SCHEMA
 from harness.store import Reader
 live = pathlib.Path(sys.argv[1])
-first = Reader(live)
+first = Reader(live, SCHEMA)
 count = lambda r: r.query("SELECT count(*) AS n FROM psem")[0]["n"]
 print(count(first), flush=True)
 sys.stdin.readline()
-print(count(first), count(Reader(live)), flush=True)
+print(count(first), count(Reader(live, SCHEMA)), flush=True)
 """
 
 
@@ -557,14 +549,14 @@ def test_a_reader_keeps_its_snapshot_and_a_new_one_sees_the_new_in_this_process_
     put(store, psem=[psem("a", 0.5)])
     store.publish(live)
     with subprocess.Popen([sys.executable, "-c", CHILD, str(live)], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as child, Reader(live) as first:  # fmt: skip
+                          stdout=subprocess.PIPE, text=True) as child, Reader(live, SCHEMA) as first:  # fmt: skip
         assert child.stdout is not None
         assert (num_psem(first), child.stdout.readline()) == (1, "1\n")
         put(store, psem=[psem("b", 0.5)])
-        with Reader(live) as second:
+        with Reader(live, SCHEMA) as second:
             assert num_psem(second) == 1  # stored is not published
         store.publish(live)
-        with Reader(live) as third:
+        with Reader(live, SCHEMA) as third:
             assert (num_psem(first), num_psem(third)) == (1, 2)
         assert child.communicate("\n")[0] == "1 2\n"
     assert sorted(p.name for p in live.parent.iterdir() if "live" in p.name) == ["live.duckdb"]
@@ -579,7 +571,7 @@ def test_readers_never_block_the_writer_and_never_fail(store: Store) -> None:
     def read() -> None:
         while not stop.is_set():
             try:
-                with Reader(live) as reader:
+                with Reader(live, SCHEMA) as reader:
                     counts.add(num_psem(reader))
                     reader.table("psem")
             except Exception as e:
@@ -598,7 +590,10 @@ def test_readers_never_block_the_writer_and_never_fail(store: Store) -> None:
     assert len(counts) > 3
     assert counts <= set(range(21))
     # Control: the store itself cannot be shared so. That is why there are snapshots.
-    code = f"from pathlib import Path; from harness.store import Store; Store(Path({str(store.path)!r}))"
+    code = (
+        "from pathlib import Path; from harness.store import Store; from harness.experiments.gravity.schema import SCHEMA; "
+        f"Store(Path({str(store.path)!r}), SCHEMA)"
+    )
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "cannot be opened as a results store" in child.stderr
 
@@ -612,11 +607,11 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_last_one(store: Store, mon
         patch.setattr(writer, "DATABASE", "nowhere")
         with pytest.raises(Exception, match="nowhere"):
             store.publish(live)
-    with Reader(live) as reader:
+    with Reader(live, SCHEMA) as reader:
         assert num_psem(reader) == 1
     assert sorted(p.name for p in live.parent.iterdir() if "live" in p.name) == ["live.duckdb"]
     store.publish(live)  # and the store goes on
-    with Reader(live) as reader:
+    with Reader(live, SCHEMA) as reader:
         assert num_psem(reader) == 2
 
 
@@ -637,10 +632,10 @@ def test_a_snapshot_is_published_when_it_is_old_enough_and_cheap_enough(store: S
 def test_paths_with_quotes_and_spaces_work(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    with Store(folder / "results.duckdb") as store:
+    with Store(folder / "results.duckdb", SCHEMA) as store:
         put(store, psem=[psem("a", 0.5)])
         store.publish(folder / "live.duckdb")
-    with Reader(folder / "live.duckdb") as reader:
+    with Reader(folder / "live.duckdb", SCHEMA) as reader:
         assert num_psem(reader) == 1
         assert reader.export("psem", folder / f"{name}.csv", "csv").num_rows == 1
     assert (folder / f"{name}.csv").exists()
@@ -650,9 +645,9 @@ def test_a_reader_knows_the_schema_the_tables_and_the_age_of_its_snapshot(store:
     live = store.path.with_name("live.duckdb")
     put(store, psem=[psem("b", 0.25), psem("a", 0.5), psem("a", 0.125, "negative")])
     store.publish(live)
-    with Reader(live) as reader:
-        assert reader.schema_version == SCHEMA_VERSION
-        assert {*TABLES, *VIEWS} <= set(reader.tables())
+    with Reader(live, SCHEMA) as reader:
+        assert reader.schema_version == SCHEMA.version
+        assert {*SCHEMA.tables, *SCHEMA.views} <= set(reader.tables())
         assert 0 <= reader.age_s < 30
         assert reader.table("psem").column("prompt_id").to_pylist() == ["a", "a", "b"]
         assert reader.table("suppression").column("delta").to_pylist() == [0.375]
@@ -672,12 +667,12 @@ def test_a_missing_or_broken_snapshot_is_told_in_one_line(tmp_path: Path, conten
     if content is not None:
         live.write_bytes(content)
     with pytest.raises(StoreError, match=said) as caught:
-        Reader(live)
+        Reader(live, SCHEMA)
     assert str(live) in str(caught.value)
     assert "\n" not in str(caught.value)
     if content is not None:
         with pytest.raises(StoreError) as caught:
-            Store(live)
+            Store(live, SCHEMA)
         assert "\n" not in str(caught.value)
 
 
@@ -697,7 +692,7 @@ def test_a_snapshot_cut_short_is_told_in_one_line(store: Store) -> None:
     half = len(whole) // 8  # the end of the file is spare room
     for cut in (whole[:12_288], whole[:12_288] + bytes(len(whole)), whole[:half] + b"\xab" * half + whole[2 * half :]):
         live.with_name("cut.duckdb").write_bytes(cut)
-        with pytest.raises(StoreError) as caught, Reader(live.with_name("cut.duckdb")) as reader:
+        with pytest.raises(StoreError) as caught, Reader(live.with_name("cut.duckdb"), SCHEMA) as reader:
             assert reader.table("psem").num_rows
         assert "\n" not in str(caught.value)
 
@@ -719,7 +714,7 @@ def tricky(store: Store) -> list[Row]:
 
 def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path: Path) -> None:
     rows = tricky(store)
-    with Reader(store.path.with_name("live.duckdb")) as reader:
+    with Reader(store.path.with_name("live.duckdb"), SCHEMA) as reader:
         assert reader.export("completions", tmp_path / "t.parquet", "parquet").num_rows == 2
         assert reader.export("completions", tmp_path / "t.jsonl", "jsonl").num_rows == 2
         assert reader.export("suppression", tmp_path / "view.jsonl", "jsonl").num_rows == 0
@@ -733,7 +728,7 @@ def test_an_export_to_parquet_and_jsonl_holds_every_value(store: Store, tmp_path
 
 def test_an_export_to_csv_holds_every_value(store: Store, tmp_path: Path) -> None:
     rows = tricky(store)
-    with Reader(store.path.with_name("live.duckdb")) as reader:
+    with Reader(store.path.with_name("live.duckdb"), SCHEMA) as reader:
         assert reader.export("completions", tmp_path / "t.csv", "csv").num_rows == 2
         assert reader.export("psem", tmp_path / "psem.csv", "csv").num_rows == 2
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
@@ -750,7 +745,7 @@ def test_an_export_to_csv_holds_every_value(store: Store, tmp_path: Path) -> Non
 
 def test_an_empty_table_is_exported_with_its_columns(store: Store, tmp_path: Path) -> None:
     store.publish(store.path.with_name("live.duckdb"))
-    with Reader(store.path.with_name("live.duckdb")) as reader:
+    with Reader(store.path.with_name("live.duckdb"), SCHEMA) as reader:
         for form in ("parquet", "csv", "jsonl"):
             assert reader.export("lens", tmp_path / f"lens.{form}", form).num_rows == 0
     assert pq.read_table(tmp_path / "lens.parquet").schema.names[:2] == ["prompt_id", "condition"]
@@ -761,7 +756,7 @@ def test_an_empty_table_is_exported_with_its_columns(store: Store, tmp_path: Pat
 def test_the_machinery_can_be_exported_too(store: Store, tmp_path: Path) -> None:
     store.event("info", "note", "hello")
     store.publish(store.path.with_name("live.duckdb"))
-    with Reader(store.path.with_name("live.duckdb")) as reader:
+    with Reader(store.path.with_name("live.duckdb"), SCHEMA) as reader:
         for form in ("parquet", "csv", "jsonl"):
             assert reader.export("events", tmp_path / f"events.{form}", form).num_rows == 1
             assert "hello" in (tmp_path / f"events.{form}").read_bytes().decode("utf-8", "replace")
@@ -807,13 +802,13 @@ def test_a_full_disk_stops_the_run_and_with_room_again_it_ends_as_if_nothing_had
     run_stages(tmp_path / "whole", stage, max_tokens=20)
     folder = small_disk / "run"
     folder.mkdir()
-    Store(RunPaths(folder).results).close()
+    Store(RunPaths(folder).results, SCHEMA).close()
     fill(small_disk / "ballast", leave_bytes)
     with pytest.raises(EnvironmentFault, match="disk") as caught:
         run_stages(folder, stage, max_tokens=20)
     assert "\n" not in str(caught.value)
     (small_disk / "ballast").unlink()
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         done = {k for b in store.plan("scores") if b.status == "done" for k in b.keys}
         assert {r["prompt_id"] for r in store.table("psem")} == done == {r["prompt_id"] for r in store.table("prompts")}
     run_stages(folder, stage, max_tokens=20)
@@ -824,27 +819,27 @@ def test_a_full_disk_stops_the_run_and_with_room_again_it_ends_as_if_nothing_had
 def test_a_store_that_cannot_be_made_on_a_full_disk_is_the_machines_fault(small_disk: Path) -> None:
     fill(small_disk / "ballast", 0)
     with pytest.raises(EnvironmentFault, match="disk"):
-        Store(small_disk / "results.duckdb")
+        Store(small_disk / "results.duckdb", SCHEMA)
     (small_disk / "ballast").unlink()
-    with Store(small_disk / "results.duckdb") as store:
-        assert set(TABLES) <= names(store)
+    with Store(small_disk / "results.duckdb", SCHEMA) as store:
+        assert set(SCHEMA.tables) <= names(store)
 
 
 def test_a_snapshot_without_room_leaves_the_last_one_and_no_rubbish(small_disk: Path) -> None:
     live = small_disk / "live.duckdb"
-    with Store(small_disk / "results.duckdb") as store:
+    with Store(small_disk / "results.duckdb", SCHEMA) as store:
         put(store, psem=[psem("a", 0.5)])
         store.publish(live)
         put(store, psem=[psem("b", 0.5)])
         fill(small_disk / "ballast", 0)
         with pytest.raises(EnvironmentFault, match="disk"):
             store.publish(live)
-        with Reader(live) as reader:
+        with Reader(live, SCHEMA) as reader:
             assert num_psem(reader) == 1
         (small_disk / "ballast").unlink()
         assert sorted(p.name for p in small_disk.iterdir() if "live" in p.name) == ["live.duckdb"]
         store.publish(live)
-        with Reader(live) as reader:
+        with Reader(live, SCHEMA) as reader:
             assert num_psem(reader) == 2
 
 
@@ -867,7 +862,7 @@ def test_a_snapshot_without_memory_says_why_whatever_fails_after_it(
     after = duckdb.TransactionException("TransactionContext Error: cannot detach")
 
     def published(name: str, **errors: Exception) -> None:
-        with Store(tmp_path / f"{name}.duckdb") as store, monkeypatch.context() as patch:
+        with Store(tmp_path / f"{name}.duckdb", SCHEMA) as store, monkeypatch.context() as patch:
             patch.setattr(store, "_con", Failing(store._con, **errors))
             store.publish(tmp_path / "live.duckdb")
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from app.queries import attention
 from harness.errors import HarnessError, RunError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.files import open_inside
 from harness.run import RunPaths, given, read_manifest
 from harness.run.tensors import HEADER_BYTES, open_tensors
@@ -224,17 +225,17 @@ PLANTED = {
                   "VALUES ('x', 'y')", "trigger more is not of this schema"),
     "a default": ("ALTER TABLE prompts ALTER category SET DEFAULT 'evil'", "table prompts is defined otherwise"),
     "a table instead of a view": ("DROP VIEW violation; CREATE TABLE violation (a INTEGER)", "table violation is not of"),
-    "a view instead of a table": ("DROP TABLE schema_version; CREATE VIEW schema_version AS SELECT 4 AS version, NULL AS applied",
-                                  "view schema_version is not of this schema"),
-    "another version's number": ("DELETE FROM schema_version WHERE version > 3", "schema_version records 3"),
+    "a view instead of a table": ("DROP TABLE migrations; CREATE VIEW migrations AS SELECT 'gravity' AS experiment, 8 AS number",
+                                  "view migrations is not of this schema"),
+    "another version's number": ("DELETE FROM migrations WHERE experiment = 'gravity' AND number > 3", "migrations records 3"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_store_with_anything_planted_in_it_is_refused_by_the_name_of_it(tmp_path: Path, what: str) -> None:
     path = tmp_path / "results.duckdb"
-    Store(path).close()
-    with Reader(path) as reader:  # the control
+    Store(path, SCHEMA).close()
+    with Reader(path, SCHEMA) as reader:  # the control
         assert reader.query("SELECT count(*) AS n FROM violation") == [{"n": 0}]
     sql, told = PLANTED[what]
     change(path, *sql.split("; "))
@@ -246,9 +247,9 @@ def test_a_store_with_anything_planted_in_it_is_refused_by_the_name_of_it(tmp_pa
 def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text(SECRET)
     path = tmp_path / "results.duckdb"
-    with Store(path) as store:
+    with Store(path, SCHEMA) as store:
         store.publish(tmp_path / "live.duckdb")
-    with Reader(tmp_path / "live.duckdb") as reader:
+    with Reader(tmp_path / "live.duckdb", SCHEMA) as reader:
         for sql in (
             f"SELECT * FROM read_text('{tmp_path}/secret.txt')", f"ATTACH '{path}' AS other",
             f"COPY prompts TO '{tmp_path}/out.csv'", "INSTALL httpfs", "SET enable_external_access = true",
@@ -259,14 +260,14 @@ def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -
 
 
 def test_the_writer_of_a_run_does_not_write_through_a_link(tmp_path: Path) -> None:
-    with Store(tmp_path / "other.duckdb") as store:
+    with Store(tmp_path / "other.duckdb", SCHEMA) as store:
         store.event("info", "note", "of another run")
     (tmp_path / "results.duckdb").symlink_to(tmp_path / "other.duckdb")
     before = (tmp_path / "other.duckdb").read_bytes()
     with pytest.raises(HarnessError, match="found a link"):
-        Store(tmp_path / "results.duckdb")
+        Store(tmp_path / "results.duckdb", SCHEMA)
     with pytest.raises(HarnessError, match="found a link"):
-        Reader(tmp_path / "results.duckdb")
+        Reader(tmp_path / "results.duckdb", SCHEMA)
     assert (tmp_path / "other.duckdb").read_bytes() == before
 
 
@@ -379,7 +380,7 @@ def test_readers_write_nothing_into_a_run_that_was_killed(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     seal.remove(RunPaths(run))
-    with Store(run / "results.duckdb") as store:
+    with Store(run / "results.duckdb", SCHEMA) as store:
         store.event("info", "note", "newer than the snapshot")
     before = hashes(run)
     for command in ("show", "verify", "runs", "diff"):
@@ -401,7 +402,7 @@ def test_control_characters_of_a_run_reach_no_terminal(run: Path) -> None:
     manifest |= {"argv": ["harness", HOSTILE], "reason": HOSTILE, "status": "failed"}
     manifest["model"]["name"] = HOSTILE
     (run / "manifest.json").write_text(json.dumps(manifest))
-    with Store(run / "results.duckdb") as store:
+    with Store(run / "results.duckdb", SCHEMA) as store:
         store.event("warning", "note", HOSTILE)
         store.publish(run / "live.duckdb")
     for command in (["runs"], ["show", run.name], ["diff", run.name, run.name], ["verify", run.name, "--batches", 0]):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs, read_manifest, state
 from harness.stats import fit_violations
-from harness.store import TABLES, Reader, Store
+from harness.store import Reader, Store
 from harness.text.detect import detect
 from tests import synthetic
 from tests.synthetic import OTHER, PLANTED, Shape
@@ -24,7 +25,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 
 @pytest.fixture(scope="module")
 def reader(paths: RunPaths):
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         yield reader
 
 
@@ -33,7 +34,7 @@ def test_the_folder_is_a_finished_run_with_every_table_filled(paths: RunPaths, r
     assert entry.problem is None
     assert entry.facts()["prompts"] == 40
     assert state(read_manifest(paths)) == "finished"
-    counts = {name: reader.query(f"SELECT count(*) AS n FROM {name}")[0]["n"] for name in TABLES}
+    counts = {name: reader.query(f"SELECT count(*) AS n FROM {name}")[0]["n"] for name in SCHEMA.tables}
     assert {name for name, n in counts.items() if not n} == {"artifacts", "batches"}
     assert counts["attention"] == counts["lens"] == 40 * 3 * 2 * 3  # prompts, conditions, step kinds, layers
     assert counts["detections"] == counts["completions"] == 40 * 3 * 5  # one greedy and four samples
@@ -44,16 +45,16 @@ def test_the_same_shape_gives_the_same_rows_and_another_seed_others(tmp_path: Pa
     shape = Shape(8, 2, 2, 2, num_bootstraps=50)
     rows = {}
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        with Store(tmp_path / f"{name}.duckdb") as store:
+        with Store(tmp_path / f"{name}.duckdb", SCHEMA) as store:
             synthetic.fill(store, Shape(**{**shape.__dict__, "seed": seed}))
-            rows[name] = {t: store.table(t) for t in TABLES if t != "events"}  # which hold the time
+            rows[name] = {t: store.table(t) for t in SCHEMA.tables if t != "events"}  # which hold the time
     assert rows["one"] == rows["again"]
     assert rows["one"] != rows["other"]
     assert rows["one"]["prompts"] == rows["other"]["prompts"]
 
 
 def test_the_planted_fit_is_recovered(tmp_path: Path) -> None:
-    with Store(tmp_path / "t.duckdb") as store:
+    with Store(tmp_path / "t.duckdb", SCHEMA) as store:
         synthetic.fill(store, Shape(600, 1, 1, 16, ("baseline", "negative", "reframed"), mechanism=False))
         for condition, (intercept, slope) in (("negative", PLANTED["negative"]), ("reframed", OTHER)):
             rows = store.query("SELECT p0, num_violations AS k, num_samples AS n FROM violation v "

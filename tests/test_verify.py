@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.engine.executors import ItemResult
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.run import RunPaths, environment, read_manifest
-from harness.store import TABLES, Broken, Reader, Store, seal
+from harness.store import Broken, Reader, Store, seal
 from tests.test_cli import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query
 
 BROKEN = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id": "y", "target": "bird"})
@@ -77,14 +78,14 @@ def change(store: Path, *sql: str) -> None:
 def sealed_anew(run: Path) -> None:
     """As somebody would who changes a row and hides it: snapshot, manifest and seal fit the rows again."""
     paths = RunPaths(run)
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         store.publish(paths.live)
         tables = store.seal(paths.row_digests)
     now = read_manifest(paths)
     now["tables"] = {name: table.rows for name, table in tables.items()}
     now["table_sha256"] = {name: tables[name].sha256 for name in now["table_sha256"]}
     paths.manifest.write_text(json.dumps(now), "utf-8")
-    seal.write(paths, tables, now)
+    seal.write(paths, SCHEMA, tables, now)
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -176,14 +177,14 @@ def changed_everywhere(
     """A run with three rows changed in every table, what they are, and what is found."""
     run = copied(whole, tmp_path_factory.mktemp("everywhere"))
     with duckdb.connect(str(run / "results.duckdb")) as con:
-        expected = {table: change_three_rows(con, table) for table in TABLES}
+        expected = {table: change_three_rows(con, table) for table in SCHEMA.tables}
     sealed = seal.read(RunPaths(run))
     assert sealed is not None
-    with Reader(run / "results.duckdb") as reader, (run / "seal.parquet").open("rb") as digests:
+    with Reader(run / "results.duckdb", SCHEMA) as reader, (run / "seal.parquet").open("rb") as digests:
         return run, expected, set(reader.broken_rows(digests, sealed.tables, at_most=1_000))
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", SCHEMA.tables)
 def test_a_row_changed_removed_or_added_in_any_table_is_found_by_its_key(
     changed_everywhere: tuple[Path, dict[str, set[Broken]], set[Broken]], table: str
 ) -> None:
@@ -195,7 +196,7 @@ def test_rows_that_are_not_as_they_were_are_named_and_more_than_fit_are_not_all_
     changed_everywhere: tuple[Path, dict[str, set[Broken]], set[Broken]],
 ) -> None:
     run, expected, found = changed_everywhere
-    assert len(found) == 3 * len(TABLES)
+    assert len(found) == 3 * len(SCHEMA.tables)
     lines = [line for line in failures(verify(run)) if line.startswith("rows ")]
     assert 20 <= len(lines) <= 21
     for _, key, how in expected["activations"]:
@@ -270,7 +271,7 @@ def test_the_smallest_change_of_one_value_is_named(small: Path, tmp_path: Path, 
      ("ALTER TABLE lens DROP COLUMN entropy", "schema table lens is defined otherwise"),
      ("ALTER TABLE lens ALTER step TYPE BIGINT", "schema table lens is defined otherwise"),
      ("ALTER TABLE lens RENAME COLUMN entropy TO surprise", "schema table lens is defined otherwise"),
-     ("DROP TABLE schema_version", "schema table schema_version is missing")],
+     ("DROP TABLE migrations", "schema table migrations is missing")],
 )  # fmt: skip
 def test_a_table_or_view_dropped_added_or_defined_otherwise_is_named(
     small: Path, tmp_path: Path, sql: str, told: str
@@ -280,9 +281,10 @@ def test_a_table_or_view_dropped_added_or_defined_otherwise_is_named(
     assert [line for line in failures(verify(run)) if line.startswith(told)]
 
 
-@pytest.mark.parametrize("sql", ["UPDATE schema_version SET version = version + 9 WHERE version > 3",
-                                 "DELETE FROM schema_version",
-                                 "DELETE FROM schema_version WHERE version > 3"])  # fmt: skip
+@pytest.mark.parametrize("sql", ["UPDATE migrations SET number = number + 9 WHERE number > 3",
+                                 "DELETE FROM migrations",
+                                 "DELETE FROM migrations WHERE number > 3",
+                                 "UPDATE migrations SET experiment = 'another' WHERE number > 3"])  # fmt: skip
 def test_another_number_of_the_schema_does_not_hide_what_was_done_to_it(small: Path, tmp_path: Path, sql: str) -> None:
     """A store of another version is not compared with this one's definitions: that let a dropped view pass."""
     run = copied(small, tmp_path)
@@ -510,8 +512,8 @@ def to_damage(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def tables_of(store: Path) -> dict[str, Any]:
-    with Reader(store) as reader:
-        return {name: reader.table(name) for name in TABLES}
+    with Reader(store, SCHEMA) as reader:
+        return {name: reader.table(name) for name in SCHEMA.tables}
 
 
 @settings(max_examples=20, deadline=None)
@@ -580,8 +582,8 @@ def test_rows_that_the_manifest_counts_otherwise_are_named(small: Path, tmp_path
     content = manifest(run)
     content["tables"]["psem"] += 1
     paths.manifest.write_text(json.dumps(content))
-    with Store(paths.results) as store:
-        seal.write(paths, store.seal(paths.row_digests), content)
+    with Store(paths.results, SCHEMA) as store:
+        seal.write(paths, SCHEMA, store.seal(paths.row_digests), content)
     assert failures(verify(run)) == ["keys psem: the manifest counts 7 rows, found 6"]
 
 

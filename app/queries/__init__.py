@@ -15,6 +15,7 @@ import streamlit as st
 
 from harness.errors import HarnessError
 from harness.experiments.gravity.remarks import Remark, remarks_of
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunEntry, RunPaths, list_runs
 from harness.settings import resolve
 from harness.store import Reader
@@ -33,7 +34,7 @@ def entries() -> list[RunEntry]:
 def snapshot_age_s(paths: RunPaths) -> float | None:
     """Seconds since the snapshot was published; None where there is none yet."""
     try:
-        with Reader(paths.live) as reader:
+        with Reader(paths.live, SCHEMA) as reader:
             return reader.age_s
     except HarnessError:
         return None
@@ -108,7 +109,7 @@ class _Shared:
     """A snapshot that all draws of its moment read, one question at a time: opening one takes longer than most answers."""
 
     def __init__(self, live: str):
-        self._reader = Reader(Path(live))
+        self._reader = Reader(Path(live), SCHEMA)
         self._lock = threading.Lock()
 
     def frame(self, sql: str, params: Sequence[Any]) -> pd.DataFrame:
@@ -136,7 +137,7 @@ def _ask(live: str, published: float, sql: str, params: tuple[Any, ...]) -> pd.D
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _remarks(live: str, published: float, _manifest: Mapping[str, Any]) -> list[Remark]:
-    with Reader(Path(live)) as reader:
+    with Reader(Path(live), SCHEMA) as reader:
         return remarks_of(reader, _manifest)
 
 

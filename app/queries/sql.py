@@ -11,6 +11,7 @@ import streamlit as st
 
 from app import queries
 from harness import asking
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.spreadsheet import defused
 from harness.store import Answer
@@ -113,4 +114,4 @@ def _json(value: object) -> str | None:
 
 @st.cache_data(max_entries=8, show_spinner="Asking …")
 def _answer(live: str, published: float, sql: str) -> Answer:
-    return asking.answer(Path(live), sql, MAX_ROWS, LIMIT_S)
+    return asking.answer(Path(live), SCHEMA, sql, MAX_ROWS, LIMIT_S)

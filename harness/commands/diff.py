@@ -13,18 +13,14 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from harness import log
-from harness.commands.show import open_snapshot
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, read_manifest, state
 from harness.run.differences import manifest_differences, shortened
-from harness.store import MEASURED, Aligned, Reader, Row
+from harness.store import Aligned, Reader, Row, Schema, open_snapshot
 from harness.tolerance import TOLERANCE
 
-DERIVED = ("statistics", "sanity_items", "artifacts")
-"""Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
 CLOCKED = ("seconds",)
 """Columns that tell how long something took."""
-RANKS = ("top_ids", "top_neurons")
-"""Orders of things that may be equally large; the sizes stand in columns of their own."""
 Verdict = Literal["identical", "rounding", "apart"]
 
 
@@ -63,7 +59,7 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     for name, paths, manifest in zip("AB", (one, other), manifests, strict=True):
         log.print_out(f"{name} = {paths.run_id} ({state(manifest)})")
     log.print_out(*render_manifests(*manifests))
-    with open_snapshot(one) as a, open_snapshot(other) as b:
+    with open_snapshot(one, SCHEMA) as a, open_snapshot(other, SCHEMA) as b:
         drifts = compare_results(a, b)
         log.print_out(*render_headlines(a, b), *render_results(drifts))
     return 1 if ends_in_1 and not all(d.is_equal for d in drifts) else 0
@@ -72,7 +68,7 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
 def compare_results(one: Reader, other: Reader) -> list[TableDrift]:
     """Every measured table that both runs have."""
     there = set(one.tables()) & set(other.tables())
-    return [table_drift(name, one.aligned(other, name)) for name in MEASURED if name in there]
+    return [table_drift(name, one.aligned(other, name)) for name in one.schema.measured if name in there]
 
 
 def table_drift(table: str, rows: Aligned) -> TableDrift:
@@ -85,14 +81,14 @@ def table_drift(table: str, rows: Aligned) -> TableDrift:
     return TableDrift(table, len(rows.one), rows.only_one, rows.only_other, tuple(drifts))
 
 
-def verdict(drifts: Sequence[TableDrift], dtype: str) -> Verdict:
+def verdict(drifts: Sequence[TableDrift], dtype: str, schema: Schema) -> Verdict:
     """Whether results are the same bits, the same up to rounding in `dtype` (as a share of max(1, |x|)), or something else."""
     if all(d.is_equal for d in drifts):
         return "identical"
     tolerance = TOLERANCE[dtype].nats
-    judged = [d for d in drifts if d.table not in DERIVED]
+    judged = [d for d in drifts if d.table not in schema.derived]
     is_near = not any(d.only_one or d.only_other for d in judged) and all(
-        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in RANKS
+        c.scaled <= tolerance for d in judged for c in d.columns if c.column not in schema.ranks
     )
     return "rounding" if is_near else "apart"
 

@@ -13,6 +13,7 @@ import torch
 from harness.commands.findings import Check
 from harness.commands.launch import model_spec, prompts_path
 from harness.errors import HarnessError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.models import device, processor
 from harness.models.fetch import FETCHABLE, path_of
 from harness.models.load import ModelSpec, identify, load
@@ -126,10 +127,10 @@ def _runs(settings: Settings) -> str:
 
 def _store(settings: Settings) -> str:
     with tempfile.TemporaryDirectory(dir=settings.paths.runs) as folder:
-        with Store(Path(folder) / "results.duckdb") as store:
+        with Store(Path(folder) / "results.duckdb", SCHEMA) as store:
             store.event("info", "doctor", "written")
             store.publish(Path(folder) / "live.duckdb")
-        with Reader(Path(folder) / "live.duckdb") as reader:
+        with Reader(Path(folder) / "live.duckdb", SCHEMA) as reader:
             assert reader.query("SELECT count(*) AS n FROM events")[0]["n"] == 1, "the snapshot lost a row"
     return "a store writes, publishes and reads back"
 

@@ -24,6 +24,7 @@ from harness.errors import HarnessError, ModelError, RunError, SettingsError, St
 from harness.experiments.gravity import stages, summary
 from harness.experiments.gravity.conditions import BUILT_IN, Template
 from harness.experiments.gravity.inputs import Inputs
+from harness.experiments.gravity.schema import SCHEMA
 from harness.files import is_file, replacing
 from harness.models import device, noise
 from harness.models.fetch import FETCHABLE, path_of
@@ -46,7 +47,7 @@ from harness.run import (
 )  # fmt: skip
 from harness.run.differences import Difference, bit_differences, differences, shortened
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings, TemplateSettings, nearest
-from harness.store import MEASURED, Reader, Store, TableSeal, seal
+from harness.store import Reader, Store, TableSeal, seal
 from harness.text.prompts import PromptSet, read_prompts, take
 
 _CERTIFICATE = "sanity"
@@ -205,14 +206,14 @@ def start(
             if not retry_failed and _finished(found):  # by another process, since it was looked at
                 return Ended(found, _report_finished(found))
         warnings = log.to_file(paths.log)
-        store = stack.enter_context(Store(paths.results))
+        store = stack.enter_context(Store(paths.results, SCHEMA))
         manifest = Manifest.reopen(paths)
         if found is not None:
             _go_on(paths, store, manifest, here, argv)
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
-        with Reader(paths.live) as reader:
+        with Reader(paths.live, SCHEMA) as reader:
             manifest = read_manifest(paths)
             log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
         log.print_out(summary.next_steps(paths.run_id, settings.paths.runs))
@@ -225,7 +226,7 @@ def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> N
     """What a new run has from its first moment: its manifest, a store with what was refused, and a snapshot of it."""
     Manifest.create(paths, content, run_id)
     _write_diff(paths)
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         for r in plan.prompt_set.rejections:
             store.event("warning", "rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}")
         store.publish(paths.live)
@@ -312,10 +313,10 @@ def _execute(
         "finished",
         num_failed=failed,
         tables={name: table.rows for name, table in tables.items()},
-        table_sha256={name: tables[name].sha256 for name in MEASURED},
+        table_sha256={name: tables[name].sha256 for name in SCHEMA.measured},
         sanity=certificate,
     )
-    seal.write(paths, tables, manifest.with_changes(**last))
+    seal.write(paths, SCHEMA, tables, manifest.with_changes(**last))
     manifest.update(**last)
     return 1 if failed or not _agrees(certificate) else 0
 
@@ -377,7 +378,7 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     try:
         with log.ConsoleProgress() as shown:
             executor = Inline(_accelerator(plan, settings))
-            whole = measure(build, len(given.prompts), executor, _limits(settings), stop, shown)
+            whole = measure(build, SCHEMA, len(given.prompts), executor, _limits(settings), stop, shown)
     finally:
         logger.enable("harness.engine")
     if _CERTIFICATE in given.stages:
@@ -508,7 +509,7 @@ def _finished(paths: RunPaths) -> bool:
 def _report_finished(paths: RunPaths) -> int:
     manifest = read_manifest(paths)
     failed = int(manifest.get("num_failed") or 0)
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         log.print_out(*summary.render(summary.summarise(reader, manifest), manifest))
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from harness.commands import diff
 from harness.commands.diff import TableDrift, table_drift
 from harness.commands.findings import Check, checks_of
 from harness.commands.launch import Plan, surroundings
@@ -16,7 +15,7 @@ from harness.errors import HarnessError
 from harness.models import device
 from harness.run.differences import environment_differences, shortened, told
 from harness.settings import Resolved
-from harness.store import Batch, BatchResult, Reader, Row
+from harness.store import Batch, BatchResult, Reader, Row, Schema
 from harness.tolerance import TOLERANCE
 
 
@@ -79,7 +78,7 @@ def _stage_again(
     if not told_of[0]["num_rows"]:
         yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
         return
-    items = {i.key: i for i in stage.items({name: reader.rows(name) for name in stage.reads})}
+    items = {i.key: i for i in stage.items({name: reader.table(name) for name in stage.reads})}
     chosen = sorted(rng.sample(done, min(num_batches, len(done))), key=lambda b: b.batch_id)
     last = {key: b.batch_id for b in done for key in b.keys}  # an item that was tried again has its rows from there
     gone = {b.batch_id: [k for k in b.keys if k not in items or last[k] != b.batch_id] for b in chosen}
@@ -106,7 +105,7 @@ def _problems_again(outcome: Outcome, batch: Batch, gone: list[str], reader: Rea
     without = [key for key in batch.keys if key not in kept or key in failed]
     for table, rows in _rows_of(outcome, collect(batch, outcome, without), {*without, *failing}):
         drift = table_drift(table, reader.same_rows(table, rows))
-        yield from (f"{where}: {line}" for line in _apart(drift, tolerance))
+        yield from (f"{where}: {line}" for line in _apart(drift, tolerance, reader.schema))
 
 
 def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterator[tuple[str, list[Row]]]:
@@ -127,13 +126,13 @@ def _rows_of(outcome: Outcome, result: BatchResult, without: set[str]) -> Iterat
         yield "artifacts", files
 
 
-def _apart(drift: TableDrift, tolerance: float) -> Iterator[str]:
+def _apart(drift: TableDrift, tolerance: float, schema: Schema) -> Iterator[str]:
     if drift.only_other:
         yield f"{drift.table}: {drift.only_other} rows of it are not in the run"
-    if tolerance and drift.table in diff.DERIVED:
+    if tolerance and drift.table in schema.derived:
         return
     for c in drift.columns:
-        if tolerance and c.column in diff.RANKS:
+        if tolerance and c.column in schema.ranks:
             continue
         if c.scaled > tolerance:
             size = f", by up to {c.max_abs:.2e}" if c.max_abs is not None else ""

@@ -10,12 +10,13 @@ from rich.text import Text
 from harness import log
 from harness.commands import diff, launch
 from harness.commands.replay import prepare_again
-from harness.commands.show import open_snapshot
 from harness.errors import RunError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.files import is_file
 from harness.run import RunPaths, find_run, read_manifest, read_manifest_file, state
 from harness.run.differences import Difference, environment_differences, shortened, told
 from harness.settings import Resolved
+from harness.store import open_snapshot
 from harness.tolerance import TOLERANCE
 
 _WITH_RESULTS = (0, 1)
@@ -33,7 +34,7 @@ def command(
     """
     plan, changes = prepare_again(manifest, resolved)
     if original is not None:
-        open_snapshot(original).close()  # what cannot be compared with is refused before anything is computed
+        open_snapshot(original, SCHEMA).close()  # what cannot be compared with is refused before anything is computed
     run_id = str(manifest["run_id"])
     if changes and not accept:
         raise RunError(
@@ -74,11 +75,11 @@ def _compare(was: Mapping[str, Any], original: RunPaths | None, again: RunPaths)
     log.print_out(Text(_surroundings_told(apart)))
     if original is None:
         return _compare_hashes(was, now) or bool(apart)
-    with open_snapshot(original) as a, open_snapshot(again) as b:
+    with open_snapshot(original, SCHEMA) as a, open_snapshot(again, SCHEMA) as b:
         drifts = diff.compare_results(a, b)
     log.print_out(*diff.render_results(drifts))
     dtype = str((now.get("model") or {}).get("dtype"))
-    found = diff.verdict(drifts, dtype)
+    found = diff.verdict(drifts, dtype, a.schema)
     log.print_out({
         "identical": "Reproduced: bit for bit the same results.",
         "rounding": f"Reproduced up to rounding: within {TOLERANCE[dtype].nats:g} of every measured number, the same tokens, "

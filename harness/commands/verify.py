@@ -10,11 +10,12 @@ from harness import log
 from harness.commands.findings import Check, checks_of, print_checks
 from harness.commands.remeasure import measured_again
 from harness.errors import DamagedManifest, RunError, Stopped, StoreError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.files import file_sha256, is_file, open_inside, sha256
 from harness.run import RunPaths, find_run, fingerprint, is_held, read_manifest
 from harness.run.differences import check_shape, told
 from harness.settings import Resolved
-from harness.store import SCHEMA_VERSION, TABLES, VIEWS, AlteredStore, Reader, Row, open_copy, seal
+from harness.store import AlteredStore, Reader, Row, open_copy, seal
 from harness.store.seal import Seal
 
 
@@ -95,8 +96,8 @@ def _reader(paths: RunPaths, sealed: Seal | None, is_running: bool) -> Reader:
     """The results of a run that ended, else what readers of a running or stopped one get. A run that goes on meanwhile
     leaves this reader the file it has."""
     if sealed is None and not is_running and paths.results.exists():
-        return open_copy(paths.results, threads=1) or Reader(paths.live, threads=1)
-    return Reader(paths.live if is_running else paths.results, threads=1)
+        return open_copy(paths.results, SCHEMA, threads=1) or Reader(paths.live, SCHEMA, threads=1)
+    return Reader(paths.live if is_running else paths.results, SCHEMA, threads=1)
 
 
 def _find(root: Path, wanted: str) -> RunPaths:
@@ -151,7 +152,7 @@ def _of_rows(paths: RunPaths, sealed: Seal | None) -> Iterator[Check]:
         return
     num_rows = sum(table.rows for table in sealed.tables.values())
     for name, store in (("rows", paths.results), ("snapshot", paths.live)):
-        problems = seal.changed_rows(sealed, paths, store)
+        problems = seal.changed_rows(sealed, paths, store, SCHEMA)
         yield from checks_of(name, problems, f"{num_rows:,} rows of {len(sealed.tables)} tables as they were sealed")
 
 
@@ -159,46 +160,21 @@ def _of_rows(paths: RunPaths, sealed: Seal | None) -> Iterator[Check]:
 
 
 def _of_schema(reader: Reader, sealed: Seal | None) -> Iterator[Check]:
-    if sealed and reader.schema_version not in (sealed.schema, SCHEMA_VERSION):
+    schema = reader.schema
+    if sealed and reader.schema_version not in (sealed.schema, schema.version):
         yield Check("FAIL", "schema", f"version {reader.schema_version}, and it was sealed as {sealed.schema}")
         return
-    if reader.schema_version != SCHEMA_VERSION:
+    if reader.version != schema.newest:
         yield Check("skip", "schema", f"version {reader.schema_version}, of another harness")
         return
-    yield Check("ok", "schema", f"version {SCHEMA_VERSION}, {len(TABLES) + len(VIEWS)} tables and views")
-
-
-_IN_A_CONTEXT = ("psem", "completions", "detections", "attention", "lens", "decomposition", "activations")
-_ORPHANS = {
-    "contexts": "SELECT prompt_id FROM contexts ANTI JOIN prompts USING (prompt_id)",
-    "patching": "SELECT DISTINCT prompt_id FROM patching ANTI JOIN prompts USING (prompt_id)",
-    "detections": "SELECT prompt_id, condition, mode, sample_id FROM detections "
-    "ANTI JOIN completions USING (prompt_id, condition, mode, sample_id)",
-    **{
-        f"{name} (context)": f"SELECT DISTINCT prompt_id, condition FROM {name} ANTI JOIN contexts USING (prompt_id, condition)"
-        for name in _IN_A_CONTEXT
-    },
-}
-_SENSE = {
-    "psem: lists not as long as num_sequences": "SELECT prompt_id, condition FROM psem WHERE num_sequences <> len(sequences) "
-    "OR num_sequences <> len(logprobs)",
-    "psem: a probability outside [0, 1]": "SELECT prompt_id, condition FROM psem WHERE NOT (p_sem BETWEEN 0 AND 1.00001 AND "
-    "p_word BETWEEN 0 AND 1.00001 AND paper_p_sem BETWEEN 0 AND 1)",
-    "completions: not a log-probability a token": "SELECT prompt_id, condition, mode, sample_id FROM completions "
-    "WHERE len(token_ids) <> len(logprobs)",
-    "stages: not every item is done or failed": "SELECT stage FROM stages WHERE status <> 'running' "
-    "AND num_done + num_failed <> num_items",
-    "batches: planned, and never computed": "SELECT b.stage, b.batch_id FROM batches b JOIN stages s USING (stage) "
-    "WHERE b.status = 'planned' AND s.status <> 'running'",
-    "batches: not as many keys as items": "SELECT stage, batch_id FROM batches WHERE num_items <> len(keys)",
-}
+    yield Check("ok", "schema", f"version {schema.version}, {len(schema.tables) + len(schema.views)} tables and views")
 
 
 def _broken_keys(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[str]:
-    for name, sql in _ORPHANS.items():
+    for name, sql in reader.schema.orphans.items():
         for row in reader.query(sql):
             yield f"{name}: no row it belongs to for {_values(row)}"
-    for name, sql in _SENSE.items():
+    for name, sql in reader.schema.sense.items():
         for row in reader.query(sql):
             yield f"{name}: {_values(row)}"
     if manifest.get("status") == "finished":

@@ -268,7 +268,7 @@ class Engine:
 
     def _commit(self, stage: Stage, batch: Batch, outcome: Outcome, items: Mapping[str, Item]) -> None:
         result = collect(batch, outcome, [key for key in batch.keys if key not in items])
-        self._write_artifacts(outcome, result)
+        self._write_artifacts(batch, outcome, result)
         for failure in result.failures:
             logger.error("{} failed on {}: {}", stage.name, failure.key, failure.message)
         if outcome.traceback:
@@ -281,10 +281,10 @@ class Engine:
             BatchReport(stage.name, len(batch.keys), length, result.tokens, result.seconds, result.peak_bytes)
         )
 
-    def _write_artifacts(self, outcome: Outcome, result: BatchResult) -> None:
+    def _write_artifacts(self, batch: Batch, outcome: Outcome, result: BatchResult) -> None:
         """Each file written beside, synced and renamed before any row speaks of it: a kill leaves a file, never a claim."""
         failed = {f.key for f in result.failures}
-        for artifact in (a for r in outcome.results if r.key not in failed for a in r.artifacts):
+        for key, artifact in ((r.key, a) for r in outcome.results if r.key not in failed for a in r.artifacts):
             path = self._paths.artifacts / artifact.path
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,8 @@ class Engine:
             result.rows.setdefault("artifacts", []).append({
                 "path": artifact.path, "kind": artifact.kind, "sha256": hashlib.sha256(artifact.content).hexdigest(),
                 "bytes": len(artifact.content), "shape": list(artifact.shape), "dtype": artifact.dtype,
-                "prompt_id": artifact.prompt_id, "condition": artifact.condition,
+                "stage": batch.stage, "batch_id": batch.batch_id, "item_key": key,
+                "keys": {"prompt_id": artifact.prompt_id, "condition": artifact.condition},
             })  # fmt: skip
 
     def _finish(self, stage: Stage, plan: Sequence[Batch], budget: Budget) -> StageReport:

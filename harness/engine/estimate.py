@@ -17,7 +17,7 @@ from harness.engine.executors import Executor
 from harness.engine.plan import CPU_BUDGET, Pace
 from harness.engine.stop import StopSignal
 from harness.run import RunPaths
-from harness.store import Store
+from harness.store import Schema, Store
 
 Clock = Callable[[], float]
 _T = TypeVar("_T")
@@ -90,8 +90,8 @@ class Estimate:
 
 
 def measure(
-    build: Callable[[int, Path], Sequence[Stage]], num_prompts: int, executor: Executor, limits: Limits, stop: StopSignal,
-    shown: Observer, clock: Clock = time.perf_counter,
+    build: Callable[[int, Path], Sequence[Stage]], schema: Schema, num_prompts: int, executor: Executor, limits: Limits,
+    stop: StopSignal, shown: Observer, clock: Clock = time.perf_counter,
 ) -> Estimate:  # fmt: skip
     """Run the stages on a few prompts, in a folder that is thrown away, and say what all `num_prompts` will take.
 
@@ -102,7 +102,7 @@ def measure(
     start, watch = clock(), _Watch(clock, shown)
     most_tokens = limits.max_tokens or (CPU_BUDGET if executor.accelerator.capacity_bytes() is None else None)
     most = min(_MOST_PROMPTS, num_prompts // _SHARE)
-    with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results) as store:
+    with TemporaryDirectory(prefix="harness-estimate-") as name, Store(RunPaths(Path(name)).results, schema) as store:
         paths = RunPaths(Path(name))
         engine = Engine(store, paths, executor, limits, watch, stop)
         for num in (1, most):

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from harness.errors import StoreError
 from harness.store.reader import Reader
-from harness.store.schema import one_line
+from harness.store.schema import Schema, one_line
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,13 @@ _CHUNK = 1_024  # rows
 
 
 def ask_locked(
-    live: Path, sql: str, max_rows: int = 1_000, limit_s: float = 10.0, *, file: BufferedReader | None = None
+    live: Path,
+    schema: Schema,
+    sql: str,
+    max_rows: int = 1_000,
+    limit_s: float = 10.0,
+    *,
+    file: BufferedReader | None = None,
 ) -> Answer:
     """Answer whatever one SELECT asks of a snapshot, `live` or what is open as `file`. It sees this snapshot and nothing else
     of the machine, and changes nothing.
@@ -41,7 +47,7 @@ def ask_locked(
     Raises StoreError, in one line, for any other statement, for an error in it, and after `limit_s`. DuckDB looks at the
     clock and at its memory between vectors: a single call of a function can take more of both. `asking.answer` stops that.
     """
-    with Reader(live, threads=2, memory_gb=1, file=file) as reader:
+    with Reader(live, schema, threads=2, memory_gb=1, file=file) as reader:
         con = reader._con
         try:
             _check_question(con, sql)

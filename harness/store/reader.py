@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -20,10 +20,13 @@ import pyarrow as pa
 from harness.errors import StoreError
 from harness.files import open_regular, replacing
 from harness.store import bench
+from harness.store.rows import BATCH_ROWS, in_order, rows_with, stored_rows, streamed
 from harness.store.schema import (
     DATABASE,
+    EMPTY,
     FAILED,
     Row,
+    Schema,
     check,
     expected,
     identifier,
@@ -31,7 +34,7 @@ from harness.store.schema import (
     primary_key,
     quoted,
 )
-from harness.store.writer import TableSeal, disk_errors, stored_rows
+from harness.store.writer import TableSeal, disk_errors
 
 _CHUNK = 4_096  # rows
 _ASIDE = "harness-reading-"
@@ -71,19 +74,21 @@ class Reader:
     old snapshot for as long as any connection to it is open. It is attached through a file descriptor, because DuckDB
     opens a path twice while attaching it, and a snapshot published in between would be read with the old one's header.
 
-    Raises StoreError for what is no results store, AlteredStore (one of them) for a store that holds anything but the
-    tables and views of its schema. `threads` 1 gives the bits that the writer's own views have.
+    Raises StoreError for what is no results store, or one of another experiment, AlteredStore (one of them) for a store
+    that holds anything but the tables and views of its version of the schema. `threads` 1 gives the bits that the
+    writer's own views have.
     """
 
     def __init__(
         self,
         live: Path,
+        schema: Schema,
         *,
         threads: int | None = None,
         memory_gb: int | None = None,
         file: BufferedReader | None = None,
     ):
-        self.path = live
+        self.path, self.schema = live, schema
         self._con = duckdb.connect(":memory:")
         try:
             self._file = file or open_regular(live)
@@ -102,8 +107,8 @@ class Reader:
             self._con.execute(f"ATTACH '{quoted(self._held)}' AS {DATABASE} (READ_ONLY, TYPE duckdb)")
             for setting in _AFTER:
                 self._con.execute(f"SET {setting}")
-            self.schema_version = check(self._con, live)
-            if not self.schema_version:
+            self.version = check(self._con, live, schema)
+            if self.version == EMPTY:
                 raise StoreError(f"{live}: an empty store; the run has no results yet")
             self._con.execute(f"USE {DATABASE}")
         except duckdb.Error as e:
@@ -114,13 +119,18 @@ class Reader:
             raise
 
     @property
+    def schema_version(self) -> int:
+        """The number of the experiment's last migration that this store has."""
+        return self.version.own
+
+    @property
     def age_s(self) -> float:
         """Seconds since the snapshot was published."""
         return max(0.0, time.time() - self.published)
 
     def tables(self) -> list[str]:
         """Tables and views of this run, as its own schema has them."""
-        mine = expected(self.schema_version) - expected(0)
+        mine = expected(self.schema, self.version) - expected(self.schema, EMPTY)
         return sorted(e.name for e in mine if e.kind in ("table", "view"))
 
     def query(self, sql: str, params: Sequence[object] | None = None) -> list[Row]:
@@ -136,15 +146,25 @@ class Reader:
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 
-    def table(self, name: str) -> pa.Table:
-        """A table or view, in the order of its key where it has one."""
-        assert name in self.tables(), f"no table {name}"
-        order = ", ".join(self.key_of(name)) or "ALL"
-        return self._arrow(f"SELECT * FROM {name} ORDER BY {order}")
-
-    def rows(self, name: str) -> list[Row]:
+    def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
         """As `Store.table`; with one thread, with the same bits in every mean of a view."""
-        return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(self.key_of(name)) or 'ALL'}")
+        return self.query(in_order(self._con, name, columns))
+
+    def batches(
+        self, name: str, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """As `Store.batches`."""
+        try:
+            yield from streamed(self._con, name, columns, rows)
+        except (duckdb.Error, pa.ArrowException) as e:
+            raise StoreError(f"{self.path}: {one_line(e)}") from e
+
+    def rows_with(self, name: str, keys: Sequence[Row], columns: Sequence[str] | None = None) -> list[Row]:
+        """As `Store.rows_with`."""
+        try:
+            return rows_with(self._con, name, keys, columns)
+        except duckdb.Error as e:
+            raise StoreError(f"{self.path}: {one_line(e)}") from e
 
     def failed(self, stage: str) -> list[str]:
         """As `Store.failed`."""
@@ -243,7 +263,7 @@ class Reader:
         self.close()
 
 
-def open_copy(results: Path, *, threads: int | None = None) -> Reader | None:
+def open_copy(results: Path, schema: Schema, *, threads: int | None = None) -> Reader | None:
     """A reader of a private copy of a store that nobody writes, with the last rows of a killed writer in it.
 
     None where somebody began to write it meanwhile. Nothing of the run is written or locked, and the copy has lost its
@@ -267,7 +287,7 @@ def open_copy(results: Path, *, threads: int | None = None) -> Reader | None:
             con.execute("SET enable_external_access = false")
             con.execute(f"ATTACH '{quoted(copy)}' AS {DATABASE} (TYPE duckdb)")
             con.execute(f"DETACH {DATABASE}")
-        return Reader(results, threads=threads, file=copy.open("rb"))
+        return Reader(results, schema, threads=threads, file=copy.open("rb"))
     except duckdb.Error as e:
         raise StoreError(f"{results}: cannot be opened as a results store: {one_line(e)}") from e
     finally:

@@ -1,12 +1,14 @@
-"""What a store may hold: tables and views by schema version, and whether a file holds exactly those.
+"""What a store may hold: the machinery's tables and those of one experiment, by version, and whether a file holds exactly those.
 
 A store may come from a stranger. Its views run when they are read and its macros stand before DuckDB's own functions, so
-nothing of it is asked before every object in it has been compared with what this version's migrations make.
+nothing of it is asked before every object in it has been compared with what the migrations of its version make.
 """
 
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,252 +22,29 @@ Row = dict[str, Any]
 DATABASE = "run"
 """What every connection calls the store it has attached."""
 
-_SPAN = "INTEGER[2]"
-_ATTENTION_MEASURES = ("iar", "nf", "tmf", "pi", "iar_token", "nf_token", "tmf_token", "pi_token")
-
-
-def _in_order(table: str, column: str) -> str:
-    """A column's values beside the outcomes they are compared by, in the order of their prompts: one a prompt and group."""
-    return (
-        f"(SELECT c.condition, c.measured, c.outcome, t.step_kind, t.layer, t.{column} AS measured_value FROM {table} t "
-        f"JOIN compared c ON t.prompt_id = c.prompt_id AND t.condition = c.measured "
-        f"{f'WHERE t.{column} IS NOT NULL ' if table == 'attention' else ''}ORDER BY t.prompt_id)"
-    )
-
-
-# Each migration is applied once, in one transaction with the record that it was. Never edit one: append another.
-MIGRATIONS: tuple[str, ...] = (
-    f"""
-    CREATE TABLE prompts (
-        prompt_id VARCHAR PRIMARY KEY, category VARCHAR, question VARCHAR, target VARCHAR, source VARCHAR, style VARCHAR,
-        row_hash VARCHAR, single_token BOOLEAN, tier VARCHAR, alternatives VARCHAR[]);
-    CREATE TABLE contexts (
-        prompt_id VARCHAR, condition VARCHAR, text VARCHAR, token_ids INTEGER[],
-        spans STRUCT(instruction {_SPAN}, negation {_SPAN}, mention {_SPAN}, question {_SPAN}),
-        PRIMARY KEY (prompt_id, condition));
-    CREATE TABLE psem (
-        prompt_id VARCHAR, condition VARCHAR, p_sem DOUBLE, p_word DOUBLE, paper_p_sem DOUBLE, num_sequences INTEGER,
-        sequences INTEGER[][], logprobs DOUBLE[], word_end DOUBLE[], entropy DOUBLE, top_ids INTEGER[], top_probs DOUBLE[],
-        PRIMARY KEY (prompt_id, condition));
-    CREATE TABLE completions (
-        prompt_id VARCHAR, condition VARCHAR, mode VARCHAR, sample_id INTEGER, token_ids INTEGER[], text VARCHAR,
-        answer VARCHAR, finish_reason VARCHAR, logprobs FLOAT[], margins FLOAT[],
-        PRIMARY KEY (prompt_id, condition, mode, sample_id));
-    CREATE TABLE detections (
-        prompt_id VARCHAR, condition VARCHAR, mode VARCHAR, sample_id INTEGER, word_present BOOLEAN,
-        word_present_full BOOLEAN, format_ok BOOLEAN, num_occurrences INTEGER, first_step INTEGER,
-        char_spans {_SPAN}[], token_spans {_SPAN}[],
-        PRIMARY KEY (prompt_id, condition, mode, sample_id));
-    CREATE TABLE attention (
-        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, iar FLOAT[], nf FLOAT[],
-        tmf FLOAT[], pi FLOAT[], mean_row FLOAT[],
-        PRIMARY KEY (prompt_id, condition, step_kind, layer));
-    CREATE TABLE lens (
-        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, p_target DOUBLE,
-        p_emitted DOUBLE, entropy DOUBLE, kl_final DOUBLE, top_ids INTEGER[], top_probs DOUBLE[],
-        PRIMARY KEY (prompt_id, condition, step_kind, layer));
-    CREATE TABLE decomposition (
-        prompt_id VARCHAR, condition VARCHAR, step_kind VARCHAR, layer INTEGER, step INTEGER, p_in DOUBLE, p_attn DOUBLE,
-        p_out DOUBLE, attn_contrib DOUBLE, ffn_contrib DOUBLE,
-        PRIMARY KEY (prompt_id, condition, step_kind, layer));
-    CREATE TABLE patching (
-        prompt_id VARCHAR, layer INTEGER, patch VARCHAR, p_sem_original DOUBLE, p_sem_patched DOUBLE, delta_p DOUBLE,
-        continuation VARCHAR, flipped BOOLEAN,
-        PRIMARY KEY (prompt_id, layer, patch));
-    CREATE TABLE activations (
-        prompt_id VARCHAR, condition VARCHAR, layer INTEGER, resid_norm FLOAT[], top_neurons INTEGER[], top_values FLOAT[],
-        PRIMARY KEY (prompt_id, condition, layer));
+# The machinery's own tables, for every experiment. Numbered from 1. Never edit one: append another.
+CORE: tuple[str, ...] = (
+    """
     CREATE TABLE artifacts (
         path VARCHAR PRIMARY KEY, kind VARCHAR, sha256 VARCHAR, bytes BIGINT, shape INTEGER[], dtype VARCHAR,
-        prompt_id VARCHAR, condition VARCHAR);
+        stage VARCHAR, batch_id INTEGER, item_key VARCHAR, keys MAP(VARCHAR, VARCHAR));
+    CREATE TABLE sanity_items (
+        measurement VARCHAR, subject VARCHAR, num_items INTEGER, max_abs DOUBLE, max_rel DOUBLE, flips INTEGER,
+        near_ties INTEGER, tolerance DOUBLE, worst VARCHAR, repeated VARCHAR, ok BOOLEAN, left_out BOOLEAN, seconds DOUBLE,
+        PRIMARY KEY (measurement, subject));
     CREATE TABLE stages (
         stage VARCHAR PRIMARY KEY, version INTEGER, status VARCHAR, num_items INTEGER, num_done INTEGER,
-        num_failed INTEGER, seconds DOUBLE, tokens BIGINT);
+        num_failed INTEGER, seconds DOUBLE, tokens BIGINT, num_rows BIGINT DEFAULT 0, prefill_tokens BIGINT DEFAULT 0,
+        padding_tokens BIGINT DEFAULT 0);
     CREATE TABLE batches (
         stage VARCHAR, batch_id INTEGER, parent INTEGER, status VARCHAR, keys VARCHAR[], num_items INTEGER,
-        padded_tokens BIGINT, seconds DOUBLE, peak_bytes BIGINT, attempt INTEGER,
+        padded_tokens BIGINT, seconds DOUBLE, peak_bytes BIGINT, attempt INTEGER, tokens BIGINT, prefill_tokens BIGINT,
+        padding_tokens BIGINT, work_s DOUBLE,
         PRIMARY KEY (stage, batch_id));
     CREATE SEQUENCE event_ids;
     CREATE TABLE events (
         event_id BIGINT PRIMARY KEY DEFAULT nextval('event_ids'), time TIMESTAMP, level VARCHAR,
         stage VARCHAR, batch_id INTEGER, item_key VARCHAR, kind VARCHAR, message VARCHAR);
-
-    CREATE VIEW suppression AS
-        SELECT prompt_id, c.condition, b.p_sem AS p0, c.p_sem AS p1, b.p_sem - c.p_sem AS delta,
-               (b.p_sem - c.p_sem) / greatest(b.p_sem, 1e-9) AS relative,
-               ln(greatest(b.p_sem, 1e-12)) - ln(greatest(c.p_sem, 1e-12)) AS log
-        FROM psem c JOIN psem b USING (prompt_id)
-        WHERE b.condition = 'baseline' AND c.condition <> 'baseline';
-    CREATE VIEW violation AS
-        SELECT prompt_id, condition, count(*) AS num_samples, count(*) FILTER (word_present) AS num_violations,
-               count(*) FILTER (word_present) / count(*) AS rate
-        FROM detections WHERE mode = 'sample' GROUP BY prompt_id, condition;
-    CREATE VIEW outcomes AS
-        SELECT prompt_id, condition, word_present, CASE WHEN word_present THEN 'failure' ELSE 'success' END AS outcome,
-               NULL::VARCHAR AS taxonomy
-        FROM detections WHERE mode = 'greedy' AND condition <> 'baseline';
-    """,
-    f"""
-    ALTER TABLE attention ADD COLUMN iar_token FLOAT[];
-    ALTER TABLE attention ADD COLUMN nf_token FLOAT[];
-    ALTER TABLE attention ADD COLUMN tmf_token FLOAT[];
-    ALTER TABLE attention ADD COLUMN pi_token FLOAT[];
-    ALTER TABLE patching ADD COLUMN num_patched INTEGER;
-    ALTER TABLE patching ADD COLUMN num_span INTEGER;
-    CREATE TABLE statistics (
-        analysis VARCHAR, condition VARCHAR, measured VARCHAR, step_kind VARCHAR, measure VARCHAR, grouping VARCHAR,
-        patch VARCHAR, layer INTEGER, head INTEGER, value DOUBLE, se DOUBLE, low DOUBLE, high DOUBLE, p DOUBLE, q DOUBLE,
-        n INTEGER, method VARCHAR,
-        PRIMARY KEY (analysis, condition, measured, step_kind, measure, grouping, patch, layer, head));
-    CREATE TABLE sanity (
-        measurement VARCHAR PRIMARY KEY, num_items INTEGER, max_abs DOUBLE, max_rel DOUBLE, flips INTEGER,
-        near_ties INTEGER, tolerance DOUBLE, worst VARCHAR, repeated VARCHAR, ok BOOLEAN);
-
-    DROP VIEW outcomes;
-    CREATE VIEW outcomes AS
-        WITH priming AS (
-            SELECT prompt_id, condition, avg(list_avg(pi)) AS pi FROM attention WHERE step_kind = 'first'
-            GROUP BY prompt_id, condition)
-        SELECT d.prompt_id, d.condition, d.word_present,
-               CASE WHEN d.word_present THEN 'failure' ELSE 'success' END AS outcome,
-               CASE WHEN NOT d.word_present THEN NULL
-                    WHEN s.delta < 0 OR a.pi > 0 THEN 'priming'
-                    WHEN s.delta IS NULL OR a.pi IS NULL THEN NULL
-                    ELSE 'override' END AS taxonomy,
-               s.delta, a.pi,
-               'priming where delta < 0 or pi > 0 (mean over layers and heads at the first step), else override'
-                   AS taxonomy_rule
-        FROM detections d LEFT JOIN suppression s USING (prompt_id, condition)
-             LEFT JOIN priming a USING (prompt_id, condition)
-        WHERE d.mode = 'greedy' AND d.condition <> 'baseline';
-    CREATE VIEW greedy_answers AS
-        SELECT c.prompt_id, c.condition, c.token_ids, d.word_present, d.first_step
-        FROM completions c JOIN detections d USING (prompt_id, condition, mode, sample_id) WHERE c.mode = 'greedy';
-    CREATE VIEW compared AS
-        SELECT prompt_id, condition, outcome, unnest([condition, 'baseline']) AS measured FROM outcomes;
-    CREATE VIEW attention_heads AS
-        {
-        " UNION ALL ".join(
-            f"SELECT prompt_id, condition, step_kind, layer, '{m}' AS measure, generate_subscripts({m}, 1) - 1 AS head, "
-            f"unnest({m}) AS value FROM attention WHERE {m} IS NOT NULL"
-            for m in _ATTENTION_MEASURES
-        )
-    };
-    CREATE VIEW attention_moments AS
-        SELECT c.condition, c.measured, c.outcome, a.step_kind, a.layer, a.head, a.measure,
-               count(*) AS n, avg(a.value) AS mean, var_samp(a.value) AS var
-        FROM compared c JOIN attention_heads a ON a.prompt_id = c.prompt_id AND a.condition = c.measured
-        GROUP BY ALL
-        UNION ALL
-        {
-        " UNION ALL ".join(
-            f"SELECT c.condition, c.measured, c.outcome, a.step_kind, a.layer, -1 AS head, '{m}' AS measure, "
-            f"count(*) AS n, avg(list_avg({m})) AS mean, var_samp(list_avg({m})) AS var "
-            f"FROM compared c JOIN attention a ON a.prompt_id = c.prompt_id AND a.condition = c.measured "
-            f"WHERE {m} IS NOT NULL GROUP BY ALL"
-            for m in _ATTENTION_MEASURES
-        )
-    };
-    CREATE VIEW lens_moments AS
-        {
-        " UNION ALL ".join(
-            f"SELECT c.condition, c.measured, c.outcome, l.step_kind, l.layer, '{m}' AS measure, count(*) AS n, "
-            f"avg({m}) AS mean, var_samp({m}) AS var "
-            f"FROM compared c JOIN lens l ON l.prompt_id = c.prompt_id AND l.condition = c.measured GROUP BY ALL"
-            for m in ("p_target", "p_emitted", "entropy", "kl_final")
-        )
-    };
-    CREATE VIEW decomposition_moments AS
-        {
-        " UNION ALL ".join(
-            f"SELECT c.condition, c.measured, c.outcome, l.step_kind, l.layer, '{m}' AS measure, count(*) AS n, "
-            f"avg({m}) AS mean, var_samp({m}) AS var "
-            f"FROM compared c JOIN decomposition l ON l.prompt_id = c.prompt_id AND l.condition = c.measured GROUP BY ALL"
-            for m in ("attn_contrib", "ffn_contrib", "p_out")
-        )
-    };
-    """,
-    """
-    ALTER TABLE contexts ADD COLUMN offsets INTEGER[2][];
-    CREATE TABLE vocabulary (token_id INTEGER PRIMARY KEY, text VARCHAR, is_special BOOLEAN);
-    """,
-    """
-    ALTER TABLE stages ADD COLUMN num_rows BIGINT DEFAULT 0;
-    """,
-    # Floats are added up in the order of their prompts. DuckDB reads the parts of a table in any order where an aggregate
-    # follows, and a store that was opened again has other parts: without this, a killed run's means had other last bits.
-    f"""
-    CREATE OR REPLACE VIEW outcomes AS
-        WITH priming AS (
-            SELECT prompt_id, condition, avg(mean_pi) AS pi
-            FROM (SELECT prompt_id, condition, list_avg(pi) AS mean_pi FROM attention WHERE step_kind = 'first' ORDER BY layer)
-            GROUP BY prompt_id, condition)
-        SELECT d.prompt_id, d.condition, d.word_present,
-               CASE WHEN d.word_present THEN 'failure' ELSE 'success' END AS outcome,
-               CASE WHEN NOT d.word_present THEN NULL
-                    WHEN s.delta < 0 OR a.pi > 0 THEN 'priming'
-                    WHEN s.delta IS NULL OR a.pi IS NULL THEN NULL
-                    ELSE 'override' END AS taxonomy,
-               s.delta, a.pi,
-               'priming where delta < 0 or pi > 0 (mean over layers and heads at the first step), else override'
-                   AS taxonomy_rule
-        FROM detections d LEFT JOIN suppression s USING (prompt_id, condition)
-             LEFT JOIN priming a USING (prompt_id, condition)
-        WHERE d.mode = 'greedy' AND d.condition <> 'baseline';
-    CREATE OR REPLACE VIEW attention_moments AS
-        {
-        " UNION ALL ".join(
-            f"SELECT condition, measured, outcome, step_kind, layer, head, '{m}' AS measure, "
-            f"count(*) AS n, avg(value) AS mean, var_samp(value) AS var "
-            f"FROM (SELECT condition, measured, outcome, step_kind, layer, generate_subscripts(measured_value, 1) - 1 AS head, "
-            f"unnest(measured_value) AS value FROM {_in_order('attention', m)}) GROUP BY ALL"
-            for m in _ATTENTION_MEASURES
-        )
-    }
-        UNION ALL
-        {
-        " UNION ALL ".join(
-            f"SELECT condition, measured, outcome, step_kind, layer, -1 AS head, '{m}' AS measure, "
-            f"count(*) AS n, avg(list_avg(measured_value)) AS mean, var_samp(list_avg(measured_value)) AS var "
-            f"FROM {_in_order('attention', m)} GROUP BY ALL"
-            for m in _ATTENTION_MEASURES
-        )
-    };
-    CREATE OR REPLACE VIEW lens_moments AS
-        {
-        " UNION ALL ".join(
-            f"SELECT condition, measured, outcome, step_kind, layer, '{m}' AS measure, count(*) AS n, "
-            f"avg(measured_value) AS mean, var_samp(measured_value) AS var FROM {_in_order('lens', m)} GROUP BY ALL"
-            for m in ("p_target", "p_emitted", "entropy", "kl_final")
-        )
-    };
-    CREATE OR REPLACE VIEW decomposition_moments AS
-        {
-        " UNION ALL ".join(
-            f"SELECT condition, measured, outcome, step_kind, layer, '{m}' AS measure, count(*) AS n, "
-            f"avg(measured_value) AS mean, var_samp(measured_value) AS var "
-            f"FROM {_in_order('decomposition', m)} GROUP BY ALL"
-            for m in ("attn_contrib", "ffn_contrib", "p_out")
-        )
-    };
-    """,
-    # `tokens` of stages are those forwarded from here on; an older run's stages counted each in its own way.
-    """
-    ALTER TABLE batches ADD COLUMN tokens BIGINT;
-    ALTER TABLE batches ADD COLUMN prefill_tokens BIGINT;
-    ALTER TABLE batches ADD COLUMN padding_tokens BIGINT;
-    ALTER TABLE batches ADD COLUMN work_s DOUBLE;
-    ALTER TABLE stages ADD COLUMN prefill_tokens BIGINT DEFAULT 0;
-    ALTER TABLE stages ADD COLUMN padding_tokens BIGINT DEFAULT 0;
-    """,
-    # The certificate's items. Its one row a measurement is computed from them: a killed run's is that of what it has.
-    """
-    CREATE TABLE sanity_items (
-        measurement VARCHAR, subject VARCHAR, num_items INTEGER, max_abs DOUBLE, max_rel DOUBLE, flips INTEGER,
-        near_ties INTEGER, tolerance DOUBLE, worst VARCHAR, repeated VARCHAR, ok BOOLEAN, left_out BOOLEAN, seconds DOUBLE,
-        PRIMARY KEY (measurement, subject));
-    INSERT INTO sanity_items BY NAME SELECT *, 'all' AS subject, false AS left_out FROM sanity;
-    DROP TABLE sanity;
     CREATE VIEW sanity AS
         SELECT measurement, sum(num_items)::INTEGER AS num_items, max(max_abs) AS max_abs, max(max_rel) AS max_rel,
                sum(flips)::INTEGER AS flips, sum(near_ties)::INTEGER AS near_ties, max(tolerance) AS tolerance,
@@ -276,19 +55,130 @@ MIGRATIONS: tuple[str, ...] = (
         FROM sanity_items GROUP BY measurement;
     """,
 )
-SCHEMA_VERSION = len(MIGRATIONS)
+CORE_NAME = "core"
+"""What the table of applied migrations calls the machinery."""
+_MEASURED_OF_CORE = ("artifacts",)
+"""Of the machinery's tables those that tell what was measured; the others tell how a run went, which a clock has a part in."""
+_CORE_APART = 1
+"""How many of CORE a store has once its experiment's first migration after `made_core` has set the machinery apart."""
 
-TABLES = (
-    "vocabulary", "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
-    "activations", "artifacts", "statistics", "sanity_items", "stages", "batches", "events",
-)  # fmt: skip
-VIEWS = (
-    "suppression", "violation", "outcomes", "greedy_answers", "compared", "attention_heads", "attention_moments", "lens_moments",
-    "decomposition_moments", "sanity",
-)  # fmt: skip
-MACHINERY = ("sanity_items", "stages", "batches", "events")
-"""Tables that tell how a run went, which a clock has a part in; the others tell what it measured."""
-MEASURED = tuple(name for name in TABLES if name not in MACHINERY)
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What those who check, compare and export tables should know of them."""
+
+    derived: tuple[str, ...] = ()
+    """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
+    ranks: tuple[str, ...] = ()
+    """Columns that hold orders of things that may be equally large; the sizes stand in columns of their own."""
+    not_exported: tuple[str, ...] = ()
+    """Tables and views that say nothing that another does not."""
+    orphans: Mapping[str, str] = field(default_factory=dict)
+    """A query for each name: the keys of rows that belong to no row, where they should."""
+    sense: Mapping[str, str] = field(default_factory=dict)
+    """A query for each name, which says what is wrong: the keys of rows that make no sense."""
+
+
+_CORE_FACTS = TableFacts(
+    derived=("sanity_items", "artifacts"),
+    sense={
+        "stages: not every item is done or failed": "SELECT stage FROM stages WHERE status <> 'running' "
+        "AND num_done + num_failed <> num_items",
+        "batches: planned, and never computed": "SELECT b.stage, b.batch_id FROM batches b JOIN stages s USING (stage) "
+        "WHERE b.status = 'planned' AND s.status <> 'running'",
+        "batches: not as many keys as items": "SELECT stage, batch_id FROM batches WHERE num_items <> len(keys)",
+    },
+)
+
+
+class Version(NamedTuple):
+    """How many migrations of the machinery and of the experiment a store has; `core` 0 before the two were apart."""
+
+    core: int
+    own: int
+
+
+EMPTY = Version(0, 0)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a store holds: the machinery's tables and those of one experiment.
+
+    `migrations` are numbered from 1, each applied once, in one transaction with the record that it was. They are never
+    edited, only appended. The first `made_core` of them made the machinery's tables themselves, before those were apart,
+    and the one after sets them apart; 0 for every experiment that began later. `order`: its measured tables, where they
+    are to be sealed and listed in another order than that in which they were made.
+    """
+
+    experiment: str
+    migrations: tuple[str, ...]
+    made_core: int = 0
+    order: tuple[str, ...] = ()
+    facts: TableFacts = field(default_factory=TableFacts, hash=False)
+
+    @property
+    def version(self) -> int:
+        """The number of the experiment's last migration."""
+        return len(self.migrations)
+
+    @property
+    def newest(self) -> Version:
+        return Version(len(CORE), len(self.migrations))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Every table but the record of migrations: those measured, then the machinery's."""
+        return self.measured + self.machinery
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return _made(self, self.newest).views
+
+    @property
+    def machinery(self) -> tuple[str, ...]:
+        """Tables that tell how a run went."""
+        return tuple(name for name in _core_tables() if name not in _MEASURED_OF_CORE)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Tables that tell what a run measured: these are compared, and their hashes are in the manifest."""
+        found = [name for name in _made(self, self.newest).tables if name not in (*self.machinery, _RECORD_NAME)]
+        own = [name for name in found if name not in _MEASURED_OF_CORE]
+        default = [*own, *_MEASURED_OF_CORE]
+        places = {name: n for n, name in enumerate((*self.order, *(n for n in default if n not in self.order)))}
+        return tuple(sorted(found, key=places.__getitem__))
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """As `TableFacts.derived`, the machinery's too; so the next ones."""
+        return self.facts.derived + _CORE_FACTS.derived
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        return self.facts.ranks + _CORE_FACTS.ranks
+
+    @property
+    def not_exported(self) -> tuple[str, ...]:
+        return self.facts.not_exported + _CORE_FACTS.not_exported
+
+    @property
+    def orphans(self) -> Mapping[str, str]:
+        return {**self.facts.orphans, **_CORE_FACTS.orphans}
+
+    @property
+    def sense(self) -> Mapping[str, str]:
+        return {**self.facts.sense, **_CORE_FACTS.sense}
+
+    def packed(self) -> dict[str, Any]:
+        """All that a reader in another process needs of it, for JSON."""
+        return {"experiment": self.experiment, "migrations": self.migrations, "made_core": self.made_core}
+
+    @classmethod
+    def unpacked(cls, told: Mapping[str, Any]) -> "Schema":
+        """The inverse of `packed`."""
+        return cls(told["experiment"], tuple(told["migrations"]), told["made_core"])
+
 
 DROPPED = "what it rested on was measured again, and it is not among the items any more"
 FAILED = (  # an item's last word counts: failed, or recovered or dropped since
@@ -343,48 +233,109 @@ def catalog(con: duckdb.DuckDBPyConnection) -> frozenset[Entry]:
     )
 
 
-@lru_cache(maxsize=len(MIGRATIONS) + 1)
-def expected(version: int) -> frozenset[Entry]:
-    """What a store of this schema version holds; 0: what an empty file does."""
+class _Made(NamedTuple):
+    """What migrations make: every object; tables and views in the order in which they were made."""
+
+    entries: frozenset[Entry]
+    tables: tuple[str, ...]
+    views: tuple[str, ...]
+
+
+def expected(schema: Schema, version: Version) -> frozenset[Entry]:
+    """What a store of this version holds; EMPTY: what an empty file does."""
+    return _made(schema, version).entries
+
+
+@lru_cache(maxsize=256)
+def _made(schema: Schema, version: Version) -> _Made:
+    return _made_by(sql for step in _lineage(schema, version) for sql in step.statements)
+
+
+@lru_cache(maxsize=1)
+def _core_tables() -> tuple[str, ...]:
+    return _made_by(CORE).tables
+
+
+def _made_by(statements: Iterable[str]) -> _Made:
     with duckdb.connect(":memory:") as con:
         con.execute(f"ATTACH ':memory:' AS {DATABASE}")
         con.execute(f"USE {DATABASE}")
-        if version:
-            con.execute(_VERSIONS)
-        for migration in MIGRATIONS[:version]:
-            con.execute(migration)
-        return catalog(con)
+        for sql in statements:
+            con.execute(sql)
+        tables, views = (
+            tuple(
+                row[0]
+                for row in con.execute(
+                    f"SELECT {kind}_name FROM duckdb_{kind}s() WHERE database_name = '{DATABASE}' AND NOT internal "
+                    f"ORDER BY {kind}_oid"
+                ).fetchall()
+            )
+            for kind in ("table", "view")
+        )
+        return _Made(catalog(con), tables, views)
 
 
-def check(con: duckdb.DuckDBPyConnection, path: Path) -> int:
-    """The schema version of the attached store, 0 for an empty file. Asks nothing of it that it could answer by its own code.
+class _Step(NamedTuple):
+    """One migration: whose it is, its number, where it is recorded, and what it does."""
 
-    Raises AlteredStore where an object is missing, is not as this version's migrations make it, or is not of them.
+    whose: str
+    number: int
+    record: str
+    statements: tuple[str, ...]
+
+
+def _lineage(schema: Schema, version: Version) -> Iterator[_Step]:
+    """The steps that lead from an empty file to this version, in the order in which a new store takes them."""
+    old = schema.made_core
+    for number in range(1, min(version.own, old) + 1):
+        begin = (_VERSIONS,) if number == 1 else ()
+        yield _Step(schema.experiment, number, _VERSIONS_NAME, (*begin, schema.migrations[number - 1]))
+    if old and version.own > old:
+        yield _Step(schema.experiment, old + 1, _RECORD_NAME, (schema.migrations[old],))
+    for number in range(_CORE_APART + 1 if old else 1, version.core + 1):
+        begin = (_RECORD,) if number == 1 else ()
+        yield _Step(CORE_NAME, number, _RECORD_NAME, (*begin, CORE[number - 1]))
+    for number in range(old + 2 if old else 1, version.own + 1):
+        yield _Step(schema.experiment, number, _RECORD_NAME, (schema.migrations[number - 1],))
+
+
+def check(con: duckdb.DuckDBPyConnection, path: Path, schema: Schema) -> Version:
+    """The version of the attached store, EMPTY for an empty file. Asks nothing of it that it could answer by its own code.
+
+    Raises AlteredStore where an object is missing, is not as this version's migrations make it, or is not of them, and
+    StoreError for a store of another experiment or of a newer harness.
     """
     found = catalog(con)
-    version = next((v for v in range(SCHEMA_VERSION, -1, -1) if expected(v) == found), None)
-    recorded = _recorded(con) if {e for e in expected(1) if e.name == "schema_version"} <= found else 0
-    if version is None and recorded > SCHEMA_VERSION:
-        raise StoreError(
-            f"{path}: has schema {recorded}, this harness knows up to {SCHEMA_VERSION}; use a newer harness"
-        )
-    if version is None:
-        nearest = min(range(1, SCHEMA_VERSION + 1), key=lambda v: len(expected(v) ^ found))
-        raise AlteredStore(path, _told(found, expected(nearest)))
-    if recorded != version:
-        raise AlteredStore(path, [f"schema_version records {recorded}, its tables are those of {version}"])
-    return version
+    if found == expected(schema, EMPTY):
+        return EMPTY
+    recorded = _recorded(con, found, path, schema)
+    known = _versions(schema)
+    if recorded is not None and recorded in known and expected(schema, recorded) == found:
+        return recorded
+    version = next((v for v in reversed(known) if expected(schema, v) == found), None)
+    if version is not None:
+        told = [_told_version(schema, v) for v in (recorded or EMPTY, version)]
+        raise AlteredStore(path, [f"{_record_name(version)} records {told[0]}, its tables are those of {told[1]}"])
+    if recorded is not None and (recorded.own > schema.version or recorded.core > len(CORE)):
+        told = [_told_version(schema, v) for v in (recorded, schema.newest)]
+        raise StoreError(f"{path}: has schema {told[0]}, this harness knows up to {told[1]}; use a newer harness")
+    nearest = min(known, key=lambda v: len(expected(schema, v) ^ found))
+    raise AlteredStore(path, _told(found, expected(schema, nearest)))
 
 
-def migrate(con: duckdb.DuckDBPyConnection, current: int) -> None:
+def migrate(con: duckdb.DuckDBPyConnection, schema: Schema, current: Version) -> None:
     """Apply what is missing, each migration in one transaction with its record: a crash leaves it pending, never half done."""
-    for version in range(current + 1, SCHEMA_VERSION + 1):
+    applied = {(step.whose, step.number) for step in _lineage(schema, current)}
+    for step in _lineage(schema, schema.newest):
+        if (step.whose, step.number) in applied:
+            continue
         con.execute("BEGIN")
         try:
-            if version == 1:
-                con.execute(_VERSIONS)
-            con.execute(MIGRATIONS[version - 1])
-            con.execute("INSERT INTO schema_version VALUES (?, ?)", [version, utc_now()])
+            for sql in step.statements:
+                con.execute(sql)
+            whose = [] if step.record == _VERSIONS_NAME else [step.whose]
+            values = [*whose, step.number, utc_now()]
+            con.execute(f"INSERT INTO {step.record} VALUES ({', '.join('?' * len(values))})", values)
             con.execute("COMMIT")
         except BaseException:
             with suppress(duckdb.Error):  # a failed COMMIT has ended it already
@@ -422,13 +373,61 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+_RECORD_NAME, _VERSIONS_NAME = "migrations", "schema_version"
+_RECORD = (
+    "CREATE TABLE migrations (experiment VARCHAR, number INTEGER, applied TIMESTAMP, PRIMARY KEY (experiment, number))"
+)
 _VERSIONS = "CREATE TABLE schema_version (version INTEGER PRIMARY KEY, applied TIMESTAMP)"
+"""The record of stores that were made before the machinery's tables were apart."""
 
 
-def _recorded(con: duckdb.DuckDBPyConnection) -> int:
-    """The version that a store's table of versions records; the table is known to be one."""
-    rows = con.execute(f"SELECT version FROM {DATABASE}.main.schema_version").fetchall()
-    return max((row[0] for row in rows), default=0)
+def _versions(schema: Schema) -> list[Version]:
+    """Every version that a store of this schema may have, oldest first."""
+    old = schema.made_core
+    own = range(old + 1 if old else 0, schema.version + 1)
+    apart = [Version(core, n) for core in range(1, len(CORE) + 1) for n in own]
+    return [Version(0, n) for n in range(1, min(old, schema.version) + 1)] + apart
+
+
+def _recorded(con: duckdb.DuckDBPyConnection, found: frozenset[Entry], path: Path, schema: Schema) -> Version | None:
+    """The version that a store records of itself; None where it has no table for it that is one.
+
+    The table is read by its full name and without a function, so nothing else of the store has a part in the answer.
+    """
+    if _entries(_RECORD) <= found:
+        rows = con.execute(f"SELECT experiment, number FROM {DATABASE}.main.{_RECORD_NAME}").fetchall()
+        others = sorted({name for name, _ in rows} - {CORE_NAME, schema.experiment})
+        if others:
+            shown = ", ".join(repr(name[:60]) for name in others[:3])
+            raise StoreError(
+                f"{path}: holds results of the experiment {shown}, expected those of {schema.experiment!r}"
+            )
+        core, own = (max((n for name, n in rows if name == of), default=0) for of in (CORE_NAME, schema.experiment))
+        return Version(core, own)
+    if _entries(_VERSIONS) <= found:
+        if not schema.made_core:
+            raise StoreError(
+                f"{path}: holds results of a harness that knew one experiment, expected those of {schema.experiment!r}"
+            )
+        rows = con.execute(f"SELECT version FROM {DATABASE}.main.{_VERSIONS_NAME}").fetchall()
+        return Version(0, max((row[0] for row in rows), default=0))
+    return None
+
+
+@lru_cache(maxsize=2)
+def _entries(record: str) -> frozenset[Entry]:
+    """The objects that making a record's table adds to an empty store."""
+    return _made_by((record,)).entries - _made_by(()).entries
+
+
+def _record_name(version: Version) -> str:
+    return _RECORD_NAME if version.core else _VERSIONS_NAME
+
+
+def _told_version(schema: Schema, version: Version) -> str:
+    """The experiment's number; and the machinery's, where it is not the newest."""
+    is_usual = version.core in (0, len(CORE))
+    return f"{version.own}" if is_usual else f"{version.own} (machinery {version.core})"
 
 
 def _told(found: frozenset[Entry], wanted: frozenset[Entry]) -> list[str]:

@@ -16,7 +16,9 @@ from harness.errors import RunError, StoreError
 from harness.files import file_sha256, open_regular, read_unlinked, replacing, sha256
 from harness.run import MANIFEST_BYTES, RunPaths
 from harness.run.differences import ABSENT, Difference, differences
-from harness.store import SCHEMA_VERSION, AlteredStore, Reader, Store, TableSeal
+from harness.store.reader import Reader
+from harness.store.schema import AlteredStore, Schema
+from harness.store.writer import Store, TableSeal
 
 FORMAT = 1
 LAST_KEYS = ("ended", "num_failed", "tables", "table_sha256", "sanity")
@@ -34,7 +36,7 @@ class Seal:
     schema: int
 
 
-def write(paths: RunPaths, tables: Mapping[str, TableSeal], manifest: Mapping[str, Any]) -> None:
+def write(paths: RunPaths, schema: Schema, tables: Mapping[str, TableSeal], manifest: Mapping[str, Any]) -> None:
     """Seal a run whose `tables` were sealed by `Store.seal`, with the manifest that is about to be its last."""
     content = {
         "format": FORMAT,
@@ -42,7 +44,7 @@ def write(paths: RunPaths, tables: Mapping[str, TableSeal], manifest: Mapping[st
         "tables": {name: asdict(table) for name, table in tables.items()},
         "row_digests_sha256": file_sha256(paths.row_digests),
         "duckdb": Store.LIBRARY,
-        "schema": SCHEMA_VERSION,
+        "schema": schema.version,
     }
     with replacing(paths.seal) as temporary:
         text = json.dumps({**content, "sha256": _sha256(content)}, ensure_ascii=False, default=str)
@@ -95,7 +97,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
+def changed_rows(sealed: Seal, paths: RunPaths, store: Path, schema: Schema) -> Iterator[str]:
     """One line for each of the first rows of `store` (the results, or their snapshot) that are not as they were sealed."""
     try:
         digests = open_regular(paths.row_digests)
@@ -108,7 +110,7 @@ def changed_rows(sealed: Seal, paths: RunPaths, store: Path) -> Iterator[str]:
             yield f"{paths.row_digests.name}: the seal itself was changed: its sha256 is {found[:12]}…"
             return
         try:
-            with Reader(store) as reader:
+            with Reader(store, schema) as reader:
                 for row in reader.broken_rows(digests, sealed.tables):
                     where = f" {_told_key(row.key)}" if row.key else ""
                     yield f"{store.name}: {row.table}{where}: {row.how}"

@@ -22,13 +22,14 @@ from loguru import logger
 from harness.errors import StoreError, machine_fault
 from harness.files import NotRegular, refuse_special, replacing
 from harness.store import bench
+from harness.store.rows import BATCH_ROWS, in_order, rows_with, stored_rows, streamed
 from harness.store.schema import (
+    CORE,
     DATABASE,
     DROPPED,
     FAILED,
-    MIGRATIONS,
-    TABLES,
     Row,
+    Schema,
     check,
     migrate,
     one_line,
@@ -96,12 +97,13 @@ class TableSeal:
 
 
 class Store:
-    """The writer of one run. Opening it brings the file to this schema; a file of a newer one is refused."""
+    """The writer of one run. Opening it brings the file to the schema; a file of a newer one, or of another experiment, is
+    refused."""
 
     LIBRARY = f"duckdb {duckdb.__version__}"
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, schema: Schema):
+        self.path, self.schema = path, schema
         self._publish_cost_s = 0.0
         self._published = 0.0
         is_new = not path.exists()
@@ -116,16 +118,16 @@ class Store:
                 self._con.execute(f"SET temp_directory = '{quoted(path.absolute())}.tmp'")
                 self._con.execute("SET autoload_known_extensions = false")
                 self._attach()
-                current = check(self._con, path)
+                current = check(self._con, path, schema)
                 self._con.execute(f"USE {DATABASE}")
-                migrate(self._con, current)
+                migrate(self._con, schema, current)
             except (duckdb.Error, NotRegular) as e:
                 if is_new:  # a fragment would stand in the way of the next attempt
                     path.unlink(missing_ok=True)
                 if machine_fault(e) is not None:
                     raise
                 raise StoreError(f"{path}: cannot be opened as a results store: {one_line(e)}") from e
-        self._schemas: dict[str, pa.Schema] = {}
+        self._arrow_schemas: dict[str, pa.Schema] = {}
         self._keys: dict[str, list[str]] = {}
 
     def close(self) -> None:
@@ -251,13 +253,23 @@ class Store:
     def query(self, sql: str, params: Sequence[object] | None = None) -> list[Row]:
         return stored_rows(self._con, sql, params)
 
-    def table(self, name: str) -> list[Row]:
+    def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
         """A whole table in the order of its key, or a whole view in the order of its columns."""
-        return self.query(f"SELECT * FROM {name} ORDER BY {', '.join(self._key(name)) or 'ALL'}")
+        return self.query(in_order(self._con, name, columns))
+
+    def batches(
+        self, name: str, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """As `table`, a piece at a time, in Arrow's form: what was there when it was asked for, whatever is written since."""
+        return streamed(self._con, name, columns, rows)
+
+    def rows_with(self, name: str, keys: Sequence[Row], columns: Sequence[str] | None = None) -> list[Row]:
+        """The rows of a table whose values equal those of one of `keys`, in the order of the table's key."""
+        return rows_with(self._con, name, keys, columns)
 
     def counts(self) -> dict[str, int]:
         """Rows of every table."""
-        return {name: int(self.query(f"SELECT count(*) AS n FROM {name}")[0]["n"]) for name in TABLES}
+        return {name: int(self.query(f"SELECT count(*) AS n FROM {name}")[0]["n"]) for name in self.schema.tables}
 
     def publish(self, live: Path) -> None:
         """Replace the snapshot that readers open. A snapshot is written whole beside it and renamed into place."""
@@ -285,7 +297,7 @@ class Store:
 
         About a second for every 50 million numbers, on each core.
         """
-        columns = {name: tuple(self._schema(name).names) for name in TABLES}
+        columns = {name: tuple(self._arrow_schema(name).names) for name in self.schema.tables}
         with disk_errors():
             self._con.execute(
                 f"CHECKPOINT {DATABASE}"
@@ -297,7 +309,7 @@ class Store:
                 f"SELECT tbl, count(*), {_DIGEST_OF_ALL} FROM read_parquet('{quoted(temporary)}') GROUP BY tbl"
             ).fetchall()
         told = {name: (rows, digest) for name, rows, digest in found}
-        return {name: TableSeal(columns[name], *told.get(name, (0, _EMPTY))) for name in TABLES}
+        return {name: TableSeal(columns[name], *told.get(name, (0, _EMPTY))) for name in self.schema.tables}
 
     # -- inside
 
@@ -313,10 +325,10 @@ class Store:
                     self._con.execute("ROLLBACK")
                 raise
 
-    def _schema(self, table: str) -> pa.Schema:
-        if table not in self._schemas:
-            self._schemas[table] = self._con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
-        return self._schemas[table]
+    def _arrow_schema(self, table: str) -> pa.Schema:
+        if table not in self._arrow_schemas:
+            self._arrow_schemas[table] = self._con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
+        return self._arrow_schemas[table]
 
     def _key(self, table: str) -> list[str]:
         if table not in self._keys:
@@ -325,7 +337,13 @@ class Store:
 
     def _insert(self, table: str, rows: Sequence[Row]) -> None:
         if rows:
-            self._with_rows(table, rows, f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+            given = [self._spread(row) for row in rows] if table == "artifacts" else rows
+            self._with_rows(table, given, f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+
+    def _spread(self, row: Row) -> Row:
+        """A row of `artifacts` with those of its keys as columns that the table has columns for."""
+        names = self._arrow_schema("artifacts").names
+        return {name: value for name, value in (row.get("keys") or {}).items() if name in names} | row
 
     def _update(self, table: str, rows: Sequence[Row]) -> None:
         """Set the given columns of the rows with the given keys."""
@@ -343,7 +361,7 @@ class Store:
 
     def _with_rows(self, table: str, rows: Sequence[Row], sql: str) -> None:
         given = {name for row in rows for name in row}
-        schema = pa.schema([f for f in self._schema(table) if f.name in given])
+        schema = pa.schema([f for f in self._arrow_schema(table) if f.name in given])
         unknown = given - set(schema.names)
         assert not unknown, f"table {table} has no column {sorted(unknown)}"
         self._con.register("incoming", pa.Table.from_pylist(list(rows), schema=schema))
@@ -382,19 +400,12 @@ class Store:
 def certificate(items: Sequence[Row]) -> list[Row]:
     """The view `sanity` over these rows of `sanity_items`, without a store."""
     with duckdb.connect(":memory:") as con:
-        for migration in MIGRATIONS:
+        for migration in CORE:
             con.execute(migration)
         schema = con.sql("SELECT * FROM sanity_items LIMIT 0").to_arrow_table().schema
         con.register("incoming", pa.Table.from_pylist(list(items), schema=schema))
         con.execute("INSERT INTO sanity_items BY NAME SELECT * FROM incoming")
         return stored_rows(con, "SELECT * FROM sanity ORDER BY ALL", None)
-
-
-def stored_rows(con: duckdb.DuckDBPyConnection, sql: str, params: Sequence[object] | None) -> list[Row]:
-    """Rows as mappings of column to value."""
-    cursor = con.execute(sql, params or [])
-    names = [d[0] for d in cursor.description or []]
-    return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
 
 
 @contextmanager

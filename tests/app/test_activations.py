@@ -8,6 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import activations as drawing
 from app.queries import activations as asking
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Store
 from tests import synthetic
@@ -176,7 +177,7 @@ def test_a_family_without_one_list_of_neurons_says_so(
     folder = tmp_path / run.run_id
     shutil.copytree(run.folder, folder)
     copied = RunPaths(folder)
-    with Store(copied.results) as store:
+    with Store(copied.results, SCHEMA) as store:
         store._con.execute("UPDATE activations SET top_neurons = NULL, top_values = NULL")
         store.publish(copied.live)
         prompt = store.query("SELECT min(prompt_id) AS p FROM prompts")[0]["p"]

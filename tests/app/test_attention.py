@@ -17,6 +17,7 @@ from app.frame import View
 from app.queries import attention as asked
 from app.queries import layers as by_layer
 from harness.errors import HarnessError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs
 from harness.store import Reader, Store
 from tests import synthetic
@@ -36,7 +37,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     shape = Shape(60, LAYERS, HEADS, 4, ("baseline", "negative"), num_bootstraps=50)
     found = synthetic.write(tmp_path_factory.mktemp("attention"), shape)
     (found.artifacts / "attention").mkdir(parents=True)
-    with Store(found.results) as store:
+    with Store(found.results, SCHEMA) as store:
         first, second = (r["prompt_id"] for r in store.query("SELECT prompt_id FROM prompts ORDER BY 1 LIMIT 2"))
         size = _size(store, first)
         save_file({"first": _rows(size), "decision": _rows(size)}, found.artifacts / "attention" / "a.safetensors")
@@ -72,7 +73,7 @@ def view(paths: RunPaths) -> Callable[..., View]:
 
 
 def _rows_of(paths: RunPaths, sql: str, *params: object) -> list[dict]:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         return reader.query(sql, list(params))
 
 

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from app.frame import PAGES
+from harness.experiments.gravity.schema import SCHEMA
 from harness.store import Reader
 from tests import synthetic
 from tests.app.conftest import RUNNING
@@ -221,7 +222,7 @@ def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
     """A synthetic run's first prompts hold scripts and tags; nothing of them may become an element, or run."""
     folder = tmp_path_factory.mktemp("hostile")
     paths = synthetic.write(folder, Shape(12, 3, 2, 2, num_bootstraps=20))
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         hostile = [r for r in reader.query("SELECT prompt_id, question FROM prompts") if "<script" in r["question"]]
     assert hostile, "the control: there is markup to show"
     with serving(folder) as address:

@@ -10,6 +10,7 @@ from app.charts import detections as charts
 from app.frame import View
 from app.queries import detections as ask
 from app.queries.detections import Asked
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunEntry, RunPaths
 from harness.store import Store
 from tests import synthetic
@@ -34,7 +35,7 @@ def small(tmp_path: Path) -> RunPaths:
     paths = RunPaths(tmp_path / "20260101-000000-x-0")
     paths.folder.mkdir()
     paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "failed"}')
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         for name, category in (("a", "facts"), ("b", "idioms")):
             store._insert("prompts", [{"prompt_id": name, "category": category, "question": "?", "target": "milk"}])
             store._insert("contexts", [{"prompt_id": name, "condition": "negative", "text": "", "token_ids": [1]}])
@@ -244,7 +245,7 @@ def test_errors_and_answers_without_a_verdict_are_told(small: RunPaths, monkeypa
     assert (metrics["answers"], metrics["X present"], metrics["mapping errors"]) == ("4", "1", "1")
     assert "1 answers have no verdict" in _told(test)
     assert "no verdict; format not judged" in _told(test)
-    with Store(small.results) as store:
+    with Store(small.results, SCHEMA) as store:
         store._con.execute("DROP VIEW violation")
         store.publish(small.live)
     assert "view violation is missing" in _page(small.folder.parent, monkeypatch).code[0].value

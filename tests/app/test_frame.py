@@ -8,6 +8,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.chips import shade
 from app.frame import PAGES, csv_of, for_spreadsheets
+from harness.experiments.gravity.schema import SCHEMA
 from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, RUNNING, open_view
 
 VIEWS = Path(__file__).parents[2] / "app" / "views"
@@ -77,7 +78,7 @@ def test_a_chosen_prompt_is_shown_with_any_filter(name: str, root: Path) -> None
     from harness.run import list_runs
     from harness.store import Reader
 
-    with Reader(list_runs(root)[0].paths.live) as reader:
+    with Reader(list_runs(root)[0].paths.live, SCHEMA) as reader:
         ids = [r["prompt_id"] for r in reader.query("SELECT prompt_id FROM prompts ORDER BY 1")]
     for outcome in ("all", "failure"):
         test = page(name, prompt=ids[0], pin=ids[1], outcome=outcome)

@@ -11,6 +11,7 @@ from app import charts
 from app.charts import layers as drawn
 from app.frame import View
 from app.queries import layers as asked
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs
 from harness.store import Reader
 from tests import synthetic
@@ -35,7 +36,7 @@ def _view(paths: RunPaths, category: str | None = None, outcome: str | None = No
 
 
 def _ask(paths: RunPaths, sql: str, *params: object) -> list[dict]:
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         return reader.query(sql, list(params))
 
 

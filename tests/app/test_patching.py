@@ -10,6 +10,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import patching as drawing
 from app.queries import patching as asking
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
@@ -33,7 +34,7 @@ def store_of(folder: Path, fill: Callable[[Store], Any]) -> RunPaths:
     """A published snapshot with what `fill` puts in its store."""
     paths = RunPaths(folder / "20260101-000000-x-0")
     paths.folder.mkdir()
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         fill(store)
         store.publish(paths.live)
     return paths
@@ -180,7 +181,7 @@ def test_a_tooltip_takes_no_markup_and_no_placeholder() -> None:
 def test_the_page_says_how_many_prompts_and_what_the_signs_mean(opened: RunPaths) -> None:
     test = page()
     assert not test.exception
-    with Reader(opened.live) as reader:
+    with Reader(opened.live, SCHEMA) as reader:
         n = reader.query("SELECT count(DISTINCT prompt_id) AS n FROM patching")[0]["n"]
     assert f"{n} prompts patched from `baseline` into `negative`" in words(test)
     assert "0: as under the ban; above: the patch makes X more likely" in words(test)
@@ -219,7 +220,7 @@ def test_a_layer_that_the_run_has_not_is_left_out(opened: RunPaths) -> None:
 
 
 def test_a_prompt_that_was_not_patched_says_so(opened: RunPaths) -> None:
-    with Reader(opened.live) as reader:
+    with Reader(opened.live, SCHEMA) as reader:
         other = reader.query(
             "SELECT prompt_id FROM prompts WHERE prompt_id NOT IN (SELECT prompt_id FROM patching) LIMIT 1"
         )

@@ -16,15 +16,15 @@ from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
 from harness import stats
-from harness.commands.show import open_snapshot
 from harness.experiments.gravity import report
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.figures import FIGURES, gather
 from harness.experiments.gravity.remarks import lines
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import summarise
 from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
-from harness.store import Store
+from harness.store import Store, open_snapshot
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import HOSTILE, Shape
@@ -50,7 +50,7 @@ def small(tmp_path: Path) -> RunPaths:
 def _run(root: Path, fill: Callable[[Store], None]) -> RunPaths:
     paths = RunPaths(root / "20260101-000000-x-0")
     paths.folder.mkdir()
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         fill(store)
         store.publish(paths.live)
     return paths
@@ -142,7 +142,7 @@ def test_the_curve_is_the_one_that_the_report_draws_and_its_band_takes_the_sampl
     fit = ask.statistics(whole, "fit", "negative").query("grouping == 'all'").set_index("measure")
     line = fit.loc["intercept", "value"], fit.loc["slope", "value"]
     curve = ask.curve(whole, "negative", line, 0)
-    with open_snapshot(whole) as reader:
+    with open_snapshot(whole, SCHEMA) as reader:
         (ax,) = (a for a in FIGURES["violation"](gather(reader, 0)).axes if a.get_title("left") == "negative")
     drawn = next(a for a in ax.lines if str(a.get_label()).startswith("σ("))
     inside = curve[curve["is_supported"]]
@@ -168,7 +168,7 @@ def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
     """The terminal fitted again with seed 0 what the analysis had stored with the run's seed."""
     stored = ask.statistics(whole, "fit", "negative").query("grouping == 'all'").set_index("measure")
     manifest = read_manifest(whole)
-    with open_snapshot(whole) as reader:
+    with open_snapshot(whole, SCHEMA) as reader:
         result = summarise(reader, manifest)
         content = report._content(reader, manifest, gather(reader, seed_of(manifest)))
     (negative,) = (c for c in result.conditions if c.condition == "negative")
@@ -372,7 +372,7 @@ def test_a_chosen_prompt_shows_its_spellings_and_hostile_text_is_text(
 def test_a_run_without_analysis_says_that_intervals_come_at_the_end(
     small: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Store(small.results) as store:
+    with Store(small.results, SCHEMA) as store:
         for name in "abc":
             for condition in ("baseline", "negative"):
                 store._insert("contexts", [{"prompt_id": name, "condition": condition, "text": "", "token_ids": [1]}])
@@ -381,7 +381,7 @@ def test_a_run_without_analysis_says_that_intervals_come_at_the_end(
     told = _told(_page(small.folder.parent, monkeypatch, prompt="a"))
     assert "the analysis comes at the end" in told
     assert "Fit of the whole run" not in told
-    with Store(small.results) as store:
+    with Store(small.results, SCHEMA) as store:
         store._con.execute("ALTER TABLE psem DROP COLUMN word_end")
         store.publish(small.live)
     assert "table psem is defined otherwise" in _page(small.folder.parent, monkeypatch, prompt="a").code[0].value

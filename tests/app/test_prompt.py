@@ -9,6 +9,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import prompt as drawing
 from app.queries import prompt as asking
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
@@ -35,7 +36,7 @@ def opened(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
 
 @pytest.fixture(scope="module")
 def ids(run: RunPaths) -> list[str]:
-    with Reader(run.live) as reader:
+    with Reader(run.live, SCHEMA) as reader:
         return [r["prompt_id"] for r in reader.query("SELECT prompt_id FROM prompts ORDER BY prompt_id")]
 
 
@@ -74,7 +75,7 @@ def test_an_event_concerns_the_prompt_that_it_names_and_no_other(tmp_path: Path)
 def test_pressure_is_that_of_the_store_under_every_condition(run: RunPaths, ids: list[str]) -> None:
     rows = asking.pressure(run, ids[0])
     assert list(rows["condition"]) == ["baseline", "negative", "reframed"]
-    with Reader(run.live) as reader:
+    with Reader(run.live, SCHEMA) as reader:
         stored = reader.query("SELECT p_sem FROM psem WHERE prompt_id = ? ORDER BY condition", [ids[0]])
     assert list(rows["p_sem"]) == [r["p_sem"] for r in stored]
     assert pd.isna(rows["delta"][0]), "baseline is not suppressed against itself"
@@ -84,7 +85,7 @@ def test_pressure_is_that_of_the_store_under_every_condition(run: RunPaths, ids:
 
 def test_ratios_are_means_over_heads(run: RunPaths, ids: list[str]) -> None:
     rows = asking.ratios(run, ids[0], "first")
-    with Reader(run.live) as reader:
+    with Reader(run.live, SCHEMA) as reader:
         (stored,) = reader.query(
             "SELECT iar FROM attention WHERE prompt_id = ? AND condition = 'negative' AND step_kind = 'first' AND layer = 1",
             [ids[0]],
@@ -150,7 +151,7 @@ def test_next_and_previous_walk_through_the_filter_and_pin_keeps_one(opened: Run
 
 
 def test_a_prompt_outside_the_filter_is_shown_and_next_leads_into_it(opened: RunPaths) -> None:
-    with Reader(opened.live) as reader:
+    with Reader(opened.live, SCHEMA) as reader:
         rows = reader.query("SELECT prompt_id, outcome FROM outcomes WHERE condition = 'negative' ORDER BY prompt_id")
     failures = [r["prompt_id"] for r in rows if r["outcome"] == "failure"]
     kept = next(r["prompt_id"] for r in rows if r["outcome"] == "success")

@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import runs as charts
 from app.queries import runs as asked
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs, read_manifest
 from harness.run.differences import ABSENT
 from harness.store import Batch, BatchResult, Failure, Store
@@ -67,7 +68,7 @@ def going(tmp_path: Path) -> RunPaths:
         "run_id": paths.run_id, "fingerprint": "abc", "status": "running", "heartbeat": AHEAD,
         "fingerprint_parts": parts,
     }))  # fmt: skip
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         store._insert("prompts", [{"prompt_id": "a_1", "category": "facts", "question": "?", "target": "x"}])
         store.start_stage("psem", 1, 10, 10)
         store.finish_stage("psem", "done")

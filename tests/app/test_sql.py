@@ -17,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 from app.queries import sql as asked
 from harness import asking
 from harness.errors import StoreError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Store, ask_locked, question
 from tests import synthetic
@@ -42,7 +43,7 @@ def secret(paths: RunPaths) -> Path:
     (folder / "secret.csv").write_text("word\nhidden\n")
     pq.write_table(pa.table({"word": ["hidden"]}), folder / "secret.parquet")
     (folder / "secret.json").write_text('{"word": "hidden"}')
-    with Store(folder / "results.duckdb") as other:
+    with Store(folder / "results.duckdb", SCHEMA) as other:
         other.publish(folder / "live.duckdb")
     return folder
 
@@ -121,7 +122,7 @@ def test_what_is_no_reading_of_this_run_is_refused_in_one_line_and_leaves_no_tra
 ) -> None:
     before = files(paths.folder.parent)
     with pytest.raises(StoreError) as caught:
-        ask_locked(paths.live, sql.format(folder=secret))
+        ask_locked(paths.live, SCHEMA, sql.format(folder=secret))
     assert "\n" not in str(caught.value)
     assert "hidden" not in str(caught.value)
     assert files(paths.folder.parent) == before
@@ -139,7 +140,7 @@ def test_variables_of_the_program_are_no_tables(paths: RunPaths, monkeypatch: py
     with duckdb.connect(str(paths.live), read_only=True) as con:
         assert con.execute("SELECT * FROM secret_frame").fetchall() == [("hidden",)], "DuckDB finds it by its name"
     with pytest.raises(StoreError, match="does not exist"):
-        ask_locked(paths.live, "SELECT * FROM secret_frame")
+        ask_locked(paths.live, SCHEMA, "SELECT * FROM secret_frame")
 
 
 @pytest.mark.parametrize("options", ["", "(FORMAT csv)", "(FORMAT csv, USE_TMP_FILE false)"])
@@ -148,7 +149,7 @@ def test_a_copy_inside_a_query_cannot_write_to_the_snapshot_either(options: str,
     before = files(paths.folder)
     for where in (paths.live, Path("/proc/self/fd/3")):
         with pytest.raises(StoreError):
-            ask_locked(paths.live, f"WITH x AS (COPY (SELECT 1) TO '{where}{ending}' {options}) SELECT 1")
+            ask_locked(paths.live, SCHEMA, f"WITH x AS (COPY (SELECT 1) TO '{where}{ending}' {options}) SELECT 1")
     assert files(paths.folder) == before
 
 
@@ -168,20 +169,20 @@ def test_a_copy_inside_a_query_cannot_write_to_the_snapshot_either(options: str,
     ],
 )
 def test_what_reads_is_answered(sql: str, rows: int, paths: RunPaths) -> None:
-    answer = ask_locked(paths.live, sql)
+    answer = ask_locked(paths.live, SCHEMA, sql)
     assert len(answer.rows) == rows
     assert not answer.is_cut
     assert len(set(answer.rows.column_names)) == answer.rows.num_columns > 0
 
 
 def test_an_answer_is_cut_at_so_many_rows_and_says_so(paths: RunPaths) -> None:
-    cut, whole = (ask_locked(paths.live, f"FROM range({n})", max_rows=50) for n in (51, 50))
+    cut, whole = (ask_locked(paths.live, SCHEMA, f"FROM range({n})", max_rows=50) for n in (51, 50))
     assert (len(cut.rows), cut.is_cut) == (50, True)
     assert (len(whole.rows), whole.is_cut) == (50, False)
 
 
 def test_an_answer_of_big_rows_is_cut_before_it_fills_the_memory(paths: RunPaths) -> None:
-    answer = ask_locked(paths.live, "SELECT repeat('x', 100000) AS x FROM range(5000)", max_rows=5000)
+    answer = ask_locked(paths.live, SCHEMA, "SELECT repeat('x', 100000) AS x FROM range(5000)", max_rows=5000)
     assert answer.is_cut
     assert 0 < len(answer.rows) < 5000
 
@@ -190,21 +191,24 @@ def test_a_query_is_stopped_when_its_time_is_over_and_the_next_one_is_answered(p
     endless = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range + b.range < -1"
     start = time.perf_counter()
     with pytest.raises(StoreError, match=r"stopped after 0\.5 s"):
-        ask_locked(paths.live, endless, limit_s=0.5)
+        ask_locked(paths.live, SCHEMA, endless, limit_s=0.5)
     assert time.perf_counter() - start < 5
-    assert ask_locked(paths.live, "SELECT 1 AS a").rows["a"].to_pylist() == [1]
+    assert ask_locked(paths.live, SCHEMA, "SELECT 1 AS a").rows["a"].to_pylist() == [1]
 
 
 def test_a_query_of_any_length_or_with_more_memory_than_there_is_ends_in_a_line(paths: RunPaths) -> None:
     with pytest.raises(StoreError, match="20,000 characters"):
-        ask_locked(paths.live, "SELECT '" + "x" * 20_000 + "'")
+        ask_locked(paths.live, SCHEMA, "SELECT '" + "x" * 20_000 + "'")
     with pytest.raises(StoreError, match="Memory"):
-        ask_locked(paths.live, "SELECT count(DISTINCT repeat('x', 1000) || range) FROM range(5000000)", limit_s=60.0)
+        ask_locked(
+            paths.live, SCHEMA, "SELECT count(DISTINCT repeat('x', 1000) || range) FROM range(5000000)", limit_s=60.0
+        )
 
 
 def test_csv_and_parquet_can_be_read_back(paths: RunPaths, tmp_path: Path) -> None:
     rows = ask_locked(
         paths.live,
+        SCHEMA,
         "SELECT prompt_id, token_ids, spans, INTERVAL 1 DAY AS day, TIMESTAMP '2026-01-02 03:04:05' AS at, NULL AS none "
         "FROM contexts ORDER BY ALL",
     ).rows
@@ -221,7 +225,7 @@ def test_csv_and_parquet_can_be_read_back(paths: RunPaths, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("title", asked.EXAMPLES)
 def test_every_example_is_answered(title: str, paths: RunPaths) -> None:
-    assert ask_locked(paths.live, asked.EXAMPLES[title]).rows.num_columns > 1
+    assert ask_locked(paths.live, SCHEMA, asked.EXAMPLES[title]).rows.num_columns > 1
 
 
 # -- the page
@@ -299,6 +303,7 @@ def test_a_process_that_dies_while_it_answers_is_a_line_on_the_page(
 def test_text_that_a_spreadsheet_would_compute_is_marked_in_a_file_of_its_own(paths: RunPaths) -> None:
     rows = asking.answer(
         paths.live,
+        SCHEMA,
         "SELECT * FROM (VALUES ('=1+1', -1.5, ['=2']), ('plain', 2, NULL), (NULL, -3, []), ('-x', 4, ['a'])) "
         't("=name", number, list)',
     ).rows

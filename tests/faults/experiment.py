@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs
-from harness.store import MEASURED, Batch, BatchResult, Reader, Store
+from harness.store import Batch, BatchResult, Reader, Store
 from tests.faults.injector import Call
 from tests.faults.lives import Life, Lives
 
@@ -84,8 +85,8 @@ def rows_of(paths: RunPaths) -> dict[str, str]:
     Rows are read from the results; the snapshot must hold the same."""
     found = []
     for store in (paths.results, paths.live):
-        with Reader(store) as reader:
-            tables = {name: repr(reader.rows(name)) for name in MEASURED}
+        with Reader(store, SCHEMA) as reader:
+            tables = {name: repr(reader.rows(name)) for name in SCHEMA.measured}
         found.append({name: hashlib.sha256(rows.encode()).hexdigest() for name, rows in tables.items()})
     return {name: digest if digest == found[1][name] else "the snapshot differs" for name, digest in found[0].items()}
 

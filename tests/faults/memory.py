@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.experiments.gravity.schema import SCHEMA
 from tests.faults.experiment import Whole, only_run, run
 from tests.faults.kills import judge_end, last_line
 from tests.faults.lives import Life, Lives
@@ -67,7 +68,7 @@ def _splits(root: Path) -> int:
     paths = only_run(root)
     if paths is None or not paths.live.exists():
         return 0
-    with Reader(paths.live) as reader:
+    with Reader(paths.live, SCHEMA) as reader:
         return int(reader.query("SELECT count(*) AS n FROM batches WHERE status = 'split'")[0]["n"])
 
 

@@ -14,6 +14,7 @@ from harness.engine import StageReport
 from harness.engine.executors import Item, ItemResult
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.inputs import Inputs
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages.analysis import Analysis
 from harness.models.load import ModelIdentity, ModelSpec
 from harness.run import RunPaths
@@ -32,7 +33,7 @@ NUM_LAYERS, NUM_HEADS = 3, 4
 def put(folder: Path, rows: Mapping[str, list[Row]]) -> None:
     """Rows into a run's store, as if a stage had measured them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         batch = Batch("made", len(store.plan("made")), ("all",), 1)
         store.start_stage("made", 1, 1)
         store.add_batches([batch])
@@ -426,7 +427,7 @@ def test_the_calibration_curve_agrees_with_the_fit_that_made_it(large: Path) -> 
 
 def views(folder: Path) -> dict[str, list[Row]]:
     """What the engine hands to the stage."""
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         return {name: store.table(name) for name in STAGE.reads}
 
 

@@ -17,6 +17,7 @@ from harness.commands.launch import prepare
 from harness.engine import Stage
 from harness.engine.executors import Item, ItemResult
 from harness.errors import ItemFailed, NotFinite
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import mechanism
 from harness.experiments.gravity.stages.mechanism import STEP_KINDS, Mechanism, probe_of, stored_prompts
 from harness.models.inside import View, look_inside
@@ -45,7 +46,7 @@ def stage_named(stages: Sequence[Stage], name: str) -> Any:
 
 def tables_of(folder: Path, stage: Any) -> dict[str, list[Row]]:
     """What a stage is handed."""
-    with Store(RunPaths(folder).results) as store:
+    with Store(RunPaths(folder).results, SCHEMA) as store:
         return {name: store.table(name) for name in stage.reads}
 
 

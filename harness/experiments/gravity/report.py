@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from harness.commands.show import open_snapshot
 from harness.errors import EnvironmentFault, RunError
 from harness.experiments.gravity import figures, remarks
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.figures import FigureData
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import Summary, summarise
 from harness.files import replacing, sweep
 from harness.run import RunPaths, now_text, read_manifest, state
 from harness.run.differences import seed_of
 from harness.stats import Estimate, Support
-from harness.store import Reader, Row
+from harness.store import Reader, Row, open_snapshot
 
 PAPER = "2601.08070"
 """The arXiv id of the method."""
@@ -96,7 +96,7 @@ def write(paths: RunPaths, to: Path | None = None) -> Path:
     if to is None and any(path.is_symlink() for path in (folder, folder / "figures")):
         raise RunError(f"{folder}: expected a folder of the run's own, found a link; name one with --to")
     manifest = read_manifest(paths)
-    with open_snapshot(paths) as reader:
+    with open_snapshot(paths, SCHEMA) as reader:
         data = figures.gather(reader, seed_of(manifest))
         content = _content(reader, manifest, data)
     try:
