@@ -133,12 +133,13 @@ class Schema:
 
     @property
     def views(self) -> tuple[str, ...]:
-        return _made(self, self.newest).views
+        of_core = _core_made().views
+        return tuple(name for name in _made(self, self.newest).views if name not in of_core) + of_core
 
     @property
     def machinery(self) -> tuple[str, ...]:
         """Tables that tell how a run went."""
-        return tuple(name for name in _core_tables() if name not in _MEASURED_OF_CORE)
+        return tuple(name for name in _core_made().tables if name not in _MEASURED_OF_CORE)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -252,8 +253,8 @@ def _made(schema: Schema, version: Version) -> _Made:
 
 
 @lru_cache(maxsize=1)
-def _core_tables() -> tuple[str, ...]:
-    return _made_by(CORE).tables
+def _core_made() -> _Made:
+    return _made_by(CORE)
 
 
 def _made_by(statements: Iterable[str]) -> _Made:
@@ -426,7 +427,7 @@ def _record_name(version: Version) -> str:
 
 def _told_version(schema: Schema, version: Version) -> str:
     """The experiment's number; and the machinery's, where it is not the newest."""
-    is_usual = version.core in (0, len(CORE))
+    is_usual = version.core == len(CORE) or (not version.core and version.own <= schema.made_core)
     return f"{version.own}" if is_usual else f"{version.own} (machinery {version.core})"
 
 

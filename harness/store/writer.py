@@ -175,9 +175,18 @@ class Store:
     def stage_rows(self) -> list[Row]:
         return self.query("SELECT * FROM stages")
 
-    def plan(self, stage: str) -> list[Batch]:
-        """Every batch ever stored for a stage, in the order of their ids."""
-        rows = self.query("SELECT * FROM batches WHERE stage = ? ORDER BY batch_id", [stage])
+    def waiting(self, stage: str) -> bool:
+        """Whether a stored batch of the stage is still to be computed. Reads no keys."""
+        return bool(self.query("SELECT 1 FROM batches WHERE stage = ? AND status = 'planned' LIMIT 1", [stage]))
+
+    def plan(self, stage: str, status: BatchStatus | None = None) -> list[Batch]:
+        """Every batch ever stored for a stage, or those of a status, in the order of their ids.
+
+        Lists every key of every one of them: for each batch anew, a run's cost would grow with the square of its items.
+        """
+        rows = self.query(
+            "SELECT * FROM batches WHERE stage = ? AND status = coalesce(?, status) ORDER BY batch_id", [stage, status]
+        )
         return [
             Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"],
                   r["peak_bytes"], r["work_s"])
