@@ -148,7 +148,7 @@ class Soak:
             if read_manifest(paths)["status"] != "finished":
                 raise HarnessError(f"it is {read_manifest(paths)['status']}")
             with Reader(paths.live, SCHEMA) as reader:
-                found = {t: hashlib.sha256(repr(reader.rows(t)).encode()).hexdigest() for t in SCHEMA.measured}
+                found = {t: hashlib.sha256(repr(reader.table(t)).encode()).hexdigest() for t in SCHEMA.measured}
         except HarnessError as e:
             self.told.failures.append(f"{paths.run_id} cannot be compared: {e}")
             return

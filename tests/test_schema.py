@@ -138,7 +138,7 @@ def test_every_pair_of_versions_is_recognised_and_brought_to_the_newest(
 
 @pytest.mark.parametrize(
     ("sql", "told"),
-    [("DROP VIEW heavy; ALTER TABLE things ADD COLUMN more VARCHAR", "table things is defined otherwise"),
+    [("ALTER TABLE batches ADD COLUMN more VARCHAR", "table batches is defined otherwise"),
      ("DROP TABLE batches", "table batches is missing"), ("CREATE MACRO max(x) AS 7", "macro max is not of this schema"),
      ("DROP TABLE migrations", "table migrations is missing"),
      ("DELETE FROM migrations WHERE experiment = 'toy' AND number = 2", "migrations records 1, its tables are those of 2"),

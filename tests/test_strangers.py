@@ -241,7 +241,7 @@ def test_a_store_with_anything_planted_in_it_is_refused_by_the_name_of_it(tmp_pa
     change(path, *sql.split("; "))
     for opened in (Reader, Store):
         with pytest.raises(AlteredStore, match=told):
-            opened(path)
+            opened(path, SCHEMA)
 
 
 def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def rows_of(paths: RunPaths) -> dict[str, str]:
     found = []
     for store in (paths.results, paths.live):
         with Reader(store, SCHEMA) as reader:
-            tables = {name: repr(reader.rows(name)) for name in SCHEMA.measured}
+            tables = {name: repr(reader.table(name)) for name in SCHEMA.measured}
         found.append({name: hashlib.sha256(rows.encode()).hexdigest() for name, rows in tables.items()})
     return {name: digest if digest == found[1][name] else "the snapshot differs" for name, digest in found[0].items()}
 
