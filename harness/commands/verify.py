@@ -16,6 +16,7 @@ from harness.run.differences import check_shape, told
 from harness.settings import Resolved
 from harness.store import SCHEMA_VERSION, TABLES, VIEWS, AlteredStore, Reader, Row, open_copy, seal
 from harness.store.seal import Seal
+from harness.tolerance import TOLERANCE
 
 
 def command(
@@ -179,11 +180,13 @@ _ORPHANS = {
         for name in _IN_A_CONTEXT
     },
 }
+_MOST = 1 + TOLERANCE["float32"].prob
+"""What a sum of disjoint probabilities may come to."""
 _SENSE = {
     "psem: lists not as long as num_sequences": "SELECT prompt_id, condition FROM psem WHERE num_sequences <> len(sequences) "
     "OR num_sequences <> len(logprobs)",
-    "psem: a probability outside [0, 1]": "SELECT prompt_id, condition FROM psem WHERE NOT (p_sem BETWEEN 0 AND 1.00001 AND "
-    "p_word BETWEEN 0 AND 1.00001 AND paper_p_sem BETWEEN 0 AND 1)",
+    "psem: a probability outside [0, 1]": f"SELECT prompt_id, condition FROM psem WHERE NOT (p_sem BETWEEN 0 AND {_MOST} AND "
+    f"p_word BETWEEN 0 AND {_MOST} AND paper_p_sem BETWEEN 0 AND 1)",
     "completions: not a log-probability a token": "SELECT prompt_id, condition, mode, sample_id FROM completions "
     "WHERE len(token_ids) <> len(logprobs)",
     "stages: not every item is done or failed": "SELECT stage FROM stages WHERE status <> 'running' "
