@@ -18,7 +18,7 @@ from rich.table import Table
 from harness import log
 from harness.engine import Engine, Limits, Stage, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure, spread
-from harness.engine.executors import Accelerator, Host, Inline
+from harness.engine.executors import Accelerator, Executor, Host, executor_of
 from harness.engine.stop import StopNow, StopSignal
 from harness.errors import HarnessError, ModelError, RunError, SettingsError, Stopped
 from harness.experiments.gravity import stages, summary
@@ -118,7 +118,6 @@ def prepare(resolved: Resolved, experiment: str = "gravity") -> Plan:
         settings.experiment,
         names,
         settings.runtime.seed,
-        settings.paths.data_folder,
     )
     built = stages.build(experiment, given)
     parts = {
@@ -266,9 +265,7 @@ def _execute(
         forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
         rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
         with log.ConsoleProgress(forecast) as progress:
-            engine = Engine(
-                store, paths, Inline(_accelerator(plan, settings)), replace(limits, rates=rates), progress, stop
-            )
+            engine = Engine(store, paths, _executor(plan, settings), replace(limits, rates=rates), progress, stop)
             engine.run(chosen, after_stage, retry_failed)
             progress.doing("all stages", "making a digest of every row")
             with stop.droppable(), stop.at_once():
@@ -334,6 +331,10 @@ def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
     return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
 
 
+def _executor(plan: Plan, settings: Settings) -> Executor:
+    return executor_of(settings.runtime.executor, _accelerator(plan, settings))
+
+
 def _build(plan: Plan, **changes: Any) -> tuple[Stage, ...]:
     """The stages of a plan from other inputs, which decide no result."""
     return stages.build(plan.experiment, replace(plan.inputs, **changes))
@@ -368,15 +369,15 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
         plan.experiment, [n for n in given.stages if n not in (*stages.optional(plan.experiment), _CERTIFICATE)]
     )
 
-    def build(number: int, folder: Path) -> tuple[Stage, ...]:
+    def build(number: int, _: Path) -> tuple[Stage, ...]:
         some = spread(given.prompts, number, lambda p: len(p.question))
-        return _build(plan, prompts=tuple(some), stages=names, data_folder=folder)
+        return _build(plan, prompts=tuple(some), stages=names)
 
     logger.info("trying every stage on a few prompts, to say how long the run takes…")
     logger.disable("harness.engine")  # an item that fails is told of when its turn comes
     try:
         with log.ConsoleProgress() as shown:
-            executor = Inline(_accelerator(plan, settings))
+            executor = _executor(plan, settings)
             whole = measure(build, len(given.prompts), executor, _limits(settings), stop, shown)
     finally:
         logger.enable("harness.engine")

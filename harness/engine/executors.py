@@ -194,5 +194,14 @@ class Inline:
         return Outcome(token, results, wall_s, peak, work_s, tally.now() - before)
 
 
+EXECUTORS: dict[str, Callable[[Accelerator], Executor]] = {"inline": Inline}
+"""Who may compute batches, by the setting `runtime.executor`."""
+
+
+def executor_of(name: str, accelerator: Accelerator) -> Executor:
+    """The executor that the settings name, on this accelerator."""
+    return EXECUTORS[name](accelerator)
+
+
 def _name(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.experiments.gravity.conditions import Template
@@ -22,7 +21,6 @@ class Inputs:
     experiment: ExperimentSettings
     stages: tuple[str, ...]
     seed: int
-    data_folder: Path
     budget_s: float | None = None
     """Seconds that the certificate may take, where the run's own length is known beforehand; decides no result."""
 
