@@ -1,5 +1,5 @@
 """Stage `sanity`, and what `harness sanity` prints: every measurement of the fast path against a deliberately plain
-reference, on a few prompts (harness.md §8).
+reference, on a few prompts (docs/method.md, Certificate).
 
 The reference (harness/models/plain.py) takes one prompt at a time, without padding, cache sharing or our attention. The
 fast path measures each prompt alone and in batches, behind padding. A disagreement in half precision is measured again in

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.commands.show import open_snapshot
 from harness.errors import EnvironmentFault, RunError
-from harness.experiments.gravity import figures, remarks
+from harness.experiments.gravity import figures, method, remarks
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.figures import FigureData
 from harness.experiments.gravity.summary import Summary, summarise
@@ -27,8 +27,6 @@ from harness.run.differences import seed_of
 from harness.stats import Estimate, Support
 from harness.store import Reader, Row
 
-PAPER = "2601.08070"
-"""The arXiv id of the method."""
 NUM_EXAMPLES = 20
 SIGNIFICANT = 0.05
 """The false-discovery rate below which a difference is called significant."""
@@ -163,7 +161,7 @@ def _content(reader: Reader, manifest: Mapping[str, Any], data: FigureData) -> d
         ],
         "examples": _examples(reader),
         "sanity": _sanity(reader),
-        "paper": PAPER,
+        "method": method,
         "manifest": _manifest_tables(reader, manifest),
     }
 
@@ -485,7 +483,7 @@ def _paper(manifest: Mapping[str, Any], data: FigureData) -> list[Section]:
             rows.append((f"{part}, layer 27, {outcome}", ours("decomposition", **keys), published))
     note = ("The paper sums overlapping spellings and clamps the sum at 1; ours is the disjoint sum p_sem. Its prompts are not "
             "those of this run, so only sizes and signs compare.")  # fmt: skip
-    return [Section("paper", f"Beside the paper (arXiv {PAPER})", (),
+    return [Section("paper", f"Beside the paper (arXiv {method.PAPER})", (),
                     (Table("Condition “negative”", ("quantity", "this run [95 %]", "paper"), rows, note),))]  # fmt: skip
 
 
