@@ -1,5 +1,6 @@
 """The command line as people meet it: what each command prints, where, and the exit code it ends with."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -27,6 +28,8 @@ from harness.errors import ItemFailed
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.stages import psem
 from harness.experiments.gravity.stages.select import Candidate, choose
+from harness.experiments.gravity.stages.single_token import SingleToken
+from harness.settings import resolve
 from harness.text.prompts import read_prompts
 from tests.gravity import FIELDS, resolve
 
@@ -215,16 +218,18 @@ def test_runs_that_cannot_be_kept_where_asked_are_one_line_and_exit_4(tmp_path: 
     assert "paths.runs" in refused(harness(*args), code=4)
 
 
-def test_a_stage_that_cannot_write_its_files_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_stage_that_cannot_be_made_ready_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its set-up fails, not a batch: that must not be a traceback either."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "models").symlink_to(DATA / "models")
-    (data / "validated_single_token").write_text("in the way")
-    told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--paths.data", data,
-                   "--stages", "single_token")  # fmt: skip
+
+    def setup(self: SingleToken) -> None:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "in the way")
+
+    monkeypatch.setattr(SingleToken, "setup", setup)
+    told = harness(
+        "run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "single_token"
+    )
     assert told.code in (2, 4)
-    assert "validated_single_token" in told.err.splitlines()[-1]
+    assert "in the way" in told.err.splitlines()[-1]
     assert manifest(only_run(tmp_path / "runs"))["status"] == "failed"
 
 
@@ -649,14 +654,12 @@ def test_a_subset_of_stages_pulls_in_what_it_needs_and_nothing_else(tmp_path: Pa
 
 
 def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stages(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
     long = {"prompt_id": "long", "category": "idioms", "question": "Which word is long?", "target": "incomprehensibly"}
     rows = [ROWS[0] | {"target": "water"}, long, ROWS[2]]
     prompts = prompt_file(tmp_path, rows)
     before = prompts.read_bytes()
-    args = ("run", "--prompts", prompts, "--paths.runs", tmp_path / "runs", "--paths.data", data,
-            "--stages", "single_token,psem,greedy", "--gravity.conditions", "baseline")  # fmt: skip
+    args = ("run", "--prompts", prompts, "--paths.runs", tmp_path / "runs",
+            "--stages", "single_token,psem,greedy", "--experiment.conditions", "baseline")  # fmt: skip
     told = harness(*args)
     assert told.code == 0, told.err
     run = only_run(tmp_path / "runs")
@@ -666,7 +669,7 @@ def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stage
     assert "milk" in kept, "water is a token of the demo model's: the control"
     for table in ("psem", "completions"):
         assert {i for (i,) in query(run, f"SELECT prompt_id FROM {table}")} == kept
-    folder = data / "validated_single_token"
+    folder = run / "artifacts" / "single_token"
     for category in ("idioms", "facts"):
         summary = json.loads((folder / f"{category}_summary.json").read_text())
         mine = [r for r in rows if r["category"] == category]
@@ -679,6 +682,10 @@ def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stage
         ("milk", rows[0]["question"], "water", ("water", "wine", "juice"))
     ]
     assert prompts.read_bytes() == before
+    assert not list(DATA.glob("*single_token*")), "nothing beside the run"
+    assert {p for (p,) in query(run, "SELECT path FROM artifacts WHERE kind = 'prompts'")} == {
+        f"single_token/{p.name}" for p in folder.iterdir()
+    }
     assert sorted(p.name for p in folder.iterdir()) == [
         f"{c}_{what}" for c in ("facts", "idioms") for what in ("summary.json", "validated.jsonl")
     ]
@@ -707,7 +714,7 @@ CANDIDATES = st.lists(
 
 
 def is_allowed(chosen: Sequence[Candidate], min_p0: float, per_bin: int, max_categories: int) -> bool:
-    """The rules of gravity.md §1, said once more in the plainest way."""
+    """The rules of stage `select`, said once more in the plainest way."""
     cells = [(c.category, bin_of(c.p0)) for c in chosen]
     spread = {c.target: {d.category for d in chosen if d.target == c.target} for c in chosen}
     return (

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from harness.experiments.gravity.inputs import conditions_of
 from harness.errors import SettingsError
+from harness.experiments.gravity.inputs import conditions_of
 from harness.experiments.gravity.settings import TemplateSettings
 from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings
 from tests.gravity import FIELDS, resolve

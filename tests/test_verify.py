@@ -852,12 +852,14 @@ def test_a_sealed_run_that_goes_on_and_is_stopped_again_has_no_seal_any_more(
 
 
 def test_a_run_with_a_selection_is_green_and_verifying_writes_no_file_of_its_stages(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
-    run = start(tmp_path, "--stages", "select,single_token,psem,greedy,detect,analysis", "--paths.data", data)
-    shutil.rmtree(data / "validated_single_token")
-    assert failures(verify(run, "--paths.data", data, batches=9)) == []
-    assert not (data / "validated_single_token").exists()
+    run = start(tmp_path, "--stages", "select,single_token,psem,greedy,detect,analysis")
+    files = sorted((run / "artifacts" / "single_token").iterdir())
+    assert files
+    before = [path.stat().st_mtime_ns for path in files]
+    assert failures(verify(run, batches=9)) == []
+    assert [path.stat().st_mtime_ns for path in files] == before
+    files[0].write_text("altered")
+    assert failures(verify(run, batches=9)), "the control"
 
 
 # Manifests that no harness writes, of runs without a seal

@@ -69,6 +69,8 @@ class TableFacts:
 
     derived: tuple[str, ...] = ()
     """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
+    grows: tuple[str, ...] = ()
+    """Tables that another version of the code may have more rows of, of the same measurements."""
     ranks: tuple[str, ...] = ()
     """Columns that hold orders of things that may be equally large; the sizes stand in columns of their own."""
     not_exported: tuple[str, ...] = ()
@@ -154,6 +156,10 @@ class Schema:
     def derived(self) -> tuple[str, ...]:
         """As `TableFacts.derived`, the machinery's too; so the next ones."""
         return self.facts.derived + _CORE_FACTS.derived
+
+    @property
+    def grows(self) -> tuple[str, ...]:
+        return self.facts.grows + _CORE_FACTS.grows
 
     @property
     def ranks(self) -> tuple[str, ...]:

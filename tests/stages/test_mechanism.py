@@ -25,11 +25,12 @@ from harness.models.load import LM
 from harness.models.measure import SPANS, attention_ratios
 from harness.run import RunPaths
 from harness.store import Row, Store
+from harness.tolerance import TOLERANCE
 from tests.fakes import events_of, rows_of, run_stages
 from tests.gravity import prepare, resolve
 from tests.test_cli import DATA
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 OF_NATS = 5e-5
 OWN_TABLES = ("attention", "lens", "decomposition", "activations")
 

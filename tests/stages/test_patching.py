@@ -21,11 +21,12 @@ from harness.models.load import LM
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
 from harness.store import Row
 from harness.text.detect import answer_of, detect, find_word
+from harness.tolerance import TOLERANCE
 from tests.fakes import events_of, rows_of, run_stages
 from tests.models.test_patch import reference
 from tests.stages.test_mechanism import stage_named, stages_of, tables_of
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 
 # ---- which prompts --------------------------------------------------------------------------------------------
 
