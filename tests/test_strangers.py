@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.queries import attention
+from app.queries.gravity import attention
 from harness.errors import HarnessError, RunError
 from harness.files import open_inside
 from harness.run import RunPaths, given, read_manifest

@@ -11,18 +11,10 @@ import pandas as pd
 
 Option = dict[str, Any]
 
-BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#F0E442",
-    "#56B4E9",
-)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, YELLOW, SKY = "#CC79A7", "#F0E442", "#56B4E9"
 GREY = "#9A9A9A"
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, YELLOW)
-OUTCOME_COLOURS = {"success": BLUE, "failure": RED}
 SEQUENTIAL = ("#F7FBFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
 _MISSING: Option = {
     "color": GREY, "opacity": 0.35,

@@ -23,10 +23,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.frame import PAGES
 from harness.store import Reader
 from tests import synthetic
-from tests.app.conftest import RUNNING
+from tests.app.conftest import PAGES, RUNNING
 from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -164,7 +163,7 @@ def tab(browser: Any, address: str) -> Iterator[Tab]:
 @pytest.mark.parametrize("run", ["", RUNNING], ids=["finished", "running"])
 def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
     tab.open(**({"run": run} if run else {}))
-    for title in PAGES.values():
+    for title in (page.title for page in PAGES.values()):
         tab.go(title)
         tab.check()
         assert not run or tab.params["run"] == run, "the run goes along"
@@ -229,7 +228,7 @@ def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
         tab.page.add_init_script("window.alert = () => console.error('a script of a prompt ran')")
         for row in hostile[:1]:
             tab.open(prompt=row["prompt_id"])
-            for title in PAGES.values():
+            for title in (page.title for page in PAGES.values()):
                 tab.go(title)
                 main = tab.page.locator("[data-testid=stMain]")
                 assert main.locator("script, img[src=x], marquee").count() == 0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from app import charts
-from app.charts.patching import as_template
-from app.chips import Chip
+from app.charts.chips import Chip
+from app.charts.gravity.patching import as_template
 
 SCALES = {"relative": "log₂(norm / the layer's mean)", "norm": "log₁₀ norm"}
 _ABOVE, _BELOW = (0, 158, 115), (230, 159, 0)

@@ -7,7 +7,8 @@ import pandas as pd
 
 from app import charts
 from app.charts import Option
-from app.chips import Chip, shade
+from app.charts.chips import Chip, shade
+from app.charts.gravity import OUTCOME_COLOURS
 
 SIDES = ("difference", "failure", "success")
 SPAN_COLOURS = {
@@ -28,7 +29,7 @@ def by_layer(rows: pd.DataFrame, title: str, extra: Sequence[tuple[str, pd.DataF
     for (measured, outcome), some in rows.groupby(["measured", "outcome"], sort=False):
         name = f"{outcome}, {measured}"
         curves.append((name, some.rename(columns={"layer": "x", "value": "y"})[["x", "y", "low", "high"]]))
-        colours.append(charts.OUTCOME_COLOURS[str(outcome)])
+        colours.append(OUTCOME_COLOURS[str(outcome)])
         dashed += [name] if measured == "baseline" else []
     for name, frame, colour in extra:
         curves.append((name, frame))
@@ -119,7 +120,7 @@ def histogram(bins: pd.DataFrame, title: str) -> Option:
     labels = [f"{(a + b) / 2:.3f}" for a, b in edges.to_numpy()]
     series = [
         {"type": "bar", "name": f"{outcome} (n {int(some['n'].sum())})", "barGap": "-100%", "barCategoryGap": "4%",
-         "data": some["share"].tolist(), "itemStyle": {"color": charts.OUTCOME_COLOURS[str(outcome)], "opacity": 0.55}}
+         "data": some["share"].tolist(), "itemStyle": {"color": OUTCOME_COLOURS[str(outcome)], "opacity": 0.55}}
         for outcome, some in bins.groupby("outcome")
     ]  # fmt: skip
     return {

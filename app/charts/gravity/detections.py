@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from app.charts import BLUE, Option
-from app.chips import Chip, shade
+from app.charts.chips import Chip, shade
 
 SCALE = (
     "background: the token's probability under the model's own distribution, 0 (no colour) to 1 (deepest); outlined: X; "

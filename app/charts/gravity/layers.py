@@ -6,7 +6,8 @@ import pandas as pd
 
 from app import charts
 from app.charts import Option
-from app.charts.attention import PLAIN_TOOLTIP, frame, on_cell, plain, visible, with_lines_first
+from app.charts.gravity import OUTCOME_COLOURS
+from app.charts.gravity.attention import PLAIN_TOOLTIP, frame, on_cell, plain, visible, with_lines_first
 
 SHADES = {
     "p_top": "probability of the token shown",
@@ -102,7 +103,7 @@ def contribution_curves(rows: Mapping[str, pd.DataFrame], measured: str, limit: 
         for outcome, curve in some.groupby("outcome"):
             title = f"{name}, {outcome}"
             curves.append((title, curve.rename(columns={"layer": "x", "value": "y"})[["x", "y", "low", "high"]]))
-            colours.append(charts.OUTCOME_COLOURS[str(outcome)])
+            colours.append(OUTCOME_COLOURS[str(outcome)])
             dashed += [title] if part == "attn_contrib" else []
     option = charts.lines(curves, x_title="layer", y_title="added to p_target", colours=colours or charts.COLOURS,
                           low=-limit, high=limit, dashed=dashed)  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from app.charts import COLOURS, GREY, ORANGE, OUTCOME_COLOURS, RED, Option
+from app.charts import COLOURS, GREY, ORANGE, RED, Option
+from app.charts.gravity import OUTCOME_COLOURS
 
 UNKNOWN = "not known"
 _SYMBOLS = ("circle", "triangle", "rect", "diamond")

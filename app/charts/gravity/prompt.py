@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from app import charts
-from app.charts.activations import axis, label, token_axis
-from app.charts.attention import SPAN_COLOURS
-from app.charts.patching import as_template
-from app.chips import Chip
+from app.charts.chips import Chip
+from app.charts.gravity.activations import axis, label, token_axis
+from app.charts.gravity.attention import SPAN_COLOURS
+from app.charts.gravity.patching import as_template
 
 RATIO_NAMES = {"iar": "IAR", "nf": "NF", "tmf": "TMF", "pi": "PI"}
 

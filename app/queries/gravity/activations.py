@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 
 from app import queries
-from app.queries.attention import slices
+from app.queries.gravity import token_texts
+from app.queries.gravity.attention import slices
 from harness.run import RunPaths
 
 
@@ -31,7 +32,7 @@ def tokens(paths: RunPaths, prompt_id: str, condition: str) -> list[str]:
     if rows.empty:
         return []
     ids = [int(n) for n in rows["token_ids"][0]]
-    texts = queries.token_texts(paths, ids)
+    texts = token_texts(paths, ids)
     pieces = [texts[n] or f"[{n}]" for n in ids]
     offsets = rows["offsets"][0] if "offsets" in rows.columns else None  # not in a run of an older schema
     return slices(rows["text"][0], offsets, pieces) if offsets is not None and len(offsets) == len(ids) else pieces

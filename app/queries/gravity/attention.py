@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 
 from app import queries
-from app.frame import View
-from app.queries import layers
+from app.queries.gravity import View, layers, token_texts
 from harness.run import RunPaths
 from harness.run.tensors import open_tensors
 
@@ -27,7 +26,7 @@ SPANS = ("mention", "negation", "instruction", "question")
 
 def measures(paths: RunPaths) -> list[str]:
     """Those of `MEASURES` that this run's schema has."""
-    have = layers.columns(paths, "attention")
+    have = queries.columns(paths, "attention")
     return [m for m in MEASURES if m in have]
 
 
@@ -148,7 +147,7 @@ def spans(paths: RunPaths, prompt_id: str, condition: str) -> dict[str, tuple[in
 
 def _tokens(paths: RunPaths, prompt_id: str, condition: str, num_answered: int) -> pd.DataFrame:
     """position, token_id, text, span of a context and the first tokens of its greedy answer."""
-    has_offsets = "offsets" in layers.columns(paths, "contexts")
+    has_offsets = "offsets" in queries.columns(paths, "contexts")
     row = queries.ask(
         paths,
         f"SELECT text, token_ids, {'offsets' if has_offsets else 'NULL AS offsets'} FROM contexts "
@@ -161,7 +160,7 @@ def _tokens(paths: RunPaths, prompt_id: str, condition: str, num_answered: int) 
         [prompt_id, condition],
     )["token_ids"]  # fmt: skip
     said = [int(n) for n in answer[0][:num_answered]] if len(answer) else []
-    texts = queries.token_texts(paths, [*ids, *said])
+    texts = token_texts(paths, [*ids, *said])
     pieces = [texts[n] or f"[{n}]" for n in [*ids, *said]]
     if row["offsets"] is not None and len(row["offsets"]) == len(ids):
         pieces[: len(ids)] = slices(row["text"], row["offsets"], pieces)

@@ -1,15 +1,13 @@
 """What the Detections page asks: how many answers say X, the answers themselves a page at a time, and rates by prompt."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from app import queries
+from app.queries.gravity import View
 from harness.run import RunPaths
-
-if TYPE_CHECKING:
-    from app.frame import View
 
 ANY = "any"
 MODES = ("greedy", "sample")
@@ -34,7 +32,7 @@ class Asked:
     finish: str = ANY
 
 
-def counts(view: "View", condition: str, mode: str) -> pd.Series:
+def counts(view: View, condition: str, mode: str) -> pd.Series:
     """answers, judged (those with a verdict), present (X in the answer), elsewhere (X in the text, but not in the
     answer), format_ok, prompts; within the filters."""
     where, params = view.where("c.prompt_id")
@@ -61,13 +59,13 @@ def finish_reasons(paths: RunPaths) -> list[str]:
     return list(rows["finish_reason"])
 
 
-def num_answers(view: "View", asked: Asked) -> int:
+def num_answers(view: View, asked: Asked) -> int:
     """How many answers the filters keep."""
     source, params = _kept(view, asked)
     return int(queries.ask(view.paths, f"SELECT count(*) AS n {source}", params)["n"].iloc[0])
 
 
-def answers(view: "View", asked: Asked, page: int) -> pd.DataFrame:
+def answers(view: View, asked: Asked, page: int) -> pd.DataFrame:
     """prompt_id, category, target, sample_id, answer, text, word_present, format_ok, num_occurrences, first_step,
     finish_reason, char_spans of one page of answers, the first being page 1; by prompt and sample."""
     source, params = _kept(view, asked)
@@ -108,7 +106,7 @@ def answer(paths: RunPaths, prompt_id: str, condition: str, mode: str, sample_id
     return None if rows.empty else _plain(rows.iloc[0].to_dict())
 
 
-def violations(view: "View", condition: str) -> pd.DataFrame:
+def violations(view: View, condition: str) -> pd.DataFrame:
     """prompt_id, category, target, p0 (p_sem under baseline), num_samples, num_violations, rate; within the filters, the
     highest rate first."""
     where, params = view.where("v.prompt_id")
@@ -129,7 +127,7 @@ def mapping_errors(paths: RunPaths) -> pd.DataFrame:
     return queries.ask(paths, f"{_LAST_WORD} ORDER BY item_key")
 
 
-def _kept(view: "View", asked: Asked) -> tuple[str, list[Any]]:
+def _kept(view: View, asked: Asked) -> tuple[str, list[Any]]:
     """FROM and WHERE of the answers asked for, and their parameters."""
     where, params = view.where("c.prompt_id")
     parts, values = ["c.condition = ?", "c.mode = ?"], [asked.condition, asked.mode]

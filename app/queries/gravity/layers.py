@@ -11,18 +11,13 @@ import numpy as np
 import pandas as pd
 
 from app import queries
-from app.frame import View
+from app.queries.gravity import View, token_texts
 from harness.run import RunPaths
 
 LENS = ("p_target", "p_emitted", "entropy", "kl_final")
 CONTRIBUTIONS = ("attn_contrib", "ffn_contrib")
 _COLUMNS = {"lens": LENS, "decomposition": CONTRIBUTIONS}
 _WIDTH = 5
-
-
-def columns(paths: RunPaths, table: str) -> list[str]:
-    """Columns a table has in this run's schema; none where there is no such table."""
-    return [] if table not in queries.tables(paths) else list(queries.ask(paths, f"SELECT * FROM {table} LIMIT 0"))
 
 
 def known(view: View, analysis: str, step: str, measure: str) -> pd.DataFrame:
@@ -91,7 +86,7 @@ def lens(paths: RunPaths, prompt_id: str, step: str) -> pd.DataFrame:
         [prompt_id, step],
     )
     ids = [() if i is None else i for i in rows["top_ids"]]
-    texts = queries.token_texts(paths, sorted({int(n) for some in ids for n in some}))
+    texts = token_texts(paths, sorted({int(n) for some in ids for n in some}))
     return rows.assign(tokens=[[texts[int(n)] for n in some] for some in ids]).drop(columns="top_ids")
 
 

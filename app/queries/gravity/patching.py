@@ -17,13 +17,6 @@ _OUTCOME = "CASE WHEN g.word_present THEN 'failure' WHEN NOT g.word_present THEN
 _NORMAL = 1.959964
 
 
-def has_columns(paths: RunPaths, table: str, *names: str) -> bool:
-    """Whether a table is there and has all of these columns, which a run of an older schema may not."""
-    return table in queries.tables(paths) and set(names) <= set(
-        queries.ask(paths, f"SELECT * FROM {table} LIMIT 0").columns
-    )
-
-
 def patched_condition(paths: RunPaths, manifest: Mapping[str, Any]) -> str:
     """The condition that was patched from baseline: by its own statistics, or else by the run's settings."""
     if "statistics" in queries.tables(paths):
@@ -116,7 +109,7 @@ def of_prompt(paths: RunPaths, prompt_id: str) -> pd.DataFrame:
     patched, NULL numbers of tokens in a run of an older schema."""
     tokens = (
         "num_patched, num_span"
-        if has_columns(paths, "patching", "num_patched", "num_span")
+        if {"num_patched", "num_span"} <= set(queries.columns(paths, "patching"))
         else "NULL::INTEGER AS num_patched, NULL::INTEGER AS num_span"
     )
     return queries.ask(

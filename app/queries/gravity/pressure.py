@@ -4,18 +4,15 @@ Rows of `statistics` are of the whole run. What is restricted by the filters is 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
 from app import queries
+from app.queries.gravity import View
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.run import RunPaths
-
-if TYPE_CHECKING:
-    from app.frame import View
 
 MEASURES = ("p_sem", "p_word", "paper_p_sem")
 GAPS = ("delta", "relative", "log")
@@ -31,7 +28,7 @@ _RATES = (
 )
 
 
-def pairs(view: "View", x: str, y: str, outcome_of: str, measure: str) -> pd.DataFrame:
+def pairs(view: View, x: str, y: str, outcome_of: str, measure: str) -> pd.DataFrame:
     """prompt_id, category, target, outcome (of the greedy answer under `outcome_of`; NULL where there is none yet), `px`
     and `py` (the measure under two conditions), and the differences delta, relative and log; within the filters."""
     assert measure in MEASURES
@@ -51,13 +48,13 @@ def pairs(view: "View", x: str, y: str, outcome_of: str, measure: str) -> pd.Dat
     )
 
 
-def rates(view: "View", condition: str) -> pd.DataFrame:
+def rates(view: View, condition: str) -> pd.DataFrame:
     """prompt_id, category, target, num_samples, num_violations, rate and p0 (p_sem under baseline); within the filters."""
     where, params = view.where("v.prompt_id")
     return queries.ask(view.paths, f"{_RATES} AND {where} ORDER BY v.prompt_id", [condition, *params])
 
 
-def binned(view: "View", condition: str) -> pd.DataFrame:
+def binned(view: View, condition: str) -> pd.DataFrame:
     """grouping (a name of `BIN_NAMES`), n, p0 and value (means of P0 and of the rate over the prompts of a pressure bin), low,
     high. The interval is that of the analysis where it saw these very prompts, else NaN."""
     where, params = view.where("v.prompt_id")
@@ -72,7 +69,7 @@ def binned(view: "View", condition: str) -> pd.DataFrame:
     return _with_intervals(found, statistics(view.paths, "rates", condition) if is_whole else None)
 
 
-def categories(view: "View", condition: str) -> pd.DataFrame:
+def categories(view: View, condition: str) -> pd.DataFrame:
     """category, n, p0, p1 and delta (means of p_sem), greedy (share of greedy answers that say X), value (mean share of
     samples that do), low, high; within the filters. The interval is that of the analysis where it saw these prompts."""
     where, params = view.where("p.prompt_id")

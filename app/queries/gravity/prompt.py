@@ -3,6 +3,7 @@
 import pandas as pd
 
 from app import queries
+from app.queries.gravity import token_texts
 from harness.run import RunPaths
 
 RATIOS = ("iar", "nf", "tmf", "pi")
@@ -100,7 +101,7 @@ def answer_tokens(paths: RunPaths, prompt_id: str, condition: str) -> list[str]:
         [prompt_id, condition],
     )  # fmt: skip
     ids = [int(n) for n in rows["token_ids"][0]] if len(rows) else []
-    texts = queries.token_texts(paths, ids)
+    texts = token_texts(paths, ids)
     return [texts[n] or f"[{n}]" for n in ids]
 
 

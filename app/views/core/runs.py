@@ -1,26 +1,18 @@
 """Every run; of one of them how it goes, its certificate and what it was made of; and how it differs from another."""
 
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
-from app import frame, queries
-from app.charts import runs as charts
+from app import experiments, frame, queries
+from app.experiments import Extras
 from app.queries import runs as asked
+from app.selection import RunEntry, Selection
 from harness.errors import HarnessError
-from harness.run import RunEntry, read_manifest, state
 
 PARTS = ("Progress", "Certificate", "Manifest", "Compare")
 REFRESH_S = 2.0
-MEASURES = {
-    "violation_rate": ("rates", "share of samples that say X", 0.0, 1.0),
-    "delta": ("suppression", "mean P0 − P1", -1.0, 1.0),
-    "relative": ("suppression", "mean (P0 − P1) / P0", None, None),
-    "log": ("suppression", "mean ln P0 − ln P1", None, None),
-}
 
 
 def _list(entries: list[RunEntry]) -> None:
@@ -41,43 +33,43 @@ def _list(entries: list[RunEntry]) -> None:
             "seconds": _number("seconds", "%.0f"), "fingerprint": _text("fingerprint", 90), "stages": _text("stages", 80),
         },
     )  # fmt: skip
-    for row in table[table["status"] == "broken"].head(5).to_dict("records"):
-        st.text(f"{row['run']} is broken: {row['reason']}")
+    for name, reason in asked.unreadable(table).head(5).itertuples(index=False):
+        st.text(f"{name} is broken: {reason}")
     frame.download(table, "runs")
 
 
 # -- progress
 
 
-def _progress(entry: RunEntry) -> None:
-    was = state(entry.manifest or {})
+def _progress(entry: RunEntry, extras: Extras) -> None:
+    was = Selection(entry).status
 
     # Only this part is drawn anew, so what is chosen, typed and scrolled elsewhere stays.
     @st.fragment(run_every=REFRESH_S if was == "running" else None)
     def live() -> None:
         try:
-            manifest = read_manifest(entry.paths)
+            now = Selection(asked.as_it_stands(entry))
         except HarnessError as e:
             st.text(str(e))
             return
-        if state(manifest) != was:  # it ended, failed or went on: the rest of the page is out of date as well
+        if now.status != was:  # it ended, failed or went on: the rest of the page is out of date as well
             st.rerun()
-        _stages(entry, manifest)
-        _events(entry)
+        _stages(now)
+        _events(entry, extras)
 
     live()
 
 
-def _stages(entry: RunEntry, manifest: Mapping[str, Any]) -> None:
-    stages = asked.progress(entry.paths, asked.planned_stages(manifest))
+def _stages(run: Selection) -> None:
+    stages = asked.progress(run.paths, asked.planned_stages(run.manifest))
     if stages.empty:
         st.info("No stage has begun.")
         return
-    age = queries.snapshot_age_s(entry.paths)
+    age = queries.snapshot_age_s(run.paths)
     told = "no snapshot yet" if age is None else f"snapshot {asked.duration(age)} old"
-    st.text(f"{asked.told_progress(stages)} The run is {state(manifest)}; {told}.")
-    if manifest.get("reason"):
-        st.text(f"Why: {manifest['reason']}")
+    st.text(f"{asked.told_progress(stages)} The run is {run.status}; {told}.")
+    if run.manifest.get("reason"):
+        st.text(f"Why: {run.manifest['reason']}")
     st.dataframe(
         stages, hide_index=True, key="stages", height=40 + 35 * len(stages),
         column_config={
@@ -91,7 +83,7 @@ def _stages(entry: RunEntry, manifest: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _events(entry: RunEntry) -> None:
+def _events(entry: RunEntry, extras: Extras) -> None:
     events = asked.events(entry.paths)
     warnings, errors = asked.event_counts(entry.paths)
     st.markdown("**Warnings and failures**")
@@ -99,18 +91,20 @@ def _events(entry: RunEntry) -> None:
         st.caption("None.")
         return
 
+    named = extras.of_items(entry.paths, list(events["item"])) if extras.of_items else events[[]]
+
     def chosen() -> None:
-        rows = st.session_state["events"]["selection"]["rows"]
-        if rows and events["prompt_id"][rows[0]] is not None:
-            frame.choose(prompt=events["prompt_id"][rows[0]])
+        for n in st.session_state["events"]["selection"]["rows"][:1]:
+            frame.choose(**extras.chosen(named.iloc[n].to_dict()))
 
     shown = "" if warnings + errors <= len(events) else f"; the latest {len(events)} are shown"
-    st.caption(f"{warnings:,} warnings, {errors:,} errors{shown}. A row that names a prompt chooses it.")
+    told = f" A row that names a {' or '.join(extras.choices.values())} chooses it." if extras.of_items else ""
+    st.caption(f"{warnings:,} warnings, {errors:,} errors{shown}.{told}")
     st.dataframe(
-        events.drop(columns="prompt_id"), hide_index=True, key="events", on_select=chosen, selection_mode="single-row",
+        events, hide_index=True, key="events", on_select=chosen, selection_mode="single-row",
         column_config={"message": _text("message", 600)},
     )  # fmt: skip
-    frame.download(events, "events")
+    frame.download(events.join(named), "events")
 
 
 # -- certificate and manifest
@@ -195,7 +189,7 @@ def _leaves(tree: Any, names: tuple[str, ...] | list[str] = ()) -> None:
 # -- two runs
 
 
-def _compare(view: frame.View | None, entry: RunEntry, entries: list[RunEntry]) -> None:
+def _compare(view: Selection | None, extras: Extras, entry: RunEntry, entries: list[RunEntry]) -> None:
     others = {e.paths.run_id: e for e in entries if e.manifest is not None and e.paths.run_id != entry.paths.run_id}
     if not others:
         st.info("There is no other run to compare with.")
@@ -228,47 +222,12 @@ def _compare(view: frame.View | None, entry: RunEntry, entries: list[RunEntry]) 
             column_config={"key": _text("key", 230), "this": _text("this", 300), "other": _text("other", 300)},
         )
         frame.download(changes, "differences")
-    _results(view, entry, other)
-
-
-def _results(view: frame.View | None, entry: RunEntry, other: RunEntry) -> None:
-    st.subheader("Results side by side")
-    both = [asked.results(e.paths) for e in (entry, other)]
-    for rows, which in zip(both, ("This run", "The other run"), strict=True):
-        if rows.empty:
-            st.info(f"{which} has no statistics.")
-            return
-    rows = asked.compare(*both)
-    for which, names in asked.conditions_of_one(rows).items():
-        if names:
-            st.text(f"Conditions that only {which} run has: {', '.join(names)}")
-    _intervals(view, rows, (f"this: {entry.paths.run_id}", f"other: {other.paths.run_id}"))
-    st.caption(
-        "difference = other − this. Intervals are 95 %; that they overlap does not show that the runs agree, and prompts that "
-        "both runs share make a smaller difference real than the intervals suggest."
-    )
-    st.dataframe(
-        rows, hide_index=True, key="results",
-        column_config={name: _number(name, "%.4f") for name in rows.select_dtypes("float").columns},
-    )  # fmt: skip
-    frame.download(rows, "compared")
-
-
-def _intervals(view: frame.View | None, rows: pd.DataFrame, names: tuple[str, str]) -> None:
-    measure = st.segmented_control(
-        "Measure", list(MEASURES), key="compared", bind="query-params", default="violation_rate", required=True
-    )
-    analysis, title, low, high = MEASURES[str(measure)]
-    condition = view.condition if view else ""
-    shown = rows[(rows["analysis"] == analysis) & (rows["measure"] == measure) & (rows["condition"] == condition)]
-    shown = pd.DataFrame(
-        [r for r in shown.to_dict("records") if r["grouping"] == "all" or asked.bin_start(r["grouping"]) is not None]
-    )
-    if shown.empty:
-        st.caption("Neither run has this measure under the chosen condition.")
-        return
-    st.echarts_chart(charts.intervals(shown, names, title, low, high), height=320, key="compared-chart")
-    st.text(f"Condition {condition}.")
+    if extras.compare is None:
+        st.caption("This run's experiment has no results to put side by side.")
+    elif experiments.of_run(this) != experiments.of_run(that):
+        st.caption("The runs are of two experiments: their results are not put side by side.")
+    else:
+        extras.compare(view, entry, other)
 
 
 def _number(label: str, form: str) -> Any:
@@ -279,21 +238,21 @@ def _text(label: str, width: int | None) -> Any:
     return st.column_config.TextColumn(label, width=width)
 
 
-def _part(view: frame.View | None, entry: RunEntry, entries: list[RunEntry]) -> None:
+def _part(view: Selection | None, extras: Extras, entry: RunEntry, entries: list[RunEntry]) -> None:
     part = st.segmented_control(
         "Part", PARTS, key="part", bind="query-params", default=PARTS[0], required=True, label_visibility="collapsed"
     )
     if part == "Progress":
-        _progress(entry)
+        _progress(entry, extras)
     elif part == "Certificate":
         _certificate(entry)
     elif part == "Manifest":
         _manifest(entry)
     else:
-        _compare(view, entry, entries)
+        _compare(view, extras, entry, entries)
 
 
-view = frame.open_page("Runs")
+view, extras = frame.open_core("Runs")
 entries = queries.entries()
 if entries:
     _list(entries)
@@ -301,4 +260,4 @@ chosen = next((e for e in entries if e.manifest is not None and e.paths.run_id =
 if chosen is not None:
     st.subheader(chosen.paths.run_id)
     frame.show_remarks(chosen)
-    _part(view, chosen, entries)
+    _part(view, extras, chosen, entries)

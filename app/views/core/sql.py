@@ -6,14 +6,16 @@ from functools import partial
 import streamlit as st
 
 from app import frame
+from app.experiments import Extras
 from app.queries import sql as asked
+from app.selection import Selection
 from harness.errors import HarnessError
 
 
-def _examples() -> None:
+def _examples(extras: Extras) -> None:
     st.caption("Examples")
     with st.container(horizontal=True):
-        for title, text in asked.EXAMPLES.items():
+        for title, text in {**extras.examples, **asked.EXAMPLES}.items():
             st.button(title, key=f"example-{title}", on_click=partial(frame.choose, sql=text), type="secondary")
 
 
@@ -26,7 +28,7 @@ def _query() -> str:
     return (text or "").strip()
 
 
-def _tables(view: frame.View) -> None:
+def _tables(view: Selection) -> None:
     found = asked.columns(view.paths)
     names = sorted(set(found["table"]))
     first = names.index("prompts") if "prompts" in names else 0
@@ -40,16 +42,15 @@ def _tables(view: frame.View) -> None:
     )
 
 
-def _rows(answer: asked.Answer, key: str) -> None:
+def _rows(answer: asked.Answer, extras: Extras, key: str) -> None:
     number = f"{len(answer.rows):,} row{'' if len(answer.rows) == 1 else 's'} in {answer.seconds:.2f} s"
     st.caption(f"{number}. There are more: only these are shown and downloaded." if answer.is_cut else number)
 
     def chosen() -> None:
-        rows = st.session_state[key]["selection"]["rows"]
-        if rows:
-            frame.choose(prompt=answer.rows["prompt_id"][rows[0]].as_py())
+        for n in st.session_state[key]["selection"]["rows"][:1]:
+            frame.choose(**extras.chosen(answer.rows.slice(n, 1).to_pylist()[0]))
 
-    if "prompt_id" in answer.rows.column_names:
+    if set(extras.choices) & set(answer.rows.column_names):
         st.dataframe(answer.rows, hide_index=True, key=key, on_select=chosen, selection_mode="single-row")
     else:
         st.dataframe(answer.rows, hide_index=True, key=key)
@@ -66,17 +67,17 @@ def _rows(answer: asked.Answer, key: str) -> None:
         frame.download_for_spreadsheets(partial(asked.as_csv, safe), number, "query")
 
 
-view = frame.open_page("SQL")
+view, extras = frame.open_core("SQL")
 if view:
     left, right = st.columns([3, 2], gap="medium")
     with left:
-        _examples()
+        _examples(extras)
         text = _query()
     with right:
         _tables(view)
     if text:
         try:
-            _rows(asked.answer(view.paths, text), f"rows-{zlib.crc32(text.encode()):08x}")
+            _rows(asked.answer(view.paths, text), extras, f"rows-{zlib.crc32(text.encode()):08x}")
         except HarnessError as e:
             st.code(f"No answer. {e}", language=None, wrap_lines=True)  # it may quote what stands in the run
     else:

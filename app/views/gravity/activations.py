@@ -4,15 +4,17 @@ import pandas as pd
 import streamlit as st
 
 from app import chips, frame
-from app.charts import activations as drawing
-from app.queries import activations as asking
+from app.charts.gravity import activations as drawing
+from app.queries.gravity import View
+from app.queries.gravity import activations as asking
+from app.views.gravity import open_page
 
 _BASELINE = "baseline"
 
 
 def main() -> None:
     """The page."""
-    view = frame.open_page("Activations", ["activations"])
+    view = open_page(__file__)
     if view is None:
         return
     layers = asking.num_layers(view.paths)
@@ -32,7 +34,7 @@ def main() -> None:
     _files(view)
 
 
-def _offer(view: frame.View) -> None:
+def _offer(view: View) -> None:
     st.subheader("Choose a prompt", anchor=False)
     rows = asking.offered(view.paths, view.condition, *view.where())
     if rows.empty:
@@ -45,14 +47,14 @@ def _offer(view: frame.View) -> None:
     )  # fmt: skip
 
 
-def _shown(view: frame.View) -> list[tuple[str, str]]:
+def _shown(view: View) -> list[tuple[str, str]]:
     """(prompt, condition) of every panel: the prompt's two conditions, then the pinned one's."""
     ids = dict.fromkeys(i for i in (view.prompt_id, view.pin) if i is not None)
     names = dict.fromkeys(c for c in (view.condition, _BASELINE) if c in view.conditions)
     return [(i, c) for i in ids for c in names]
 
 
-def _norms(view: frame.View, layer: int, scale: str) -> None:
+def _norms(view: View, layer: int, scale: str) -> None:
     st.subheader("Norm of the residual stream", anchor=False)
     found = {at: asking.norms(view.paths, *at) for at in _shown(view)}
     known = [rows for rows in found.values() if len(rows)]
@@ -73,7 +75,7 @@ def _norms(view: frame.View, layer: int, scale: str) -> None:
 
 
 def _panel(
-    view: frame.View, at: tuple[str, str], rows: pd.DataFrame, layer: int, scale: str, span: tuple[float, float],
+    view: View, at: tuple[str, str], rows: pd.DataFrame, layer: int, scale: str, span: tuple[float, float],
     furthest: float,
 ) -> None:  # fmt: skip
     prompt_id, condition = at
@@ -94,7 +96,7 @@ def _panel(
     frame.download(rows, f"norms-{name}")
 
 
-def _neurons(view: frame.View, layer: int) -> None:
+def _neurons(view: View, layer: int) -> None:
     st.subheader("Largest neurons at the first step", anchor=False)
     if not asking.has_neurons(view.paths):
         st.info("None: this family's MLP has no single list of neurons before its last projection.")
@@ -121,7 +123,7 @@ def _neurons(view: frame.View, layer: int) -> None:
     _neuron_table(view, shown)
 
 
-def _neuron_table(view: frame.View, shown: dict[tuple[str, str], pd.DataFrame]) -> None:
+def _neuron_table(view: View, shown: dict[tuple[str, str], pd.DataFrame]) -> None:
     own = next(iter(shown.values()))
     named = [(f"{at[1]}{', pinned' if at[0] != view.prompt_id else ''}", rows) for at, rows in shown.items()]
     table = drawing.neuron_table(own, named)
@@ -131,7 +133,7 @@ def _neuron_table(view: frame.View, shown: dict[tuple[str, str], pd.DataFrame]) 
     frame.download(table, "neurons")
 
 
-def _recurring(view: frame.View, layer: int) -> None:
+def _recurring(view: View, layer: int) -> None:
     if not asking.has_neurons(view.paths):
         return
     st.subheader(f"Neurons that recur, layer {layer}", anchor=False)
@@ -158,12 +160,9 @@ def _recurring(view: frame.View, layer: int) -> None:
     frame.download(rows, "neurons-recurring")
 
 
-def _files(view: frame.View) -> None:
+def _files(view: View) -> None:
     st.subheader("Stored residual streams", anchor=False)
-    where, params = view.where()
-    if view.prompt_id is not None:
-        ids = [i for i in (view.prompt_id, view.pin) if i is not None]
-        where, params = "list_contains(?, prompt_id)", [ids]
+    where, params = view.where_chosen()
     total, rows = asking.num_files(view.paths, where, params), asking.files(view.paths, where, params)
     if rows.empty:
         st.caption("No file of these prompts; the setting `experiment.mechanism.stored` says whose are kept.")

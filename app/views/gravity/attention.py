@@ -5,10 +5,11 @@ import pandas as pd
 import streamlit as st
 
 from app import charts, chips, frame
-from app.charts import attention as drawn
-from app.frame import View
-from app.queries import attention as asked
-from app.queries import layers as by_layer
+from app.charts.gravity import attention as drawn
+from app.queries.gravity import View
+from app.queries.gravity import attention as asked
+from app.queries.gravity import layers as by_layer
+from app.views.gravity import open_page, pick_step
 from harness.errors import HarnessError
 
 
@@ -23,10 +24,7 @@ def show(view: View) -> None:
         help="; ".join(asked.MEASURES.values()),
     )
     with middle:
-        step = st.segmented_control(
-            "Step", frame.STEPS, key="step", bind="query-params", default="first", required=True,
-            help="first: the first answer token. decision: where X starts in the answer, else the first.",
-        )  # fmt: skip
+        step = pick_step()
     with right:
         measured = st.segmented_control(
             "Heads under", ("condition", "baseline"), key="measured", bind="query-params", default="condition",
@@ -242,6 +240,6 @@ def _all_heads(
     st.caption(f"0 to {top:.4f}, the largest share of any token but the first. Click a cell to lock its head.")
 
 
-opened = frame.open_page("Attention", ["attention"])
+opened = open_page(__file__)
 if opened:
     show(opened)

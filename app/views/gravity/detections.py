@@ -5,16 +5,17 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import chips, frame, queries
-from app.charts import detections as charts
-from app.frame import View
-from app.queries import detections as ask
+from app import chips, frame
+from app.charts.gravity import detections as charts
+from app.queries.gravity import View, prompts, token_texts
+from app.queries.gravity import detections as ask
+from app.views.gravity import open_page
 from harness.errors import HarnessError
 
 
 def main() -> None:
     """The page."""
-    view = frame.open_page("Detections", ["completions"])
+    view = open_page(__file__)
     if not view:
         return
     try:
@@ -144,10 +145,10 @@ def _chosen(view: View, asked: ask.Asked) -> None:
         st.info("Choose a prompt: in the sidebar, or by a row above.")
         return
     ids = [view.prompt_id] + ([view.pin] if view.pin and view.pin != view.prompt_id else [])
-    prompts = queries.prompts(view.paths).set_index("prompt_id")
+    questions = prompts(view.paths).set_index("prompt_id")
     for column, prompt_id in zip(st.columns(len(ids)), ids, strict=True):
         with column:
-            st.text(f"{prompts.loc[prompt_id, 'question']}\nX = {prompts.loc[prompt_id, 'target']}")
+            st.text(f"{questions.loc[prompt_id, 'question']}\nX = {questions.loc[prompt_id, 'target']}")
             _tokens(view, asked, prompt_id, sample)
 
 
@@ -167,7 +168,7 @@ def _tokens(view: View, asked: ask.Asked, prompt_id: str, sample: int) -> None:
     if found is None:
         st.info("This prompt has no such answer.")
         return
-    texts = queries.token_texts(view.paths, found["token_ids"])
+    texts = token_texts(view.paths, found["token_ids"])
     chips.show(charts.answer_chips(found, texts), charts.SCALE, f"chips-{prompt_id}")
     st.code(charts.in_place(found["text"], found["char_spans"]), language=None, wrap_lines=True)
     verdict = {True: "X is in the answer", False: "X is not in the answer", None: "no verdict"}[found["word_present"]]

@@ -3,21 +3,19 @@
 import pandas as pd
 import streamlit as st
 
-from app import charts, frame
-from app.charts import attention as attention_charts
-from app.charts import layers as layers_charts
-from app.frame import View
-from app.queries import layers as asked
+from app import charts, frame, queries
+from app.charts.gravity import attention as attention_charts
+from app.charts.gravity import layers as layers_charts
+from app.queries.gravity import View
+from app.queries.gravity import layers as asked
+from app.views.gravity import open_page, pick_step
 
 OWN = (("prompt", charts.ORANGE), ("pinned", charts.GREEN))
 
 
 def show(view: View) -> None:
     """The whole page."""
-    step = st.segmented_control(
-        "Step", frame.STEPS, key="step", bind="query-params", default="first", required=True,
-        help="first: the first answer token. decision: where X starts in the answer, else the first.",
-    )  # fmt: skip
+    step = pick_step()
     own = [(name, asked.lens(view.paths, name, step)) for name in _chosen(view)]
     _grid(view, step, own)
     _curves(view, step, own)
@@ -122,7 +120,7 @@ def _curve(rows: pd.DataFrame, condition: str, measure: str) -> pd.DataFrame:
 
 def _contributions(view: View, step: str) -> None:
     st.header("What each layer adds", anchor=False)
-    if not frame.has_rows(view.paths, "decomposition"):
+    if not queries.has_rows(view.paths, "decomposition"):
         st.info("Not measured in this run: it has no rows in `decomposition`.")
         return
     st.caption(
@@ -158,6 +156,6 @@ def _own_contributions(own: list[tuple[str, pd.DataFrame]], measured: list[str])
     frame.download(pd.concat(rows.assign(prompt_id=name) for name, rows in own), "contributions")
 
 
-opened = frame.open_page("Layers", ["lens"])
+opened = open_page(__file__)
 if opened:
     show(opened)

@@ -7,8 +7,10 @@ import pandas as pd
 import streamlit as st
 
 from app import charts, frame
-from app.charts import patching as drawing
-from app.queries import patching as asking
+from app.charts.gravity import patching as drawing
+from app.queries.gravity import View
+from app.queries.gravity import patching as asking
+from app.views.gravity import open_page
 
 _HELP = {
     "ΔP": "P_sem under the patch − P_sem without it",
@@ -18,7 +20,7 @@ _HELP = {
 
 def main() -> None:
     """The page."""
-    view = frame.open_page("Patching", ["patching"])
+    view = open_page(__file__)
     if view is None:
         return
     condition = asking.patched_condition(view.paths, view.manifest)
@@ -53,7 +55,7 @@ def _pickers(layers: int, kinds: list[str]) -> tuple[str, str, int | None, str |
     return str(effect), str(group), layer, patch
 
 
-def _numbers(view: frame.View, condition: str, where: str, params: list[Any]) -> None:
+def _numbers(view: View, condition: str, where: str, params: list[Any]) -> None:
     n = asking.counts(view.paths, condition, where, params)
     st.caption(
         f"{n['all']} prompts patched from `baseline` into `{condition}`: {n['success']} successes, {n['failure']} failures. "
@@ -63,7 +65,7 @@ def _numbers(view: frame.View, condition: str, where: str, params: list[Any]) ->
         st.caption(f"The filter's outcome is that under `{view.condition}`, not under `{condition}`.")
 
 
-def _means(view: frame.View, condition: str, measure: str, where: str, params: list[Any]) -> pd.DataFrame:
+def _means(view: View, condition: str, measure: str, where: str, params: list[Any]) -> pd.DataFrame:
     """The stored statistics where all prompts are looked at, else the same counted over the filter's."""
     if view.category is None and view.outcome is None:
         stored = asking.stored_means(view.paths, condition, measure)
@@ -102,9 +104,7 @@ def _choosing(cells: pd.DataFrame) -> Callable[[int, int], dict[str, Any] | None
     return chosen
 
 
-def _cell(
-    view: frame.View, condition: str, means: pd.DataFrame, effect: str, chosen: tuple[int, str], group: str
-) -> None:
+def _cell(view: View, condition: str, means: pd.DataFrame, effect: str, chosen: tuple[int, str], group: str) -> None:
     layer, patch = chosen
     st.subheader(f"{patch}, layer {layer}", anchor=False)
     here = means[(means["layer"] == layer) & (means["patch"] == patch)]
@@ -129,7 +129,7 @@ def _cell(
     frame.download(rows, f"patching-{patch}-{layer}")
 
 
-def _prompts(view: frame.View, condition: str, kinds: list[str], layers: int, chosen: tuple[int, str] | None) -> None:
+def _prompts(view: View, condition: str, kinds: list[str], layers: int, chosen: tuple[int, str] | None) -> None:
     st.subheader("One prompt", anchor=False)
     ids = [i for i in (view.prompt_id, view.pin) if i is not None]
     if not ids:
@@ -157,9 +157,7 @@ def _prompts(view: frame.View, condition: str, kinds: list[str], layers: int, ch
     )
 
 
-def _answers(
-    view: frame.View, condition: str, prompt_id: str, cells: pd.DataFrame, chosen: tuple[int, str] | None
-) -> None:
+def _answers(view: View, condition: str, prompt_id: str, cells: pd.DataFrame, chosen: tuple[int, str] | None) -> None:
     """P_sem and the answer without and with the chosen patch, as text."""
     if chosen is None:
         st.caption("Click a cell for its answer.")

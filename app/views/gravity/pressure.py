@@ -3,11 +3,11 @@
 import pandas as pd
 import streamlit as st
 
-from app import frame, queries
-from app.charts import pressure as charts
-from app.frame import View
-from app.queries import pressure as ask
-from harness.run.differences import seed_of
+from app import frame
+from app.charts.gravity import pressure as charts
+from app.queries.gravity import View, prompts, token_texts
+from app.queries.gravity import pressure as ask
+from app.views.gravity import open_page
 
 _FILTERED = "The sidebar's filters are on: these are plain means over the prompts that they keep, without intervals."
 _NOT_YET = "No intervals and no fit: the analysis comes at the end of a run."
@@ -15,7 +15,7 @@ _NOT_YET = "No intervals and no fit: the analysis comes at the end of a run."
 
 def main() -> None:
     """The page."""
-    view = frame.open_page("P_sem", ["psem"])
+    view = open_page(__file__)
     if not view:
         return
     under, against, measure, by = _pick(view)
@@ -50,10 +50,6 @@ def _pick(view: View) -> tuple[str, str, str, str]:
     return str(under or view.condition), str(against), str(measure), str(by)
 
 
-def _is_whole(view: View) -> bool:
-    return view.category is None and view.outcome is None
-
-
 def _pressure(view: View, against: str, under: str, measure: str, by: str) -> None:
     outcome_of = under if under != "baseline" else view.condition
     points = ask.pairs(view, against, under, outcome_of, measure)
@@ -61,7 +57,7 @@ def _pressure(view: View, against: str, under: str, measure: str, by: str) -> No
         st.info("No prompt that the filters keep has this probability under both conditions yet.")
         return
     _numbers(points)
-    found = charts.groups(points, by, sorted(set(queries.prompts(view.paths)["category"])))
+    found = charts.groups(points, by, sorted(set(prompts(view.paths)["category"])))
     left, right = st.columns(2)
     with left:
         st.subheader("Pressure by prompt")
@@ -139,7 +135,7 @@ def _said(view: View, under: str) -> None:
     fitted = fit[fit["grouping"] == "all"].set_index("measure")
     curve = _curve(view, under, fitted)
     st.echarts_chart(
-        charts.said(points, bins, curve, is_whole=_is_whole(view), chosen=_chosen(view)), key="pressure-said", height=440,
+        charts.said(points, bins, curve, is_whole=view.is_whole, chosen=_chosen(view)), key="pressure-said", height=440,
         on_select=frame.on_click("pressure-said", lambda s, i: _prompt(charts.clicked_rate(points, s, i))),
     )  # fmt: skip
     st.caption(_told_of_rates(view, under, bins, fitted, curve))
@@ -162,12 +158,12 @@ def _curve(view: View, under: str, fitted: pd.DataFrame) -> pd.DataFrame | None:
     if not {"intercept", "slope"} <= set(fitted.index) or fitted.loc[["intercept", "slope"], "value"].isna().any():
         return None
     a, b = float(fitted.loc["intercept", "value"]), float(fitted.loc["slope", "value"])
-    return ask.curve(view.paths, under, (a, b), seed_of(view.manifest))
+    return ask.curve(view.paths, under, (a, b), view.seed)
 
 
 def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFrame, curve: pd.DataFrame | None) -> str:
     parts = ["P0 is p_sem under baseline here, whatever is chosen above; points are moved a little up or down."]
-    if not _is_whole(view):
+    if not view.is_whole:
         parts.append(_FILTERED)
     elif bins["low"].isna().all():
         parts.append(_NOT_YET)
@@ -234,8 +230,8 @@ def _variants(view: View) -> None:
     ids = [view.prompt_id] + ([view.pin] if view.pin and view.pin != view.prompt_id else [])
     spellings, totals = ask.spellings(view.paths, ids), ask.totals(view.paths, ids)
     tops = ask.first_tokens(view.paths, ids)
-    texts = queries.token_texts(view.paths, [*(t for seq in spellings["token_ids"] for t in seq), *tops["token_id"]])
-    questions = queries.prompts(view.paths).set_index("prompt_id")
+    texts = token_texts(view.paths, [*(t for seq in spellings["token_ids"] for t in seq), *tops["token_id"]])
+    questions = prompts(view.paths).set_index("prompt_id")
     top = float(spellings["p"].max()) if len(spellings) else 1.0
     for column, prompt_id in zip(st.columns(len(ids)), ids, strict=True):
         with column:

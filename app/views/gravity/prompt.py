@@ -8,13 +8,15 @@ import pandas as pd
 import streamlit as st
 
 from app import chips, frame, queries
-from app.charts import activations as norm_charts
-from app.charts import attention as attention_charts
-from app.charts import layers as layer_charts
-from app.charts import patching as patch_charts
-from app.charts import prompt as drawing
-from app.queries import activations, attention, layers, patching
-from app.queries import prompt as asking
+from app.charts.chips import Chip
+from app.charts.gravity import activations as norm_charts
+from app.charts.gravity import attention as attention_charts
+from app.charts.gravity import layers as layer_charts
+from app.charts.gravity import patching as patch_charts
+from app.charts.gravity import prompt as drawing
+from app.queries.gravity import View, activations, attention, layers, patching
+from app.queries.gravity import prompt as asking
+from app.views.gravity import open_page, pick_step
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Section:
 
 def main() -> None:
     """The page."""
-    view = frame.open_page("Prompt", ["prompts"])
+    view = open_page(__file__)
     if view is None:
         return
     kept = view.prompt_ids()
@@ -38,22 +40,19 @@ def main() -> None:
         st.info("The filter keeps no prompt.")
         return
     _walk(view, prompt_id, kept)
-    step = st.segmented_control(
-        "Step", frame.STEPS, key="step", bind="query-params", default="first", required=True,
-        help="first: the first answer token. decision: where X starts in the answer, else the first.",
-    )  # fmt: skip
+    step = pick_step()
     ids = list(dict.fromkeys(i for i in (prompt_id, view.pin) if i is not None))
     _lay(ids, [_facts(view)])
     _lay(ids, [_text(view)])
     _lay(ids, [_pressure(view, ids)])
     _lay(ids, [_greedy(view, ids), _samples(view, ids)])
-    _lay(ids, [_ratios(view, ids, str(step)), _shares(view, ids, str(step))])
-    _lay(ids, [_lens(view, ids, str(step)), _contributions(view, ids, str(step))])
+    _lay(ids, [_ratios(view, ids, step), _shares(view, ids, step)])
+    _lay(ids, [_lens(view, ids, step), _contributions(view, ids, step)])
     _lay(ids, [_patching(view, ids), _norms(view, ids)])
     _lay(ids, [_events(view, ids)])
 
 
-def _walk(view: frame.View, prompt_id: str, kept: list[str]) -> None:
+def _walk(view: View, prompt_id: str, kept: list[str]) -> None:
     """Where the prompt stands in the filter, with buttons to go on, and to pin it."""
     at = kept.index(prompt_id) if prompt_id in kept else None
     before, here, after, pin, _ = st.columns([1, 2, 1, 1, 3], vertical_alignment="center")
@@ -108,7 +107,7 @@ def _key(ids: Sequence[str], prompt_id: str, name: str) -> str:
 # -- what it is
 
 
-def _facts(view: frame.View) -> Section:
+def _facts(view: View) -> Section:
     def draw(prompt_id: str) -> None:
         row = asking.facts(view.paths, prompt_id)
         verdicts = (
@@ -133,7 +132,7 @@ def _words(value: Any) -> str:
     return str(value) if isinstance(value, str) or not hasattr(value, "__len__") else ", ".join(map(str, value)) or "–"
 
 
-def _text(view: frame.View) -> Section:
+def _text(view: View) -> Section:
     def draw(prompt_id: str) -> None:
         tokens = activations.tokens(view.paths, prompt_id, view.condition)
         if not tokens:
@@ -150,7 +149,7 @@ def _text(view: frame.View) -> Section:
 # -- pressure and answers
 
 
-def _pressure(view: frame.View, ids: Sequence[str]) -> Section:
+def _pressure(view: View, ids: Sequence[str]) -> Section:
     if not {"psem", "suppression", "detections"} <= queries.tables(view.paths):
         return _unmeasured("Pressure of X")
     found = {i: asking.pressure(view.paths, i) for i in ids}
@@ -177,7 +176,7 @@ def _pressure(view: frame.View, ids: Sequence[str]) -> Section:
     return Section("Pressure of X", draw, note, _together(found))
 
 
-def _greedy(view: frame.View, ids: Sequence[str]) -> Section:
+def _greedy(view: View, ids: Sequence[str]) -> Section:
     if not {"completions", "detections"} <= queries.tables(view.paths):
         return _unmeasured("Greedy answers")
     found = {i: asking.greedy(view.paths, i) for i in ids}
@@ -193,7 +192,7 @@ def _greedy(view: frame.View, ids: Sequence[str]) -> Section:
                 else "keeps clear of X"
             )
             note = f"{row['condition']}: {told}; {row['finish_reason']}"
-            shown = drawing.marked(row["text"] or "", spans) or [chips.Chip("(nothing)")]
+            shown = drawing.marked(row["text"] or "", spans) or [Chip("(nothing)")]
             chips.show(shown, note, _key(ids, prompt_id, f"greedy-{row['condition']}"))
         if found[prompt_id].empty:
             st.info("Not generated.")
@@ -201,7 +200,7 @@ def _greedy(view: frame.View, ids: Sequence[str]) -> Section:
     return Section("Greedy answers", draw, "X is outlined.", _together(found))
 
 
-def _samples(view: frame.View, ids: Sequence[str]) -> Section:
+def _samples(view: View, ids: Sequence[str]) -> Section:
     if not {"completions", "detections"} <= queries.tables(view.paths):
         return _unmeasured("Samples")
     found = {i: asking.samples(view.paths, i) for i in ids}
@@ -222,7 +221,7 @@ def _samples(view: frame.View, ids: Sequence[str]) -> Section:
 # -- inside
 
 
-def _ratios(view: frame.View, ids: Sequence[str], step: str) -> Section:
+def _ratios(view: View, ids: Sequence[str], step: str) -> Section:
     found = {i: asking.ratios(view.paths, i, step) for i in ids}
     low, high = drawing.ratio_range(list(found.values()))
 
@@ -240,7 +239,7 @@ def _ratios(view: frame.View, ids: Sequence[str], step: str) -> Section:
     return Section("Attention ratios", draw, note, _together(found))
 
 
-def _shares(view: frame.View, ids: Sequence[str], step: str) -> Section:
+def _shares(view: View, ids: Sequence[str], step: str) -> Section:
     found = {i: asking.shares(view.paths, i, view.condition, step) for i in ids}
     top = attention_charts.largest_share([r for r in found.values() if len(r)]) or 1.0
 
@@ -265,8 +264,8 @@ def _grid_height(rows: pd.DataFrame) -> int:
     return 150 + max(14 * (int(rows["layer"].max()) + 1), 90)
 
 
-def _lens(view: frame.View, ids: Sequence[str], step: str) -> Section:
-    if not frame.has_rows(view.paths, "lens"):
+def _lens(view: View, ids: Sequence[str], step: str) -> Section:
+    if not queries.has_rows(view.paths, "lens"):
         return _unmeasured("Logit lens")
     found = {i: layers.lens(view.paths, i, step) for i in ids}
 
@@ -285,7 +284,7 @@ def _lens(view: frame.View, ids: Sequence[str], step: str) -> Section:
     return Section("Logit lens", draw, note, _together(found))
 
 
-def _contributions(view: frame.View, ids: Sequence[str], step: str) -> Section:
+def _contributions(view: View, ids: Sequence[str], step: str) -> Section:
     found = {i: layers.contributions(view.paths, i, step) for i in ids}
     shown = {i: rows[rows["condition"] == view.condition] for i, rows in found.items()}
     every = _together(shown)
@@ -306,8 +305,8 @@ def _contributions(view: frame.View, ids: Sequence[str], step: str) -> Section:
     return Section("Contributions", draw, note, _together(found))
 
 
-def _patching(view: frame.View, ids: Sequence[str]) -> Section:
-    if not frame.has_rows(view.paths, "patching"):
+def _patching(view: View, ids: Sequence[str]) -> Section:
+    if not queries.has_rows(view.paths, "patching"):
         return _unmeasured("Patching")
     found = {i: patching.of_prompt(view.paths, i) for i in ids}
     every = _together(found)
@@ -329,8 +328,8 @@ def _patching(view: frame.View, ids: Sequence[str]) -> Section:
     return Section("Patching", draw, note + "◯: the answer's verdict flips.", every)
 
 
-def _norms(view: frame.View, ids: Sequence[str]) -> Section:
-    if not frame.has_rows(view.paths, "activations"):
+def _norms(view: View, ids: Sequence[str]) -> Section:
+    if not queries.has_rows(view.paths, "activations"):
         return _unmeasured("Residual norms")
     found = {i: activations.norms(view.paths, i, view.condition) for i in ids}
     low, high = norm_charts.span([r for r in found.values() if len(r)], "relative")
@@ -350,7 +349,7 @@ def _norms(view: frame.View, ids: Sequence[str]) -> Section:
     return Section("Residual norms", draw, note, _together(found))
 
 
-def _events(view: frame.View, ids: Sequence[str]) -> Section:
+def _events(view: View, ids: Sequence[str]) -> Section:
     found = {i: asking.events(view.paths, i) for i in ids}
 
     def draw(prompt_id: str) -> None:

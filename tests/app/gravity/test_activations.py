@@ -6,16 +6,17 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import activations as drawing
-from app.queries import activations as asking
+from app.charts.gravity import activations as drawing
+from app.queries.gravity import EVERY
+from app.queries.gravity import activations as asking
 from harness.run import RunPaths
 from harness.store import Store
 from tests import synthetic
-from tests.app.conftest import open_view
-from tests.app.test_patching import store_of
+from tests.app.conftest import open_view, page_file
+from tests.app.gravity.test_patching import store_of
 from tests.synthetic import Shape
 
-PAGE = Path(__file__).parents[2] / "app" / "views" / "activations.py"
+PAGE = page_file("activations")
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,19 +76,19 @@ def test_tokens_are_the_pieces_of_the_text(paths: RunPaths) -> None:
 
 
 def test_recurring_neurons_are_counted_by_outcome(paths: RunPaths) -> None:
-    rows = asking.recurring(paths, "negative", 0, "TRUE", []).set_index("neuron")
+    rows = asking.recurring(paths, "negative", 0, *EVERY).set_index("neuron")
     assert rows.index[0] == 5
     assert list(rows.loc[5][["prompts", "success", "failure"]]) == [2, 1, 1]
     assert (rows.loc[5]["mean_success"], rows.loc[5]["mean_failure"]) == (4.0, -2.0)
     assert pd.isna(rows.loc[9]["mean_failure"]), "never among a failure's largest: no mean, not zero"
-    assert asking.measured(paths, "negative", 0, "TRUE", []) == {"all": 2, "success": 1, "failure": 1}
-    assert asking.measured(paths, "negative", 1, "TRUE", [])["all"] == 0
+    assert asking.measured(paths, "negative", 0, *EVERY) == {"all": 2, "success": 1, "failure": 1}
+    assert asking.measured(paths, "negative", 1, *EVERY)["all"] == 0
     assert set(asking.recurring(paths, "negative", 0, "prompt_id = ?", ["a"]).neuron) == {5, 9}
 
 
 def test_prompts_with_files_are_offered_first(paths: RunPaths) -> None:
-    assert list(asking.offered(paths, "negative", "TRUE", [])["prompt_id"]) == ["b", "a"]
-    assert asking.num_files(paths, "TRUE", []) == 1
+    assert list(asking.offered(paths, "negative", *EVERY)["prompt_id"]) == ["b", "a"]
+    assert asking.num_files(paths, *EVERY) == 1
     assert list(asking.files(paths, "prompt_id = ?", ["a"])["path"]) == []
 
 

@@ -12,21 +12,22 @@ from safetensors.numpy import save_file
 from streamlit.testing.v1 import AppTest
 
 from app import charts
-from app.charts import attention as drawn
-from app.frame import View
-from app.queries import attention as asked
-from app.queries import layers as by_layer
+from app.charts.gravity import OUTCOME_COLOURS
+from app.charts.gravity import attention as drawn
+from app.queries.gravity import View
+from app.queries.gravity import attention as asked
+from app.queries.gravity import layers as by_layer
 from harness.errors import HarnessError
 from harness.run import RunPaths, list_runs
 from harness.store import Reader, Store
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.fakes import older_store
 from tests.synthetic import Shape
 
 # Streamlit itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
-PAGE = Path(__file__).parents[2] / "app" / "views" / "attention.py"
+PAGE = page_file("attention")
 LAYERS, HEADS = 3, 4
 
 
@@ -66,7 +67,7 @@ def view(paths: RunPaths) -> Callable[..., View]:
     (entry,) = list_runs(paths.folder.parent)
 
     def make(category: str | None = None, outcome: str | None = None) -> View:
-        return View(entry, ("baseline", "negative"), "negative", category, outcome, None, None, False)
+        return View(entry, ("baseline", "negative"), "negative", category, outcome, None, None)
 
     return make
 
@@ -224,7 +225,7 @@ def test_curves_are_coloured_by_outcome_and_dashed_for_baseline() -> None:
     series = drawn.by_layer(rows, "iar")["series"]
     assert [s["name"] for s in series[:2]] == ["failure, baseline", "failure, negative"], "bands come after the lines"
     assert [s["lineStyle"]["type"] for s in series[:2]] == ["dashed", "solid"]
-    assert {s["itemStyle"]["color"] for s in series[:2]} == {charts.OUTCOME_COLOURS["failure"]}
+    assert {s["itemStyle"]["color"] for s in series[:2]} == {OUTCOME_COLOURS["failure"]}
     assert len(series) == 2 + 2 * 2
 
 

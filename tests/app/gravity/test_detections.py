@@ -6,17 +6,18 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import detections as charts
-from app.frame import View
-from app.queries import detections as ask
-from app.queries.detections import Asked
+from app.charts.gravity import detections as charts
+from app.queries.gravity import View
+from app.queries.gravity import detections as ask
+from app.queries.gravity import prompts as prompts_of
+from app.queries.gravity.detections import Asked
 from harness.run import RunEntry, RunPaths
 from harness.store import Store
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.synthetic import Shape
 
-PAGE = Path(__file__).parents[2] / "app" / "views" / "detections.py"
+PAGE = page_file("detections")
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,7 +72,7 @@ def _events(store: Store) -> None:
 
 def _view(paths: RunPaths, category: str | None = None, outcome: str | None = None) -> View:
     entry = RunEntry(paths, {}, None)
-    return View(entry, ("negative",), "negative", category, outcome, None, None, is_running=False)
+    return View(entry, ("negative",), "negative", category, outcome, None, None)
 
 
 # -- queries
@@ -215,7 +216,7 @@ def test_the_page_and_the_filters_come_from_the_address(whole: RunPaths, monkeyp
 def test_a_page_beyond_the_last_and_a_sample_that_is_not_there_are_put_right(
     whole: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = ask.queries.prompts(whole)["prompt_id"].iloc[0]
+    prompt = prompts_of(whole)["prompt_id"].iloc[0]
     test = _page(whole.folder.parent, monkeypatch, page="9", prompt=prompt, sample="3")
     assert "Answers 401 to 440" in _told(test)
     assert next(b for b in test.selectbox if b.label == "Sample").value == 3
@@ -229,7 +230,7 @@ def test_a_page_beyond_the_last_and_a_sample_that_is_not_there_are_put_right(
 def test_a_chosen_prompt_and_a_pinned_one_show_their_answers_as_data(
     whole: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = ask.queries.prompts(whole)["prompt_id"].tolist()
+    ids = prompts_of(whole)["prompt_id"].tolist()
     root = whole.folder.parent
     assert "Choose a prompt" in _told(_page(root, monkeypatch))
     test = _page(root, monkeypatch, prompt=ids[0], pin=ids[1], mode="greedy")

@@ -8,18 +8,19 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import charts
-from app.charts import layers as drawn
-from app.frame import View
-from app.queries import layers as asked
+from app.charts.gravity import OUTCOME_COLOURS
+from app.charts.gravity import layers as drawn
+from app.queries.gravity import View
+from app.queries.gravity import layers as asked
 from harness.run import RunPaths, list_runs
 from harness.store import Reader
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.synthetic import Shape
 
 # Streamlit itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
-PAGE = Path(__file__).parents[2] / "app" / "views" / "layers.py"
+PAGE = page_file("layers")
 LAYERS = 3
 
 
@@ -31,7 +32,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 
 def _view(paths: RunPaths, category: str | None = None, outcome: str | None = None) -> View:
     (entry,) = list_runs(paths.folder.parent)
-    return View(entry, ("baseline", "negative", "reframed"), "negative", category, outcome, None, None, False)
+    return View(entry, ("baseline", "negative", "reframed"), "negative", category, outcome, None, None)
 
 
 def _ask(paths: RunPaths, sql: str, *params: object) -> list[dict]:
@@ -141,7 +142,7 @@ def test_contributions_are_bars_of_a_prompt_and_curves_of_an_outcome() -> None:
     lines = {s["name"]: s for s in reversed(curves["series"]) if "stack" not in s}
     assert set(lines) == {"attention, failure", "attention, success", "MLP, failure", "MLP, success"}
     assert lines["attention, failure"]["lineStyle"]["type"] == "dashed"
-    assert lines["MLP, failure"]["itemStyle"]["color"] == charts.OUTCOME_COLOURS["failure"]
+    assert lines["MLP, failure"]["itemStyle"]["color"] == OUTCOME_COLOURS["failure"]
     empty = drawn.contribution_curves({"attn_contrib": means, "ffn_contrib": means}, "baseline", 0.5)
     assert empty["series"] == []
 

@@ -8,15 +8,16 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import patching as drawing
-from app.queries import patching as asking
+from app.charts.gravity import patching as drawing
+from app.queries.gravity import EVERY
+from app.queries.gravity import patching as asking
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.synthetic import Shape
 
-PAGE = Path(__file__).parents[2] / "app" / "views" / "patching.py"
+PAGE = page_file("patching")
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 KEPT, HOSTILE = "<b>kept</b>", "<img src=x onerror=alert(1)> {b}"
@@ -84,7 +85,7 @@ def words(test: AppTest) -> str:
 
 
 def test_means_are_those_of_the_rows_and_the_difference_is_failure_less_success(paths: RunPaths) -> None:
-    found = asking.counted_means(paths, "negative", "delta_p", "TRUE", []).set_index(["grouping", "layer", "patch"])
+    found = asking.counted_means(paths, "negative", "delta_p", *EVERY).set_index(["grouping", "layer", "patch"])
     at = lambda group: found.loc[(group, 0, "resid")]  # noqa: E731
     assert at("all")["value"] == pytest.approx((0.3 + 0.1 - 0.1 + 0.3) / 4)
     assert at("success")["value"] == pytest.approx(0.2)
@@ -98,9 +99,7 @@ def test_means_are_those_of_the_rows_and_the_difference_is_failure_less_success(
 
 
 def test_flips_are_counted_as_a_share(paths: RunPaths) -> None:
-    found = asking.counted_means(paths, "negative", "flip", "TRUE", []).set_index(["grouping", "layer", "patch"])[
-        "value"
-    ]
+    found = asking.counted_means(paths, "negative", "flip", *EVERY).set_index(["grouping", "layer", "patch"])["value"]
     assert found["all", 0, "resid"] == 0.5
     assert found["all", 1, "mlp"] == 0
 
@@ -108,27 +107,27 @@ def test_flips_are_counted_as_a_share(paths: RunPaths) -> None:
 def test_a_filter_keeps_its_prompts_and_no_others(paths: RunPaths) -> None:
     only = ("prompt_id IN (SELECT prompt_id FROM prompts WHERE category = ?)", ["facts"])
     assert asking.counts(paths, "negative", *only) == {"all": 2, "success": 2, "failure": 0}
-    assert asking.counts(paths, "negative", "TRUE", []) == {"all": 4, "success": 2, "failure": 2}
+    assert asking.counts(paths, "negative", *EVERY) == {"all": 4, "success": 2, "failure": 2}
     found = asking.counted_means(paths, "negative", "delta_p", *only)
     assert set(found["grouping"]) == {"all", "success"}
     assert asking.counted_means(paths, "negative", "delta_p", "FALSE", []).empty
 
 
 def test_prompts_behind_a_cell_come_strongest_first_with_both_answers(paths: RunPaths) -> None:
-    rows = asking.behind(paths, "negative", 0, "resid", "all", "TRUE", [])
+    rows = asking.behind(paths, "negative", 0, "resid", "all", *EVERY)
     assert set(rows["prompt_id"][:2]) == {"a", "d"}
     assert set(rows["prompt_id"][2:]) == {"b", "c"}
     assert set(rows["said"]) == {KEPT}
     assert set(rows["says"]) == {HOSTILE}
-    assert list(asking.behind(paths, "negative", 0, "resid", "failure", "TRUE", [])["prompt_id"]) == ["d", "c"]
-    assert asking.behind(paths, "negative", 7, "resid", "all", "TRUE", []).empty
+    assert list(asking.behind(paths, "negative", 0, "resid", "failure", *EVERY)["prompt_id"]) == ["d", "c"]
+    assert asking.behind(paths, "negative", 7, "resid", "all", *EVERY).empty
 
 
 def test_counted_means_agree_with_the_stored_statistics(run: RunPaths) -> None:
     for effect in asking.EFFECTS.values():
         stored, counted = (
             asking.stored_means(run, "negative", effect),
-            asking.counted_means(run, "negative", effect, "TRUE", []),
+            asking.counted_means(run, "negative", effect, *EVERY),
         )
         both = stored.merge(counted, on=["grouping", "layer", "patch"])
         assert len(both) == len(stored) == len(counted) > 0
@@ -147,7 +146,7 @@ def test_the_patched_condition_is_known_without_statistics(tmp_path: Path) -> No
 
 
 def test_cells_say_their_interval_and_the_chosen_one_has_a_frame(paths: RunPaths) -> None:
-    means = asking.counted_means(paths, "negative", "delta_p", "TRUE", [])
+    means = asking.counted_means(paths, "negative", "delta_p", *EVERY)
     kinds = drawing.ordered(["mlp", "resid"])
     assert kinds == ["mlp", "resid"], "the blocks' outputs stand on top"
     cells = drawing.placed(means[means["grouping"] == "all"], kinds, 2, (0, "resid"))
@@ -188,7 +187,7 @@ def test_the_page_says_how_many_prompts_and_what_the_signs_mean(opened: RunPaths
 
 
 def test_a_linked_cell_shows_its_interval_its_prompts_and_the_chosen_prompts_answers(opened: RunPaths) -> None:
-    rows = asking.behind(opened, "negative", 2, "resid", "success", "TRUE", [])
+    rows = asking.behind(opened, "negative", 2, "resid", "success", *EVERY)
     prompt = str(rows["prompt_id"][0])
     test = page(layer="2", patch="resid", group="success", prompt=prompt)
     assert not test.exception

@@ -10,11 +10,11 @@ import pytest
 from matplotlib.collections import PolyCollection
 from streamlit.testing.v1 import AppTest
 
-from app import queries
 from app.charts import GREY
-from app.charts import pressure as charts
-from app.frame import View
-from app.queries import pressure as ask
+from app.charts.gravity import pressure as charts
+from app.queries.gravity import View, remarks
+from app.queries.gravity import pressure as ask
+from app.queries.gravity import prompts as prompts_of
 from harness import stats
 from harness.commands.show import open_snapshot
 from harness.experiments.gravity import report
@@ -26,10 +26,10 @@ from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
 from harness.store import Store
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.synthetic import HOSTILE, Shape
 
-PAGE = Path(__file__).parents[2] / "app" / "views" / "pressure.py"
+PAGE = page_file("pressure")
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -74,7 +74,7 @@ def _three_prompts(store: Store) -> None:
 
 def _view(paths: RunPaths, category: str | None = None, outcome: str | None = None) -> View:
     entry = RunEntry(paths, {}, None)
-    return View(entry, ("baseline", "negative"), "negative", category, outcome, None, None, is_running=False)
+    return View(entry, ("baseline", "negative"), "negative", category, outcome, None, None)
 
 
 # -- queries
@@ -184,7 +184,7 @@ def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
     assert [row[2] for t in section.tables if t.title.startswith("Fit") for row in t.rows if row[0] == "negative"] == [
         told
     ]
-    assert content["remarks"] == lines(result.remarks) == lines(queries.remarks(whole, manifest))
+    assert content["remarks"] == lines(result.remarks) == [r.text for r in remarks(RunEntry(whole, manifest, None))]
     rates = ask.rates(_view(whole), "negative")
     data = (rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
     other = stats.fit_violations(*data, seed=1, num_bootstraps=300)
@@ -359,7 +359,7 @@ def test_conditions_and_probability_come_from_the_address(whole: RunPaths, monke
 def test_a_chosen_prompt_shows_its_spellings_and_hostile_text_is_text(
     whole: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = ask.queries.prompts(whole)
+    prompts = prompts_of(whole)
     hostile = prompts[prompts["question"].str.startswith(HOSTILE)]["prompt_id"].tolist()
     test = _page(whole.folder.parent, monkeypatch, prompt=hostile[0], pin=hostile[1])
     assert any(HOSTILE[0] in t.value or HOSTILE[1] in t.value for t in test.text)

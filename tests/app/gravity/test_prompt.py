@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import prompt as drawing
-from app.queries import prompt as asking
+from app.charts.gravity import prompt as drawing
+from app.queries.gravity import prompt as asking
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
-from tests.app.conftest import open_view
-from tests.app.test_patching import store_of
+from tests.app.conftest import open_view, page_file
+from tests.app.gravity.test_patching import store_of
 from tests.synthetic import Shape
 
-PAGE = Path(__file__).parents[2] / "app" / "views" / "prompt.py"
+PAGE = page_file("prompt")
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
