@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import streamlit as st
+from streamlit.components import v2
 
 from app.charts.chips import Chip
 
@@ -47,7 +48,7 @@ export default function ({ data, parentElement }) {
 
 @st.cache_resource
 def _component():
-    return st.components.v2.component("harness_chips", html=_HTML, css=_CSS, js=_JS)
+    return v2.component("harness_chips", html=_HTML, css=_CSS, js=_JS)
 
 
 def show(chips: Sequence[Chip], note: str, key: str) -> None:

@@ -65,10 +65,10 @@ def heatmap(
     }  # fmt: skip
 
 
-def clicked_cell(index: int, cells: pd.DataFrame) -> dict[str, Any] | None:
+def clicked_cell(index: int, cells: pd.DataFrame) -> dict[Any, Any] | None:
     """The row of `cells` behind the clicked item of their `heatmap`; None for one that was not measured."""
     known = cells.dropna(subset=["value"])
-    return known.iloc[index].to_dict() if index < len(known) else None
+    return known.to_dict("records")[index] if index < len(known) else None
 
 
 def symmetric(values: pd.Series) -> tuple[float, float]:

@@ -69,7 +69,7 @@ def has_rows(paths: RunPaths, table: str) -> bool:
 
 def columns(paths: RunPaths, table: str) -> list[str]:
     """Columns a table has in this run's schema; none where there is no such table."""
-    return [] if table not in tables(paths) else list(ask(paths, f"SELECT * FROM {table} LIMIT 0"))
+    return [] if table not in tables(paths) else list(map(str, ask(paths, f"SELECT * FROM {table} LIMIT 0")))
 
 
 def published(paths: RunPaths) -> float:

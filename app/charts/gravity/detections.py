@@ -44,7 +44,7 @@ def in_place(text: str | None, spans: Sequence[Sequence[int]] | None) -> str:
     if not isinstance(text, str):
         return ""
     found, done = "", 0
-    known = list(spans) if hasattr(spans, "__len__") else []  # a data frame says NA, not None
+    known = spans if spans is not None and hasattr(spans, "__len__") else []  # a data frame says NA, not None
     for start, end in sorted((int(a), int(b)) for a, b in known):
         if start < done:  # overlaps the one before, which is marked
             continue

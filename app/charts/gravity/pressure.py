@@ -1,6 +1,6 @@
 """The P_sem page's charts: pressure against pressure, suppression, how often X is said, and which spellings carry it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,8 @@ def clicked_rate(points: pd.DataFrame, series: int, index: int) -> str | None:
 def spelling_rows(spellings: pd.DataFrame, texts: Mapping[int, str], totals: pd.DataFrame) -> pd.DataFrame:
     """One prompt's spellings, likeliest (in any condition) first: spelling, tokens, and per condition `p`, `share` (of p_sem) and
     `ends` (the probability that the word ends there), as columns named `<condition>: …`."""
-    known = spellings.assign(key=[tuple(map(int, ids)) for ids in spellings["token_ids"]])
+    keys = [tuple(map(int, ids)) for ids in spellings["token_ids"]]
+    known = spellings.assign(key=pd.Series(keys, spellings.index, dtype=object))
     p_sem = totals.set_index("condition")["p_sem"]
     order = known.groupby("key")["p"].max().sort_values(ascending=False, kind="stable").index
     rows = pd.DataFrame(index=order)
@@ -224,19 +225,24 @@ def _rings(found: Sequence[Group], chosen: Mapping[str, str | None], x: str, y: 
     return rings
 
 
+def _rows(bins: pd.DataFrame) -> Iterator[Any]:
+    """Rows with an attribute a column."""
+    return iter(bins.itertuples())
+
+
 def _bin_means(bins: pd.DataFrame) -> list[Option]:
     if bins.empty:
         return []
     bars = [
         [{"coord": [float(r.p0), float(r.low)]}, {"coord": [float(r.p0), float(r.high)]}]
-        for r in bins.itertuples()
+        for r in _rows(bins)
         if r.low == r.low and r.high == r.high
     ]
     name = "mean of a bin, 95 %" if bars else "mean of a bin"
     item: Option = {
         "type": "scatter", "name": name, "symbol": "rect", "symbolSize": 10, "z": 4, "itemStyle": {"color": COLOURS[0]},
         "data": [{"name": f"P0 in {r.grouping}: {r.n} prompts, {_told(r)}", "value": [float(r.p0), float(r.value)]}
-                 for r in bins.itertuples()],
+                 for r in _rows(bins)],
         "tooltip": {"formatter": "{b}"},
     }  # fmt: skip
     if bars:

@@ -103,10 +103,8 @@ def compact(option: charts.Option) -> charts.Option:
 
 def ratio_range(frames: Sequence[pd.DataFrame]) -> tuple[float, float]:
     """0 to 1 and whatever is outside: NF, TMF and IAR are shares, PI is a difference and may be below zero."""
-    values = pd.concat([f[list(RATIO_NAMES)].stack() for f in frames if len(f)] or [pd.Series(dtype=float)]).astype(
-        float
-    )
-    low = float(values.min()) if values.notna().any() else 0.0
+    lows = [float(f[name].min()) for f in frames for name in RATIO_NAMES]
+    low = min((value for value in lows if not math.isnan(value)), default=0.0)
     return min(0.0, math.floor(low * 5) / 5), 1.0
 
 

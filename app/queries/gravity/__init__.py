@@ -142,8 +142,8 @@ def remarks(entry: RunEntry) -> list[Remark]:
     except HarnessError:
         return []
     return [
-        Remark(kind, told.TITLES[kind], line)
-        for kind, some in groupby(found, key=lambda remark: remark.kind)
+        Remark(kind, about, line)
+        for (kind, about), some in groupby(found, key=lambda remark: (remark.kind, told.TITLES[remark.kind]))
         for line in told.lines(some)
     ]
 

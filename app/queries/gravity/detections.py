@@ -1,5 +1,6 @@
 """What the Detections page asks: how many answers say X, the answers themselves a page at a time, and rates by prompt."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +147,7 @@ def _kept(view: View, asked: Asked) -> tuple[str, list[Any]]:
     return source, [*values, *params]
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
     """Lists as lists, and None for what is not known."""
     told: dict[str, Any] = {}
     for name, value in row.items():

@@ -87,7 +87,8 @@ def lens(paths: RunPaths, prompt_id: str, step: str) -> pd.DataFrame:
     )
     ids = [() if i is None else i for i in rows["top_ids"]]
     texts = token_texts(paths, sorted({int(n) for some in ids for n in some}))
-    return rows.assign(tokens=[[texts[int(n)] for n in some] for some in ids]).drop(columns="top_ids")
+    tokens = pd.Series([[texts[int(n)] for n in some] for some in ids], rows.index, dtype=object)
+    return rows.assign(tokens=tokens).drop(columns="top_ids")
 
 
 def contributions(paths: RunPaths, prompt_id: str, step: str) -> pd.DataFrame:

@@ -218,13 +218,14 @@ def _all_heads(
     named: list[tuple[str, str, str]], rows: dict[str, pd.DataFrame], whole: dict[str, np.ndarray | None], layer: int,
     head: int | None,
 ) -> None:  # fmt: skip
-    kept = [n for n in named if whole[n[0]] is not None and not rows[n[0]].empty]
+    found = [(*n, whole[n[0]]) for n in named if not rows[n[0]].empty]
+    kept = [(title, prompt, condition, shares) for title, prompt, condition, shares in found if shares is not None]
     if not kept:
         return
     st.subheader(f"Each head of layer {layer}", anchor=False)
-    top = max(float(whole[title][:, 1:].max()) for title, _, _ in kept)
-    for title, prompt, condition in kept:
-        cells = drawn.head_row_cells(whole[title])
+    top = max(float(shares[:, 1:].max()) for *_, shares in kept)
+    for title, prompt, condition, shares in kept:
+        cells = drawn.head_row_cells(shares)
 
         def clicked(_: int, index: int, cells: pd.DataFrame = cells) -> dict | None:
             cell = charts.clicked_cell(index, cells)
@@ -233,8 +234,8 @@ def _all_heads(
         st.text(f"{prompt}, {condition}")
         key = f"head-rows-{title}-{head}"
         st.echarts_chart(
-            drawn.head_row_grid(cells, list(rows[title]["text"]), len(whole[title]), top), key=key,
-            height=230 + 16 * len(whole[title]), on_select=frame.on_click(key, clicked),
+            drawn.head_row_grid(cells, list(rows[title]["text"]), len(shares), top), key=key,
+            height=230 + 16 * len(shares), on_select=frame.on_click(key, clicked),
         )  # fmt: skip
         frame.download(cells.rename(columns={"x": "position", "y": "head", "value": "share"}), f"attention-{title}")
     st.caption(f"0 to {top:.4f}, the largest share of any token but the first. Click a cell to lock its head.")

@@ -157,8 +157,8 @@ def _said(view: View, under: str) -> None:
 def _curve(view: View, under: str, fitted: pd.DataFrame) -> pd.DataFrame | None:
     if not {"intercept", "slope"} <= set(fitted.index) or fitted.loc[["intercept", "slope"], "value"].isna().any():
         return None
-    a, b = float(fitted.loc["intercept", "value"]), float(fitted.loc["slope", "value"])
-    return ask.curve(view.paths, under, (a, b), view.seed)
+    a, b = fitted.loc[["intercept", "slope"], "value"].to_numpy(float)
+    return ask.curve(view.paths, under, (float(a), float(b)), view.seed)
 
 
 def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFrame, curve: pd.DataFrame | None) -> str:
@@ -168,7 +168,8 @@ def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFr
     elif bins["low"].isna().all():
         parts.append(_NOT_YET)
     if curve is not None:
-        a, b, rests_on = fitted.loc["intercept"], fitted.loc["slope"], curve.loc[curve["is_supported"], "p0"]
+        rows = {name: fitted.loc[name].to_dict() for name in ("intercept", "slope")}
+        a, b, rests_on = rows["intercept"], rows["slope"], curve.loc[curve["is_supported"], "p0"]
         text = f"P(says X) = σ({a['value']:.2f} {b['value']:+.2f}·P0), slope 95 % [{b['low']:.2f}, {b['high']:.2f}]"
         if "mcfadden_r2" in fitted.index:
             text += f", McFadden's R² {fitted.loc['mcfadden_r2', 'value']:.3f}"
