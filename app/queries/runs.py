@@ -42,7 +42,7 @@ def _row(entry: RunEntry) -> dict[str, Any]:
             "sanity": verdict(manifest) if manifest else "",
             "stages": _stages_done(manifest) if manifest else "",
             "experiment": experiments.of_run(manifest) if manifest else "",
-            "reason": facts["reason"] or (experiments.problem(experiments.of_run(manifest)) if manifest else ""),
+            "reason": facts["reason"] or (manifest and experiments.problem(experiments.of_run(manifest))) or "",
         }
     except (AttributeError, TypeError, KeyError) as e:  # written by something else, or by hand
         return {"run": entry.paths.run_id, "status": "broken", "reason": f"its manifest is not as expected: {e}"}
