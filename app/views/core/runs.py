@@ -121,7 +121,8 @@ def _certificate(entry: RunEntry) -> None:
     else:
         made = told.loc[told["verdict"] == "agrees"]
         st.success(f"The fast path agrees with the plain reference on all {len(made)} measurements that were made.")
-    small = {name: _number(name, "%.1e") for name in ("max_abs", "tolerance", "max_rel")}
+    small: dict[str, Any] = {name: _number(name, "%.1e") for name in ("max_abs", "tolerance", "max_rel")}
+    small["measurement"] = _text("measurement", 180)  # else the longest names are cut
     st.dataframe(told, hide_index=True, height=min(800, 40 + 35 * len(told)), column_config=small)
     frame.download(told, "certificate")
 

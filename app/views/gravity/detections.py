@@ -39,7 +39,7 @@ def _cannot(error: HarnessError) -> None:
 
 
 def _pick(view: View) -> ask.Asked:
-    first, second, third, fourth, fifth = st.columns([4, 3, 4, 4, 3])
+    first, second, third, fourth, fifth = st.columns([7, 7, 9, 8, 6])
     under = first.selectbox(
         "Answers under", list(view.conditions), index=None, placeholder=f"the sidebar's: {view.condition}", key="under",
         bind="query-params", on_change=_first_page,
