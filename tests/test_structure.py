@@ -179,7 +179,8 @@ def test_the_apps_views_ask_its_queries_and_never_the_store_a_model_or_duckdb() 
     assert "streamlit" in graph.find_modules_directly_imported_by("app.frame")  # control
     for module in (ROOT / "app").rglob("*.py"):
         asks = set(re.findall(r"^(?:from|import) (harness[\w.]*)", module.read_text("utf-8"), re.MULTILINE))
-        known = {"harness.errors", "harness.run", "harness.settings", "harness.experiments.experiment", "harness.experiments.registry",
+        known = {"harness.errors", "harness.run", "harness.settings",
+                 "harness.experiments.experiment", "harness.experiments.registry",
                  "harness.spreadsheet"}  # fmt: skip
         if "queries" not in module.parts:
             assert asks <= known, (module, asks - known)
