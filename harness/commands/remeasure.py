@@ -17,7 +17,7 @@ from harness.engine.chain import States
 from harness.engine.executors import Host, Inline, Job, Outcome
 from harness.engine.plan import Plan as Batches
 from harness.engine.stage import kind_of, loaded
-from harness.engine.staging import compute
+from harness.engine.staging import compute, drop_folder
 from harness.engine.tables import source_of
 from harness.errors import HarnessError
 from harness.models import device

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from harness import tally
 from harness.commands import launch
-from harness.engine import BatchOutput, Item, ItemResult, Stage, Tables
+from harness.engine import AnyStage, BatchOutput, Item, ItemResult, Stage, Tables
 from harness.errors import RunError
 from harness.models.load import LM, shared
 from harness.models.patch import Patched, sweep
@@ -127,8 +127,9 @@ class Account:
 class _Watched:
     """A stage that counts what it forwards and remembers what it was given and gave; otherwise the stage itself."""
 
-    def __init__(self, stage: Stage[Any]):
-        self._stage = stage
+    def __init__(self, stage: AnyStage):
+        assert isinstance(stage, Stage), "gravity has no stage that rests on its own batches"
+        self._stage: Stage[Any] = stage
         self.spent = Tally()
         self.done: list[tuple[Item[Any], ItemResult]] = []
 

@@ -124,8 +124,8 @@ class Analysis:
         return [self._one(item) for item in items]
 
     def _one(self, item: Item[Used]) -> ItemResult:
-        name, tables = item.payload.analysis, item.payload.tables
-        rows = [_complete(name, row) for row in _COMPUTE[name](self, tables)]
+        name = item.payload.analysis
+        rows = [_complete(name, row) for row in _COMPUTE[name](self, Tables.of(item.payload.tables))]
         return ItemResult(item.key, {"statistics": rows}, replaces={"statistics": {"analysis": name}})
 
     def _means(self, values: Float[np.ndarray, "N M"]) -> Intervals:

@@ -97,7 +97,8 @@ class Psem:
             return ItemResult.failed(
                 item.key, "no tokenisation of the target decodes back to it; the tokenizer cannot spell it"
             )
-        row = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition} | measures(forms, scores)
+        row: dict[str, Any] = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition}
+        row |= measures(forms, scores)
         if row["p_sem"] > 1 + _ROUNDING:
             return ItemResult.failed(item.key, f"p_sem is {row['p_sem']:.6f}: disjoint events cannot exceed 1")
         return ItemResult(item.key, {"psem": [row]})
