@@ -23,10 +23,38 @@ from harness.run import RunPaths, list_runs, read_manifest
 ROOT = Path(__file__).parents[1]
 STAGES = "prompts,psem,greedy,samples,detect,analysis"
 MODEL = "random:tiny-llama"
-_TARGETS = "river stone garden window candle market silver winter orange letter shadow forest bridge morning".split()
-_WORDS = (
-    "kitchen ocean mountain pencil thunder village basket mirror feather ladder engine button castle desert".split()
-)
+_TARGETS = [
+    "river",
+    "stone",
+    "garden",
+    "window",
+    "candle",
+    "market",
+    "silver",
+    "winter",
+    "orange",
+    "letter",
+    "shadow",
+    "forest",
+    "bridge",
+    "morning",
+]
+_WORDS = [
+    "kitchen",
+    "ocean",
+    "mountain",
+    "pencil",
+    "thunder",
+    "village",
+    "basket",
+    "mirror",
+    "feather",
+    "ladder",
+    "engine",
+    "button",
+    "castle",
+    "desert",
+]
 _TOKENS = 4
 """A completion's, so that a day is not spent on the model, which is not what is measured."""
 

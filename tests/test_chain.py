@@ -19,7 +19,7 @@ from harness.engine.stop import StopSignal
 from harness.errors import RunError, Stopped
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Store
-from tests.fakes import Watcher, events_of, measured, plan_of, rows_of, run_stages, score, scored
+from tests.fakes import Fake, Watcher, events_of, measured, plan_of, rows_of, run_stages, score, scored
 
 
 class Killed(BaseException):
@@ -202,8 +202,6 @@ def test_an_executor_that_takes_several_jobs_gets_those_of_a_fold_one_by_one(tmp
         with Store(paths.results) as store:
             Engine(store, paths, Greedy(), Limits(40, 0), Watcher(), StopSignal()).run([stage], lambda report: None)
 
-    from tests.fakes import Fake
-
     run(tmp_path / "fold", Chained(MIXED))
     assert set(taken) == {1}
     run_stages(tmp_path / "inline", Chained(MIXED))
@@ -281,7 +279,7 @@ def test_a_failed_item_ends_a_loop_and_a_retry_goes_on_from_there(tmp_path: Path
     with pytest.raises(Killed):  # mended, killed, and gone on with
         run_stages(tmp_path, replace(stage, bad=[], check=dying(2)), retry_failed=True)
     (report,) = run_stages(tmp_path, replace(stage, bad=[], check=nothing))
-    assert (report.status, report.num_failed, report.num_untried, report.retried) == ("done", 0, 0, 1)
+    assert (report.status, report.num_failed, report.num_untried, report.retried) == ("done", 0, 0, 2)
     run_stages(tmp_path / "whole", Chained(STEPS, "loop"))
     assert last_state(tmp_path) == last_state(tmp_path / "whole")
     rows, whole = (rows_of(folder, "psem") for folder in (tmp_path, tmp_path / "whole"))

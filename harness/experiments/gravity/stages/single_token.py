@@ -15,7 +15,6 @@ from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.inputs import Inputs
 from harness.files import replacing
 
-
 _FIELDS = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
 """What a kept row is written with."""
 
