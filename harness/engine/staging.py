@@ -39,9 +39,8 @@ def compute(stage: AnyStage, context: Any, job: Job) -> Computed:
 
 def _stage(artifact: Artifact, job: Job, item: str | None = None, aside: str = "files") -> StagedFile:
     parts = PurePosixPath(artifact.path).parts
-    assert parts and not artifact.path.startswith("/") and ".." not in parts, (
-        f"{artifact.path}: leads out of its folder"
-    )
+    is_inside = bool(parts) and parts[0] != "/" and ".." not in parts
+    assert is_inside, f"{artifact.path}: leads out of its folder"
     assert job.staging is not None, f"{artifact.path}: nowhere to write files in this run"
     at = job.staging / aside / artifact.path
     try:

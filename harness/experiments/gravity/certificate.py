@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import HarnessError, ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.stages.mechanism import probe_of
@@ -569,12 +569,12 @@ class Sanity:
     def params(self) -> dict[str, Any]:
         return {"num_prompts": self.num_prompts, "sampling": asdict(self.sampler)}
 
-    def items(self, tables: Tables) -> list[Item[Task]]:
-        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
-        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_prompts]}
-        rows = tables.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
+    def items(self, tables: AnyTables) -> list[Item[Task]]:
+        codec, given = load_codec(self.model, self.identity), Tables.of(tables)
+        targets = {p["prompt_id"]: p["target"] for p in given["prompts"][: self.num_prompts]}
+        rows = given.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
         tasks = tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
-        done = tables["sanity_items"]
+        done = given["sanity_items"]
         known = {(r["measurement"], r["subject"]): r["left_out"] for r in done}
         before_s: dict[str, float] = {}
         for r in done:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from harness.engine import Tables
 from harness.experiments.gravity.conditions import Template
@@ -47,21 +47,8 @@ def item_key(*parts: object) -> str:
     return "|".join(map(str, parts))
 
 
-class InContext(Protocol):
-    """Something that is measured in one context."""
-
-    @property
-    def prompt_id(self) -> str: ...
-
-    @property
-    def condition(self) -> str: ...
-
-
-def contexts_of(tables: Tables, wanted: Iterable[InContext]) -> dict[tuple[str, str], tuple[int, ...]]:
+def contexts_of(tables: Tables, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, ...]]:
     """The token ids of contexts, by prompt and condition."""
-    keys = [
-        {"prompt_id": prompt_id, "condition": condition}
-        for prompt_id, condition in dict.fromkeys((w.prompt_id, w.condition) for w in wanted)
-    ]
+    keys = [{"prompt_id": prompt_id, "condition": condition} for prompt_id, condition in dict.fromkeys(wanted)]
     rows = tables.rows_with("contexts", keys, ("prompt_id", "condition", "token_ids"))
     return {(row["prompt_id"], row["condition"]): tuple(row["token_ids"]) for row in rows}

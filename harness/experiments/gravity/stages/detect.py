@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
@@ -58,7 +58,7 @@ class Detect:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[Completed]]:
+    def items(self, tables: AnyTables) -> list[Item[Completed]]:
         return [
             Item(item_key(*(row[c] for c in _KEY)), _LENGTH, Completed(Which(**row)))
             for row in Tables.of(tables).streamed("completions", _KEY)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, item_key
 from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, load_codec, shared
@@ -60,21 +60,24 @@ class Psem:
     def params(self) -> dict[str, Any]:
         return {"only_single_token": self.admitted.single_token}
 
-    def items(self, tables: Tables) -> list[Item[Context]]:
-        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
-        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"] if self.admitted(p)}
+    def items(self, tables: AnyTables) -> list[Item[Context]]:
+        codec, given = load_codec(self.model, self.identity), Tables.of(tables)
+        targets = {p["prompt_id"]: p["target"] for p in given["prompts"] if self.admitted(p)}
         return [
             Item(
                 item_key(row["prompt_id"], row["condition"]),
                 row_length(row["token_ids"], _forms(codec, target).trie),
                 Context(row["prompt_id"], row["condition"], target),
             )
-            for row in tables.streamed("contexts")
+            for row in given.streamed("contexts")
             if (target := targets.get(row["prompt_id"])) is not None
         ]
 
     def load(self, tables: Tables, items: Sequence[Item[Context]]) -> list[Item[Context]]:
-        codec, token_ids = load_codec(self.model, self.identity), contexts_of(tables, [i.payload for i in items])
+        codec, token_ids = (
+            load_codec(self.model, self.identity),
+            contexts_of(tables, ((i.payload.prompt_id, i.payload.condition) for i in items)),
+        )
         return [
             replace(i, payload=replace(
                 i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition], forms=_forms(codec, i.payload.target)

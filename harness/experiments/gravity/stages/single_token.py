@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.inputs import Inputs
 from harness.files import replacing
 
@@ -47,7 +47,7 @@ class SingleToken:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[Category]]:
+    def items(self, tables: AnyTables) -> list[Item[Category]]:
         by_category: dict[str, list[dict[str, Any]]] = {}
         for row in tables["prompts"]:
             by_category.setdefault(row["category"], []).append(row)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.text.words import token_texts
@@ -30,7 +30,7 @@ class TokenTexts:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[None]]:
+    def items(self, tables: AnyTables) -> list[Item[None]]:
         return [Item("tokens", 1)]
 
     def most_items(self, num_subjects: int) -> int:
