@@ -207,7 +207,7 @@ class Experiment(Protocol):
         """What the run should say of itself."""
         ...
 
-    def headlines(self, reader: Reader) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
         """The numbers that `harness diff` shows side by side."""
         ...
 
