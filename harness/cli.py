@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code (harness.md §2)."""
+    """Run one command; its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         with _interruptible():

@@ -193,6 +193,13 @@ class Curve(NamedTuple):
     is_supported: Bool[np.ndarray, " G"]
 
 
+class Fitted(NamedTuple):
+    """A fit and its curve, both from the same draws of prompts."""
+
+    fit: LogisticFit
+    curve: Curve
+
+
 def fit_violations(
     p0: Float[np.ndarray, " N"],
     violations: Float[np.ndarray, " N"] | Int[np.ndarray, " N"],
@@ -205,22 +212,36 @@ def fit_violations(
     `violations` may be fractional (expected counts). No penalty. A bootstrap draw that is separated is left out, and
     with more than a tenth of such draws there is no fit to report.
     """
+    found = fit_with_curve(p0, violations, trials, seed, num_bootstraps)
+    return None if found is None else found.fit
+
+
+def fit_with_curve(
+    p0: Float[np.ndarray, " N"],
+    violations: Float[np.ndarray, " N"] | Int[np.ndarray, " N"],
+    trials: Float[np.ndarray, " N"] | Int[np.ndarray, " N"],
+    seed: int = 0,
+    num_bootstraps: int = NUM_BOOTSTRAPS,
+) -> Fitted | None:
+    """`fit_violations`, and the curve whose band is from the same draws."""
     if len(p0) < 3 or np.ptp(p0) == 0 or not 0 < violations.sum() < trials.sum():
         return None
     counts = np.column_stack([violations, trials - violations]).astype(np.float64)
     (whole,) = _lines(p0, counts, np.ones((1, len(p0))), (0.0, 0.0))
     if np.isnan(whole).any():
         return None
-    draws = _lines_of_draws(p0, counts, (float(whole[0]), float(whole[1])), seed, num_bootstraps)
+    line = float(whole[0]), float(whole[1])
+    draws = _lines_of_draws(p0, counts, line, seed, num_bootstraps)
     if draws is None:
         return None
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     se = np.std(draws, axis=0, ddof=1)
-    return LogisticFit(
-        float(whole[0]), float(whole[1]), (float(low[0]), float(high[0])), (float(low[1]), float(high[1])),
+    fit = LogisticFit(
+        *line, (float(low[0]), float(high[0])), (float(low[1]), float(high[1])),
         len(p0), int(trials.sum()), _mcfadden(counts, whole[0] + whole[1] * p0), float(se[0]), float(se[1]),
         support_of(p0),
     )  # fmt: skip
+    return Fitted(fit, _curve(line, fit.support, draws))
 
 
 def curve_of_fit(
@@ -231,14 +252,17 @@ def curve_of_fit(
     seed: int = 0,
     num_bootstraps: int = NUM_BOOTSTRAPS,
 ) -> Curve:
-    """The curve of a fit's (intercept, slope) to these prompts, its band from the very draws that the fit's intervals are
-    from where seed and number are the same. A band is NaN where too few draws determine a line.
+    """The curve of a fit's (intercept, slope) to these prompts where nobody kept it: the draws are made once more.
+
+    They are the very draws that the fit's intervals are from where seed and number are the same. The band is NaN where too
+    few of them determine a line.
     """
-    ends = support_of(p0)
+    counts = np.column_stack([violations, trials - violations]).astype(np.float64)
+    return _curve(line, support_of(p0), _lines_of_draws(p0, counts, line, seed, num_bootstraps))
+
+
+def _curve(line: tuple[float, float], ends: Support, draws: Float[np.ndarray, "R 2"] | None) -> Curve:
     x = np.unique(np.concatenate([np.linspace(0, 1, 101), np.clip([ends.low, ends.high], 0, 1)]))
-    draws = _lines_of_draws(
-        p0, np.column_stack([violations, trials - violations]).astype(np.float64), line, seed, num_bootstraps
-    )
     low = high = np.full_like(x, np.nan)
     if draws is not None:
         low, high = np.quantile(expit(draws[:, :1] + draws[:, 1:] * x), [0.025, 0.975], axis=0)

@@ -83,7 +83,7 @@ def steps_of(folder: Path, *, is_cpu: bool, model: str) -> list[Step]:
 
     few = ("--limit", "4") if is_cpu else ()
     # On the CPU the whole vocabulary is drawn from, so that a batch of all samples needs more while a small one is soon done.
-    much = ("--limit", "150", "--experiment.top_p", "1", "--experiment.max_new_tokens_samples", "2") if is_cpu else (
+    much = ("--limit", "150", "--gravity.top_p", "1", "--gravity.max_new_tokens_samples", "2") if is_cpu else (
         "--limit", "all")  # fmt: skip
     cramped = Step(
         "memory",

@@ -111,9 +111,9 @@ def measure(num_prompts: int, folder: Path, more: Sequence[str] = ()) -> Growth:
     with prompts.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in made_up(num_prompts))
     run = _timed(
-        "run", "--data.prompts", prompts, "--model.name", MODEL, "--experiment.stages", STAGES,
-        "--experiment.num_samples", 4, "--experiment.max_new_tokens_greedy", _TOKENS,
-        "--experiment.max_new_tokens_samples", _TOKENS, "--paths.runs", runs, "--runtime.threads", 1,
+        "run", "--data.prompts", prompts, "--model.name", MODEL, "--gravity.stages", STAGES,
+        "--gravity.num_samples", 4, "--gravity.max_new_tokens_greedy", _TOKENS,
+        "--gravity.max_new_tokens_samples", _TOKENS, "--paths.runs", runs, "--runtime.threads", 1,
         "--runtime.device", "cpu", *more,
     )  # fmt: skip
     paths: RunPaths = list_runs(runs)[0].paths

@@ -37,7 +37,7 @@ from harness.run import RunPaths, list_runs, read_manifest
 from harness.store import Reader
 
 ROOT = Path(__file__).parents[1]
-RUN = ("run", "--limit", "6", "--experiment.num_samples", "4", "--runtime.threads", "1")
+RUN = ("run", "--limit", "6", "--gravity.num_samples", "4", "--runtime.threads", "1")
 EVERY_S = 15.0
 KEPT = 8
 """Runs that stay in the folder, besides the first, with which each is compared."""
@@ -148,7 +148,7 @@ class Soak:
             if read_manifest(paths)["status"] != "finished":
                 raise HarnessError(f"it is {read_manifest(paths)['status']}")
             with Reader(paths.live, SCHEMA) as reader:
-                found = {t: hashlib.sha256(repr(reader.rows(t)).encode()).hexdigest() for t in SCHEMA.measured}
+                found = {t: hashlib.sha256(repr(reader.table(t)).encode()).hexdigest() for t in SCHEMA.measured}
         except HarnessError as e:
             self.told.failures.append(f"{paths.run_id} cannot be compared: {e}")
             return

@@ -76,7 +76,7 @@ def busy(asked: Future) -> psutil.Process:
 def one_answering(paths: RunPaths) -> Iterator[tuple[psutil.Process, Future]]:
     """A process that is busy with an endless question, and what comes of it."""
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(asking.answer, paths.live, ENDLESS, 1_000, 300.0)
+        asked = pool.submit(asking.answer, paths.live, SCHEMA, ENDLESS, 1_000, 300.0)
         try:
             yield busy(asked), asked
         finally:
@@ -269,7 +269,7 @@ def test_a_process_that_is_killed_from_outside_is_a_line(one_answering: tuple[ps
 def test_a_process_that_hangs_is_killed_all_the_same(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "START_S", 3.0)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(asking.answer, paths.live, ENDLESS, 1_000, 3.0)
+        asked = pool.submit(asking.answer, paths.live, SCHEMA, ENDLESS, 1_000, 3.0)
         while not asked.done() and not (found := children()):
             time.sleep(0.001)
         found[0].suspend()  # before it began, or while it answers
@@ -285,8 +285,9 @@ def test_a_process_that_cannot_begin_is_a_line(paths: RunPaths, monkeypatch: pyt
 
 
 def test_the_process_ends_with_the_one_that_asked(paths: RunPaths) -> None:
-    question = f"asking.answer(pathlib.Path({str(paths.live)!r}), {ENDLESS!r}, 9, 500.0)"
-    code = f"import pathlib; from harness import asking; {question}"
+    question = f"asking.answer(pathlib.Path({str(paths.live)!r}), SCHEMA, {ENDLESS!r}, 9, 500.0)"
+    begin = "import pathlib; from harness import asking; from harness.experiments.gravity.schema import SCHEMA"
+    code = f"{begin}; {question}"
     asker = psutil.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     try:
         while not (found := asker.children()) or found[0].cpu_times().user < 0.5:
@@ -315,7 +316,7 @@ def test_without_a_parent_the_process_does_not_even_begin(paths: RunPaths) -> No
 
 def test_a_question_that_waits_for_its_turn_is_answered_in_the_end(paths: RunPaths) -> None:
     with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(asking.answer, paths.live, f"SELECT {n} AS n") for n in range(6)]
+        asked = [pool.submit(asking.answer, paths.live, SCHEMA, f"SELECT {n} AS n") for n in range(6)]
         assert [a.result(120).rows["n"].to_pylist() for a in asked] == [[n] for n in range(6)]
         assert all(isinstance(a.result().rows, pa.Table) for a in asked)
 

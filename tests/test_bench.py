@@ -333,8 +333,8 @@ def test_a_patched_row_is_needed_from_its_layer_on() -> None:
 def test_an_experiment_forwards_no_less_than_the_least_and_small_batches_more(tmp_path: Path) -> None:
     def account(**flags: str) -> least.Account:
         resolved = resolve(
-            {"model.name": "random:tiny-llama", "data.limit": "3", "experiment.num_samples": "3", "runtime.device": "cpu",
-             "experiment.stages": "psem,greedy,samples,detect,mechanism,patching", **flags}, environ={},
+            {"model.name": "random:tiny-llama", "data.limit": "3", "gravity.num_samples": "3", "runtime.device": "cpu",
+             "gravity.stages": "psem,greedy,samples,detect,mechanism,patching", **flags}, environ={},
         )  # fmt: skip
         return least.measure(gravity.prepare(resolved), resolved)
 

@@ -94,7 +94,8 @@ def test_a_run_does_not_take_the_store_from_somebody_who_writes_it(made: Path, s
 
 def test_a_run_goes_on_while_verify_has_its_store_open(made: Path, stopped: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom harness.store import Reader\nfrom harness.experiments.gravity.schema import SCHEMA\n"
+        "import sys\nfrom pathlib import Path\nfrom harness.store import Reader\n"
+        "from harness.experiments.gravity.schema import SCHEMA\n"
         "reader = Reader(Path(sys.argv[1]), SCHEMA, threads=1)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
         "print(reader.query('SELECT count(*) AS n FROM psem')[0]['n'])"
     )
@@ -126,7 +127,8 @@ def test_a_killed_runs_last_rows_are_read_from_a_copy_that_leaves_nothing(tmp_pa
     folder.mkdir()
     temporary.mkdir()
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom harness.store import Store\nfrom harness.experiments.gravity.schema import SCHEMA\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom harness.store import Store\n"
+        "from harness.experiments.gravity.schema import SCHEMA\n"
         "store = Store(Path(sys.argv[1]), SCHEMA)\nstore.publish(store.path.with_name('live.duckdb'))\n"
         "store.event('info', 'note', 'the last')\nos.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -364,7 +366,7 @@ def _resolved(folder: Path):
     from tests.gravity import resolve
 
     return resolve(
-        {"paths.runs": str(folder / "runs"), "data.prompts": str(prompt_file(folder)), "experiment.stages": "psem"}
+        {"paths.runs": str(folder / "runs"), "data.prompts": str(prompt_file(folder)), "gravity.stages": "psem"}
     )
 
 

@@ -1,5 +1,6 @@
 """The command line as people meet it: what each command prints, where, and the exit code it ends with."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -27,6 +28,8 @@ from harness.errors import ItemFailed
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.stages import psem
 from harness.experiments.gravity.stages.select import Candidate, choose
+from harness.experiments.gravity.stages.single_token import SingleToken
+from harness.settings import resolve
 from harness.text.prompts import read_prompts
 from tests.gravity import FIELDS, resolve
 
@@ -111,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     broken = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id": "y", "target": "bird"})
     prompts = prompt_file(folder, (ROWS[0], broken[0], *ROWS[1:], broken[1]))
     root = folder / "runs"
-    args = ("run", "--prompts", prompts, "--paths.runs", root, "--experiment.num_samples", 2)
+    args = ("run", "--prompts", prompts, "--paths.runs", root, "--gravity.num_samples", 2)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("FAKE_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, SECRET)
@@ -164,12 +167,12 @@ def test_a_prompt_file_that_is_not_there_or_a_folder_is_one_line_and_no_run(tmp_
 @pytest.mark.parametrize(
     ("args", "told"),
     [(["rum"], r"'rum'.*'run'"), (["run", "--modle", "x"], "no such argument --modle; did you mean '--model'"),
-     (["run", "--experiment.topp=1"], "no such argument --experiment.topp=1; did you mean '--experiment.top_p'"),
+     (["run", "--gravity.topp=1"], "no such argument --gravity.topp=1; did you mean '--gravity.top_p'"),
      (["run", "--lim", "3"], "no such argument --lim; did you mean '--limit'"), (["run", "--limit"], "--limit"),
      (["run", "gravitas"], "no experiment 'gravitas'; did you mean 'gravity'"), (["run", "gravity", "extra"], "extra"),
      (["run", "--stages", "psme"], "no stage 'psme'; did you mean 'psem'"),
-     (["run", "--experiment.conditions", "negativ"], "no condition 'negativ'; did you mean 'negative'"),
-     (["run", "--experiment.sample_conditions", "negativ"], "no condition 'negativ'.*; did you mean 'negative'"),
+     (["run", "--gravity.conditions", "negativ"], "no condition 'negativ'; did you mean 'negative'"),
+     (["run", "--gravity.sample_conditions", "negativ"], "no condition 'negativ'.*; did you mean 'negative'"),
      (["run", "--model", "random:tiny-lama"], "no shape 'tiny-lama'.*tiny-llama"),
      (["run", "--model", "/no/such/folder"], "no folder '/no/such/folder'"),
      (["run", "--model", "nobody/nothing"], "'nobody/nothing' is no folder here"), (["run", "--model", "a/b/c"], "a/b/c"),
@@ -191,13 +194,13 @@ def test_what_is_not_known_is_one_line_and_exit_2_and_no_run(
 
 
 def test_an_unknown_variable_is_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARNESS_EXPERIMENT__TOPP", "1")
-    assert "did you mean 'HARNESS_EXPERIMENT__TOP_P'" in refused(harness("runs"))
+    monkeypatch.setenv("HARNESS_GRAVITY__TOPP", "1")
+    assert "did you mean 'HARNESS_GRAVITY__TOP_P'" in refused(harness("runs"))
 
 
 def test_chat_with_a_model_that_has_no_template_is_refused_before_anything_is_run(tmp_path: Path) -> None:
     args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "prompts")
-    assert "chat template" in refused(harness(*args, "--experiment.chat", "true"))
+    assert "chat template" in refused(harness(*args, "--gravity.chat", "true"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -215,16 +218,18 @@ def test_runs_that_cannot_be_kept_where_asked_are_one_line_and_exit_4(tmp_path: 
     assert "paths.runs" in refused(harness(*args), code=4)
 
 
-def test_a_stage_that_cannot_write_its_files_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_stage_that_cannot_be_made_ready_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its set-up fails, not a batch: that must not be a traceback either."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "models").symlink_to(DATA / "models")
-    (data / "validated_single_token").write_text("in the way")
-    told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--paths.data", data,
-                   "--stages", "single_token")  # fmt: skip
+
+    def setup(self: SingleToken) -> None:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "in the way")
+
+    monkeypatch.setattr(SingleToken, "setup", setup)
+    told = harness(
+        "run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "single_token"
+    )
     assert told.code in (2, 4)
-    assert "validated_single_token" in told.err.splitlines()[-1]
+    assert "in the way" in told.err.splitlines()[-1]
     assert manifest(only_run(tmp_path / "runs"))["status"] == "failed"
 
 
@@ -272,9 +277,9 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert found["run_id"] == finished.run.name
     assert found["status"] == "finished"
     assert found["fingerprint"][:8] == finished.run.name.rsplit("-", 1)[1]
-    assert found["settings"]["experiment.num_samples"] == {"value": 2, "source": "flag: --experiment.num_samples"}
+    assert found["settings"]["gravity.num_samples"] == {"value": 2, "source": "flag: --gravity.num_samples"}
     assert found["settings"]["runtime.seed"] == {"value": 0, "source": "default"}
-    assert set(found["settings"]) == set(list(FIELDS.names))
+    assert set(found["settings"]) == set(FIELDS.names)
     for key in ("created", "heartbeat", "ended", "fingerprint_parts", "experiment", "device", "lock_sha256", "seconds"):
         assert key in found
     assert {"git_commit", "git_dirty", "version"} <= set(found["code"])
@@ -327,7 +332,7 @@ def test_runs_and_show_of_a_finished_run(finished: Finished) -> None:
     assert re.search(rf"{finished.run.name} .*finished .*demo .* 3 ", told.out)
     told = harness("show", "latest", "--paths.runs", finished.root)
     assert told.code == 0
-    for part in (finished.run.name, "finished", "psem", "row 2: target_not_alphabetic", "experiment.num_samples = 2"):
+    for part in (finished.run.name, "finished", "psem", "row 2: target_not_alphabetic", "gravity.num_samples = 2"):
         assert part in told.out
 
 
@@ -559,7 +564,7 @@ def test_the_same_command_again_reports_the_finished_run_and_exits_0(finished: F
 
 
 def test_going_on_with_other_settings_is_refused_naming_each_key_with_both_values(finished: Finished) -> None:
-    changes = ("--experiment.num_samples", 3, "--experiment.top_p", 0.5, "--runtime.seed", 4, "--limit", 2)
+    changes = ("--gravity.num_samples", 3, "--gravity.top_p", 0.5, "--runtime.seed", 4, "--limit", 2)
     told = harness(*finished.args, *changes, "--resume", finished.run.name)
     message = refused(told._replace(err=told.err.splitlines(keepends=True)[-1]))  # below what is said of rejected rows
     assert finished.run.name in message
@@ -649,13 +654,11 @@ def test_a_subset_of_stages_pulls_in_what_it_needs_and_nothing_else(tmp_path: Pa
 
 
 def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stages(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
     long = {"prompt_id": "long", "category": "idioms", "question": "Which word is long?", "target": "incomprehensibly"}
     rows = [ROWS[0] | {"target": "water"}, long, ROWS[2]]
     prompts = prompt_file(tmp_path, rows)
     before = prompts.read_bytes()
-    args = ("run", "--prompts", prompts, "--paths.runs", tmp_path / "runs", "--paths.data", data,
+    args = ("run", "--prompts", prompts, "--paths.runs", tmp_path / "runs",
             "--stages", "single_token,psem,greedy", "--experiment.conditions", "baseline")  # fmt: skip
     told = harness(*args)
     assert told.code == 0, told.err
@@ -666,7 +669,7 @@ def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stage
     assert "milk" in kept, "water is a token of the demo model's: the control"
     for table in ("psem", "completions"):
         assert {i for (i,) in query(run, f"SELECT prompt_id FROM {table}")} == kept
-    folder = data / "validated_single_token"
+    folder = run / "artifacts" / "single_token"
     for category in ("idioms", "facts"):
         summary = json.loads((folder / f"{category}_summary.json").read_text())
         mine = [r for r in rows if r["category"] == category]
@@ -679,6 +682,10 @@ def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stage
         ("milk", rows[0]["question"], "water", ("water", "wine", "juice"))
     ]
     assert prompts.read_bytes() == before
+    assert not list(DATA.glob("*single_token*")), "nothing beside the run"
+    assert {p for (p,) in query(run, "SELECT path FROM artifacts WHERE kind = 'prompts'")} == {
+        f"single_token/{p.name}" for p in folder.iterdir()
+    }
     assert sorted(p.name for p in folder.iterdir()) == [
         f"{c}_{what}" for c in ("facts", "idioms") for what in ("summary.json", "validated.jsonl")
     ]
@@ -686,7 +693,7 @@ def test_single_token_writes_the_kept_rows_and_a_summary_and_filters_later_stage
 
 def test_select_marks_the_admitted_prompts_and_later_stages_measure_only_those(tmp_path: Path) -> None:
     told = harness("run", "--limit", "10", "--paths.runs", tmp_path, "--stages", "select,greedy",
-                   "--experiment.select.min_p0", "0.5", "--experiment.conditions", "baseline")  # fmt: skip
+                   "--gravity.select.min_p0", "0.5", "--gravity.conditions", "baseline")  # fmt: skip
     assert told.code == 0, told.err
     run = only_run(tmp_path)
     p0 = dict(query(run, "SELECT prompt_id, p_sem FROM psem"))
@@ -707,7 +714,7 @@ CANDIDATES = st.lists(
 
 
 def is_allowed(chosen: Sequence[Candidate], min_p0: float, per_bin: int, max_categories: int) -> bool:
-    """The rules of gravity.md §1, said once more in the plainest way."""
+    """The rules of stage `select`, said once more in the plainest way."""
     cells = [(c.category, bin_of(c.p0)) for c in chosen]
     spread = {c.target: {d.category for d in chosen if d.target == c.target} for c in chosen}
     return (
@@ -764,12 +771,12 @@ def test_conditions_of_ones_own_flow_through_every_table(tmp_path: Path) -> None
     config = tmp_path / "mine.toml"
     tables = {"kind_ban": {"text": BAN}, "reframe": {"text": REFRAME, "negation": "but"}}
     config.write_text("".join(
-        f"[experiment.conditions.{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
+        f"[gravity.conditions.{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
         for name, table in tables.items()
     ))  # fmt: skip
     root = tmp_path / "runs"
     told = harness("run", "--config", config, "--prompts", prompt_file(tmp_path), "--paths.runs", root,
-                   "--experiment.num_samples", 2)  # fmt: skip
+                   "--gravity.num_samples", 2)  # fmt: skip
     assert told.code == 0, told.err
     run = only_run(root)
     everyone = {"baseline", "negative", "kind_ban", "reframe"}
@@ -788,7 +795,7 @@ def test_conditions_of_ones_own_flow_through_every_table(tmp_path: Path) -> None
     (text,) = query(run, "SELECT text FROM contexts WHERE prompt_id = 'milk' AND condition = 'kind_ban'")[0]
     assert text == BAN.format(category="idioms", question=ROWS[0]["question"])
     same = harness("run", "--config", config, "--prompts", tmp_path / "prompts.jsonl", "--paths.runs", root,
-                   "--experiment.num_samples", 2)  # fmt: skip
+                   "--gravity.num_samples", 2)  # fmt: skip
     assert "finished already" in same.out
 
 
@@ -909,7 +916,7 @@ def test_the_papers_settings_are_the_papers(tmp_path: Path) -> None:
 
 
 def test_the_shipped_phrasings_run_and_are_compared_with_the_ban(tmp_path: Path) -> None:
-    told = harness("run", "--config", DATA / "settings" / "phrasings.toml", "--limit", 8, "--experiment.num_samples", 2,
+    told = harness("run", "--config", DATA / "settings" / "phrasings.toml", "--limit", 8, "--gravity.num_samples", 2,
                    "--paths.runs", tmp_path)  # fmt: skip
     assert told.code == 0, told.err
     run = only_run(tmp_path)
@@ -924,13 +931,13 @@ def test_the_shipped_phrasings_run_and_are_compared_with_the_ban(tmp_path: Path)
 
 
 def test_a_condition_to_patch_that_is_not_run_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
-    message = refused(harness("run", "--experiment.patching.condition", "negativ", "--paths.runs", tmp_path))
+    message = refused(harness("run", "--gravity.patching.condition", "negativ", "--paths.runs", tmp_path))
     assert "did you mean 'negative'?" in message
-    refused(harness("run", "--experiment.patching.condition", "baseline", "--paths.runs", tmp_path))
+    refused(harness("run", "--gravity.patching.condition", "baseline", "--paths.runs", tmp_path))
 
 
 def test_without_the_condition_to_patch_nothing_is_patched_and_nothing_fails(tmp_path: Path) -> None:
-    told = harness("run", "--experiment.conditions", "baseline", "--limit", 4, "--experiment.num_samples", 2,
+    told = harness("run", "--gravity.conditions", "baseline", "--limit", 4, "--gravity.num_samples", 2,
                    "--paths.runs", tmp_path)  # fmt: skip
     assert told.code == 0, told.err
     assert query(only_run(tmp_path), "SELECT count(*) FROM patching") == [(0,)]

@@ -40,8 +40,8 @@ MARK = f"harness-test-{uuid.uuid4().hex[:12]}"
 """Label of every container, volume and image of these tests, and the start of every name."""
 ANYBODY = ("--user", "12345:12345")
 AS_DEPLOYED = (*ANYBODY, "--read-only", "--network", "none")
-SHORT = ("run", "--limit", "3", "--experiment.num_samples", "2", "--experiment.sanity.num_prompts", "1")
-LONG = ("run", "--limit", "120", "--experiment.num_samples", "8", "--experiment.sanity.num_prompts", "1")
+SHORT = ("run", "--limit", "3", "--gravity.num_samples", "2", "--gravity.sanity.num_prompts", "1")
+LONG = ("run", "--limit", "120", "--gravity.num_samples", "8", "--gravity.sanity.num_prompts", "1")
 
 
 class Told(NamedTuple):
@@ -504,11 +504,10 @@ def test_a_run_here_and_one_in_a_container_give_the_same_bits_or_what_differs_is
         assert verdict(compare_results(a, b), "float32") in ("identical", "rounding")
 
 
-def test_the_stage_that_writes_prompt_files_writes_them_where_one_may(image: str) -> None:
-    data, runs = Volume(image), Volume(image)
-    mounted = ("-v", f"{data.name}:/data", *AS_DEPLOYED)
-    right(runs.run("run", "--limit", "6", "--stages", "single_token", options=mounted))
-    assert "_validated.jsonl" in data.shell("ls /runs/validated_single_token")
+def test_the_stage_that_writes_prompt_files_writes_them_into_its_run(image: str) -> None:
+    runs = Volume(image)
+    right(runs.run("run", "--limit", "6", "--stages", "single_token", options=AS_DEPLOYED))
+    assert "_validated.jsonl" in runs.shell("ls /runs/*/artifacts/single_token")
 
 
 # ---- the app -----------------------------------------------------------------------------------------------------

@@ -108,9 +108,7 @@ def test_measured_pressure_is_the_planted_one_over_all_bundled_prompts(
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 prompts, 16 samples each under `baseline` and `negative`, from the model's own distribution (T=1, no top-p)."""
     root = tmp_path_factory.mktemp("sampled")
-    told = harness(
-        "run", "--limit", 120, "--experiment.top_p", 1, "--paths.runs", root, "--stages", "psem,samples,detect"
-    )
+    told = harness("run", "--limit", 120, "--gravity.top_p", 1, "--paths.runs", root, "--stages", "psem,samples,detect")
     assert told.code == 0, told.err
     return only_run(root)
 

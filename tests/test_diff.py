@@ -221,7 +221,7 @@ def test_a_manifest_of_an_older_version_that_says_less_is_told_as_not_the_same()
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run, others that differ from it in one thing each, all in one folder."""
     folder = tmp_path_factory.mktemp("runs")
-    base = ("run", "--paths.runs", folder / "runs", "--stages", "psem,samples,detect", "--experiment.num_samples", 2)
+    base = ("run", "--paths.runs", folder / "runs", "--stages", "psem,samples,detect", "--gravity.num_samples", 2)
     prompts, others = (
         prompt_file(folder),
         prompt_file(folder, [{**ROWS[0], "prompt_id": "other", "target": "water"}], "o.jsonl"),
@@ -302,7 +302,7 @@ def test_an_unfinished_run_is_compared_as_far_as_it_got(runs: dict[str, Path], t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psem.Psem, "run", stopping)
         assert harness("run", "--prompts", runs["base"].parent.parent / "prompts.jsonl", "--paths.runs", root,
-                       "--stages", "psem,samples,detect", "--experiment.num_samples", 2, "--resume", "new",
+                       "--stages", "psem,samples,detect", "--gravity.num_samples", 2, "--resume", "new",
                        "--batching.max_tokens", 64).code == 3  # fmt: skip
     half = next(p for p in run_folders(root) if p != whole)
     told = compare({"whole": whole, "half": half}, "whole", "half")
@@ -387,6 +387,31 @@ def test_one_value_changed_in_a_column_is_counted_sized_and_its_row_named(
     assert row[6] == (size or "")
     assert bool(row[7]) == bool(size)
     assert sorted(r[4] for r in planted if len(r) == 9) == sorted(PLANTED), "and no other column"
+
+
+@pytest.mark.parametrize(("is_other_code", "code"), [(True, 0), (False, 1)])
+def test_an_analysis_that_only_newer_code_makes_is_counted_and_is_no_difference(
+    tmp_path: Path, is_other_code: bool, code: int
+) -> None:
+    """Of the same code a row that is missing is one: the control."""
+    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "analysis",
+            "--experiment.num_samples", 2)  # fmt: skip
+    assert harness(*args).code == 0
+    (one,) = run_folders(tmp_path / "runs")
+    pair = {"one": one, "other": Path(shutil.copytree(one, one.parent / "other"))}
+    told = manifest(one)
+    if is_other_code:
+        told["code"]["source_sha256"] = "older"
+    (pair["other"] / "manifest.json").write_text(json.dumps(told | {"run_id": "other"}))
+    with duckdb.connect(str(pair["other"] / "live.duckdb")) as con:
+        con.execute("DELETE FROM statistics WHERE analysis = 'taxonomy'")
+    found = compare(pair, "one", "other", "--exit-code")
+    assert found.code == code
+    (row,) = [row for row in cells(found) if row[0] == "statistics"]
+    assert (row[2], row[3]) == ("3", "0"), "kinds of failure under one condition"
+    with duckdb.connect(str(pair["other"] / "live.duckdb")) as con:
+        con.execute("UPDATE statistics SET value = value + 1 WHERE analysis = 'rates'")
+    assert compare(pair, "one", "other", "--exit-code").code == 1
 
 
 def test_a_run_that_is_not_there_is_one_line(runs: dict[str, Path]) -> None:

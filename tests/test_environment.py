@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "GIT_TOKEN", "MY_PASSWORD"):
             patch.setenv(name, SECRET)
         told = harness("run", "--prompts", prompt_file(folder), "--paths.runs", folder / "runs", "--stages", "psem,sanity",
-                       "--experiment.sanity.num_prompts", 1, "--experiment.conditions", "baseline,negative")  # fmt: skip
+                       "--gravity.sanity.num_prompts", 1, "--gravity.conditions", "baseline,negative")  # fmt: skip
     assert told.code == 0, told.err
     return only_run(folder / "runs")
 
@@ -64,9 +64,9 @@ def is_none_here(value: Any) -> bool:
 ITEMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "run_id": ("run_id", is_text), "parent run if any": ("parent", lambda v: v is None),
     "argv": ("argv", lambda v: v[:2] == ["harness", "run"]),
-    "a setting": ("settings/experiment.num_samples/value", is_count),
-    "a setting's default": ("settings/experiment.num_samples/source", lambda v: v == "default"),
-    "a setting's flag": ("settings/experiment.stages/source", lambda v: v == "flag: --experiment.stages"),
+    "a setting": ("settings/gravity.num_samples/value", is_count),
+    "a setting's default": ("settings/gravity.num_samples/source", lambda v: v == "default"),
+    "a setting's flag": ("settings/gravity.stages/source", lambda v: v == "flag: --gravity.stages"),
     "fingerprint": ("fingerprint", is_hash),
     "its parts": ("fingerprint_parts", lambda v: {"model", "prompts", "seed"} <= v.keys()),
     "git commit": ("code/git_commit", is_text), "dirty flag": ("code/git_dirty", lambda v: v in (True, False, None)),

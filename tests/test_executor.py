@@ -4,11 +4,16 @@ import errno
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from harness.engine.executors import Computed, Inline, Item, ItemResult, Job, Outcome
+from harness.commands import launch
+from harness.engine import executors
+from harness.engine.executors import Accelerator, Computed, Inline, Item, ItemResult, Job, Outcome
 from harness.errors import EnvironmentFault, ItemFailed
+from harness.settings import RuntimeSettings, resolve
 from tests.fakes import Memory, OutOfRoom, scored
 
 ITEMS = [Item("a", 3.0), Item("b", 2.0)]
@@ -145,3 +150,23 @@ def test_a_failed_batch_does_not_end_the_others() -> None:
     assert first.error == "ValueError: first"
     assert second.error is None
     assert len(second.results) == 2
+
+
+def test_batches_are_computed_by_the_executor_that_the_settings_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runtime.executor` was read by nobody."""
+    assert get_args(RuntimeSettings.model_fields["executor"].annotation) == tuple(executors.EXECUTORS)
+    made: list[Accelerator] = []
+
+    def make(accelerator: Accelerator) -> Inline:
+        made.append(accelerator)
+        return Inline(accelerator)
+
+    monkeypatch.setitem(executors.EXECUTORS, "inline", make)
+    flags = {"data.limit": "2", "experiment.stages": "prompts", "paths.runs": str(tmp_path), "runtime.device": "cpu"}
+    assert launch.run(resolve(flags, environ={})) == 0
+    assert len(made) == 1
+    monkeypatch.delitem(executors.EXECUTORS, "inline")
+    with pytest.raises(KeyError):  # the control: there is no other
+        launch.run(resolve(flags, environ={}), resume="new")

@@ -78,8 +78,8 @@ def by_budget(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     prompts.write_text("".join(lines[::220]), "utf-8")
     for budget in (64, 512, 8192):
         root = tmp_path_factory.mktemp(f"budget{budget}")
-        told = harness("run", "--prompts", prompts, "--experiment.num_samples", 4, "--paths.runs", root,
-                       "--batching.max_tokens", budget, "--experiment.sanity.num_prompts", 1)  # fmt: skip
+        told = harness("run", "--prompts", prompts, "--gravity.num_samples", 4, "--paths.runs", root,
+                       "--batching.max_tokens", budget, "--gravity.sanity.num_prompts", 1)  # fmt: skip
         assert told.code == 0, told.err
         runs[budget] = only_run(root)
     return runs
@@ -100,7 +100,7 @@ def test_the_seed_does_decide_results(by_budget: dict[int, Path], tmp_path: Path
     """The control of the test above: the comparison sees another run when it is one, and greedy answers do not change."""
     prompts = manifest(by_budget[512])["prompts"]["path"]
     told = harness(
-        "run", "--prompts", prompts, "--experiment.num_samples", 4, "--paths.runs", tmp_path, "--runtime.seed", 1
+        "run", "--prompts", prompts, "--gravity.num_samples", 4, "--paths.runs", tmp_path, "--runtime.seed", 1
     )
     assert told.code == 0
     with pytest.raises(AssertionError):
@@ -115,7 +115,7 @@ def test_a_prompt_measured_alone_gives_what_it_gives_among_others(by_budget: dic
     row = dict(
         zip(("prompt_id", "category", "question", "target", "style", "alternatives"), query(whole, sql)[0], strict=True)
     )
-    told = harness("run", "--prompts", prompt_file(tmp_path, [row]), "--experiment.num_samples", 4,
+    told = harness("run", "--prompts", prompt_file(tmp_path, [row]), "--gravity.num_samples", 4,
                    "--paths.runs", tmp_path / "runs")  # fmt: skip
     assert told.code == 0, told.err
     alone = only_run(tmp_path / "runs")
@@ -140,31 +140,31 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fingerprint(folder: Path, changes: dict[str, str]) -> str:
     flags = {"data.prompts": str(folder / "prompts.jsonl"), "paths.data": str(folder / "data"),
-             "experiment.stages": "select,samples,greedy,detect,mechanism,patching,analysis,sanity",
-             "experiment.templates": json.dumps({"ban": BAN}),
-             "experiment.conditions": "baseline,negative,ban"} | changes  # fmt: skip
+             "gravity.stages": "select,samples,greedy,detect,mechanism,patching,analysis,sanity",
+             "gravity.templates": json.dumps({"ban": BAN}),
+             "gravity.conditions": "baseline,negative,ban"} | changes  # fmt: skip
     return prepare(resolve({k: v.replace("HERE", str(folder)) for k, v in flags.items()}, None, {})).fingerprint
 
 
 DECIDES = {
     "model.name": "random:tiny-llama", "model.dtype": "float64", "data.prompts": "HERE/other.jsonl", "data.limit": "2",
-    "experiment.conditions": "baseline,negative", "experiment.chat": "true", "experiment.stages": "select,greedy",
-    "experiment.num_samples": "3", "experiment.sample_conditions": "negative", "experiment.temperature": "0.5",
-    "experiment.top_p": "1", "experiment.max_new_tokens_greedy": "3", "experiment.max_new_tokens_samples": "3",
-    "experiment.stop_at_newline": "false", "experiment.select.min_p0": "0.1", "experiment.select.per_bin": "5",
-    "experiment.select.max_categories": "1", "runtime.seed": "1", "experiment.stored.prompts": "a",
-    "experiment.stored.max_per_category": "3", "experiment.patching.condition": "ban",
-    "experiment.patching.min_p0": "0.5", "experiment.patching.max_prompts": "4", "experiment.sanity.num_prompts": "1",
+    "gravity.conditions": "baseline,negative", "gravity.chat": "true", "gravity.stages": "select,greedy",
+    "gravity.num_samples": "3", "gravity.sample_conditions": "negative", "gravity.temperature": "0.5",
+    "gravity.top_p": "1", "gravity.max_new_tokens_greedy": "3", "gravity.max_new_tokens_samples": "3",
+    "gravity.stop_at_newline": "false", "gravity.select.min_p0": "0.1", "gravity.select.per_bin": "5",
+    "gravity.select.max_categories": "1", "runtime.seed": "1", "gravity.stored.prompts": "a",
+    "gravity.stored.max_per_category": "3", "gravity.patching.condition": "ban",
+    "gravity.patching.min_p0": "0.5", "gravity.patching.max_prompts": "4", "gravity.sanity.num_prompts": "1",
 }  # fmt: skip
 DECIDES_NOTHING = {
     "batching.max_tokens": "64", "batching.reserve_gb": "1", "runtime.device": "cpu", "runtime.threads": "1",
     "runtime.executor": "inline", "runtime.reserve_disk_gb": "0", "paths.runs": "elsewhere", "paths.hf_home": "cache",
     "paths.cache": "kept",
     "paths.data": "HERE/elsewhere", "data.prompts": "HERE/shuffled.jsonl", "data.limit": "3",
-    "experiment.stages": "sanity,analysis,patching,mechanism,detect,samples,select",
-    "experiment.sample_conditions": "baseline,negative,ban",
-    "experiment.templates": json.dumps({"unused": "{question}", "ban": BAN}), "model.dtype": "float32",
-    "experiment.sanity.budget": "unlimited",
+    "gravity.stages": "sanity,analysis,patching,mechanism,detect,samples,select",
+    "gravity.sample_conditions": "baseline,negative,ban",
+    "gravity.templates": json.dumps({"unused": "{question}", "ban": BAN}), "model.dtype": "float32",
+    "gravity.sanity.budget": "unlimited",
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_every_setting_is_known_to_decide_results_or_not() -> None:
     """A new setting must be put in one of the two tables above (or here, where a local model has no use for it)."""
     from tests.gravity import FIELDS
 
-    assert {*DECIDES, *DECIDES_NOTHING, "model.revision", "model.trust_remote_code"} == set(list(FIELDS.names))
+    assert {*DECIDES, *DECIDES_NOTHING, "model.revision", "model.trust_remote_code"} == set(FIELDS.names)
 
 
 # What a kill leaves behind
@@ -224,7 +224,7 @@ def wait_for(process: subprocess.Popen[str], root: Path, text: str, seconds: flo
     return False
 
 
-SMALL_BATCHES = ("--experiment.sanity.num_prompts", 1, "--limit", 12, "--batching.max_tokens", 64)
+SMALL_BATCHES = ("--gravity.sanity.num_prompts", 1, "--limit", 12, "--batching.max_tokens", 64)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HARNESS_PATHS__RUNS", str(folder / "runs"))
     monkeypatch.setenv("HARNESS_DATA__PROMPTS", str(prompt_file(folder)))
-    monkeypatch.setenv("HARNESS_EXPERIMENT__STAGES", "prompts")  # what is let pass by mistake ends soon
+    monkeypatch.setenv("HARNESS_GRAVITY__STAGES", "prompts")  # what is let pass by mistake ends soon
     return folder
 
 
@@ -185,8 +185,8 @@ ARGUMENTS = [
     flag("a revision with a line end", "--model", "a/b", "--model.revision", "a\nb", told="model.revision|a/b"),
     flag("a dtype of nothing", "--model.dtype", "", told="model.dtype.*'auto'"),
     flag("a dtype that numpy has", "--model.dtype", "float128", told="model.dtype"),
-    flag("a switch of nothing", "--experiment.chat", "", told="experiment.chat"),
-    flag("a switch of 2", "--experiment.chat", "2", told="experiment.chat"),
+    flag("a switch of nothing", "--gravity.chat", "", told="gravity.chat"),
+    flag("a switch of 2", "--gravity.chat", "2", told="gravity.chat"),
     flag("trust in a word", "--model.trust_remote_code", "if-needed", told="model.trust_remote_code"),
     flag("prompts that are not UTF-8", "--prompts", f"{NOT_UTF8}.jsonl", told="data.prompts|no such file"),
     flag("prompts with a name of five thousand letters", "--prompts", "p" * 5_000 + ".jsonl", told="cannot be read|name"),
@@ -217,22 +217,22 @@ ARGUMENTS = [
     flag("a seed of forty digits", "--runtime.seed", DIGITS, told="runtime.seed"),
     flag("a seed of five thousand digits", "--runtime.seed", "9" * 5_000, told="runtime.seed"),
     flag("a seed with a fraction", "--runtime.seed", "1.5", told="runtime.seed"),
-    flag("a temperature of 1e400", "--experiment.temperature", "1e400", told="experiment.temperature"),
-    flag("a temperature of 1e-400", "--experiment.temperature", "1e-400", told="experiment.temperature"),
-    flag("a temperature of the smallest number", "--experiment.temperature", "5e-324", told="experiment.temperature"),
-    flag("a temperature below nothing", "--experiment.temperature", "-1", told="experiment.temperature"),
-    flag("a temperature of minus nothing", "--experiment.temperature", "-0.0", told="experiment.temperature"),
-    flag("a temperature with a comma", "--experiment.temperature", "0,5", told="experiment.temperature"),
-    flag("a mass that is no number", "--experiment.top_p", "nan", told="experiment.top_p"),
-    flag("a mass just above 1", "--experiment.top_p", "1.0000001", told="experiment.top_p"),
-    flag("samples of forty digits", "--experiment.num_samples", DIGITS, told="experiment.num_samples"),
-    flag("ten million samples", "--experiment.num_samples", "10000000", told="experiment.num_samples"),
-    flag("new tokens of forty digits", "--experiment.max_new_tokens_greedy", DIGITS, told="max_new_tokens_greedy"),
-    flag("a million new tokens", "--experiment.max_new_tokens_samples", "1000000", told="max_new_tokens_samples"),
-    flag("a sanity check of no prompts", "--experiment.sanity.num_prompts", "0", told="experiment.sanity.num_prompts"),
-    flag("a cap below nothing", "--experiment.stored.max_per_category", "-1", told="experiment.stored.max_per_category"),
-    flag("a pressure of nan", "--experiment.patching.min_p0", "nan", told="experiment.patching.min_p0"),
-    flag("patching of no prompts", "--experiment.patching.max_prompts", "0", told="experiment.patching.max_prompts"),
+    flag("a temperature of 1e400", "--gravity.temperature", "1e400", told="gravity.temperature"),
+    flag("a temperature of 1e-400", "--gravity.temperature", "1e-400", told="gravity.temperature"),
+    flag("a temperature of the smallest number", "--gravity.temperature", "5e-324", told="gravity.temperature"),
+    flag("a temperature below nothing", "--gravity.temperature", "-1", told="gravity.temperature"),
+    flag("a temperature of minus nothing", "--gravity.temperature", "-0.0", told="gravity.temperature"),
+    flag("a temperature with a comma", "--gravity.temperature", "0,5", told="gravity.temperature"),
+    flag("a mass that is no number", "--gravity.top_p", "nan", told="gravity.top_p"),
+    flag("a mass just above 1", "--gravity.top_p", "1.0000001", told="gravity.top_p"),
+    flag("samples of forty digits", "--gravity.num_samples", DIGITS, told="gravity.num_samples"),
+    flag("ten million samples", "--gravity.num_samples", "10000000", told="gravity.num_samples"),
+    flag("new tokens of forty digits", "--gravity.max_new_tokens_greedy", DIGITS, told="max_new_tokens_greedy"),
+    flag("a million new tokens", "--gravity.max_new_tokens_samples", "1000000", told="max_new_tokens_samples"),
+    flag("a sanity check of no prompts", "--gravity.sanity.num_prompts", "0", told="gravity.sanity.num_prompts"),
+    flag("a cap below nothing", "--gravity.stored.max_per_category", "-1", told="gravity.stored.max_per_category"),
+    flag("a pressure of nan", "--gravity.patching.min_p0", "nan", told="gravity.patching.min_p0"),
+    flag("patching of no prompts", "--gravity.patching.max_prompts", "0", told="gravity.patching.max_prompts"),
     flag("threads of twelve digits", "--runtime.threads", "9" * 12, told="runtime.threads"),
     flag("threads below nothing", "--runtime.threads", "-2", told="runtime.threads"),
     flag("a reserve of 1e308 GB of disk", "--runtime.reserve_disk_gb", "1e308", told="runtime.reserve_disk_gb"),
@@ -241,31 +241,31 @@ ARGUMENTS = [
     flag("a batch below nothing", "--batching.max_tokens", "-5", told="batching.max_tokens"),
     flag("an executor of nothing", "--runtime.executor", "", told="runtime.executor"),
     flag("a device with a number", "--runtime.device", "cuda:0", told="runtime.device"),
-    flag("stages nested without end", "--stages", DEEP, told="experiment.stages"),
-    flag("stages with a number too large", "--stages", "[1e400]", told="experiment.stages"),
-    flag("stages in a table", "--stages", '{"psem": 1}', told="experiment.stages"),
+    flag("stages nested without end", "--stages", DEEP, told="gravity.stages"),
+    flag("stages with a number too large", "--stages", "[1e400]", told="gravity.stages"),
+    flag("stages in a table", "--stages", '{"psem": 1}', told="gravity.stages"),
     flag("stages apart by spaces", "--stages", "psem greedy", told="no stage 'psem greedy'"),
-    flag("a stage that is not UTF-8", "--stages", NOT_UTF8, told="experiment.stages"),
+    flag("a stage that is not UTF-8", "--stages", NOT_UTF8, told="gravity.stages"),
     flag("a stage of a hundred thousand letters", "--stages", LONG, told="no stage"),
-    flag("a stage with a terminal's escape", "--stages", "\x1b[31mred", told="experiment.stages"),
-    flag("conditions cut short", "--experiment.conditions", '{"a": ', told="experiment.conditions.*JSON"),
-    flag("conditions nested without end", "--experiment.conditions", DEEP, told="experiment.conditions"),
-    flag("conditions in lists", "--experiment.conditions", '["baseline", ["negative"]]', told="experiment.conditions"),
-    flag("conditions of numbers", "--experiment.conditions", '{"a": {"text": 3}}', told="experiment.conditions"),
-    flag("conditions of nan", "--experiment.conditions", '{"a": NaN}', told="experiment.conditions"),
-    flag("a condition without a name", "--experiment.conditions", '{"": "{question}"}', told="experiment.conditions"),
-    flag("a condition given twice", "--experiment.conditions", '{"a": "{question}", "a": "x {question}"}',
-         told="experiment.conditions.*twice"),
-    flag("a condition named as a path", "--experiment.conditions", '{"../x": "{question}"}', told="experiment.conditions"),
-    flag("a condition with a bar", "--experiment.conditions", '{"a|b": "{question}"}', told="experiment.conditions"),
-    flag("a condition named by an escape", "--experiment.conditions", '{"\\u001b[31m": "{question}"}',
-         told="experiment.conditions"),
-    flag("a condition with half a surrogate pair", "--experiment.conditions", '{"a": "\\ud800 {question}"}',
-         told="experiment.conditions"),
-    flag("samples under a condition that is not run", "--experiment.conditions", "baseline",
-         "--experiment.sample_conditions", "negative", told="experiment.sample_conditions.*'negative'"),
-    flag("patching under a condition that is not run", "--experiment.conditions", "baseline",
-         "--experiment.patching.condition", "negative", told="experiment.patching.condition"),
+    flag("a stage with a terminal's escape", "--stages", "\x1b[31mred", told="gravity.stages"),
+    flag("conditions cut short", "--gravity.conditions", '{"a": ', told="gravity.conditions.*JSON"),
+    flag("conditions nested without end", "--gravity.conditions", DEEP, told="gravity.conditions"),
+    flag("conditions in lists", "--gravity.conditions", '["baseline", ["negative"]]', told="gravity.conditions"),
+    flag("conditions of numbers", "--gravity.conditions", '{"a": {"text": 3}}', told="gravity.conditions"),
+    flag("conditions of nan", "--gravity.conditions", '{"a": NaN}', told="gravity.conditions"),
+    flag("a condition without a name", "--gravity.conditions", '{"": "{question}"}', told="gravity.conditions"),
+    flag("a condition given twice", "--gravity.conditions", '{"a": "{question}", "a": "x {question}"}',
+         told="gravity.conditions.*twice"),
+    flag("a condition named as a path", "--gravity.conditions", '{"../x": "{question}"}', told="gravity.conditions"),
+    flag("a condition with a bar", "--gravity.conditions", '{"a|b": "{question}"}', told="gravity.conditions"),
+    flag("a condition named by an escape", "--gravity.conditions", '{"\\u001b[31m": "{question}"}',
+         told="gravity.conditions"),
+    flag("a condition with half a surrogate pair", "--gravity.conditions", '{"a": "\\ud800 {question}"}',
+         told="gravity.conditions"),
+    flag("samples under a condition that is not run", "--gravity.conditions", "baseline",
+         "--gravity.sample_conditions", "negative", told="gravity.sample_conditions.*'negative'"),
+    flag("patching under a condition that is not run", "--gravity.conditions", "baseline",
+         "--gravity.patching.condition", "negative", told="gravity.patching.condition"),
     flag("going on with nothing", "--resume", "", told="expected a run_id"),
     flag("going on with a folder above", "--resume", "../..", told="run"),
     flag("going on with the latest of none", "--resume", "latest", told="no run in"),
@@ -339,7 +339,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file that cannot be read": (link_to("/proc/self/mem"), "rror"),
     "a file of ten gigabytes of nothing": (sparse, "at most"),
 }
-TEMPLATE = "[experiment.conditions]\nx = {}\n"
+TEMPLATE = "[gravity.conditions]\nx = {}\n"
 
 SETTINGS_FILES = [
     *(put(f"settings that are {name}", make, "--config", f"--config.*({told})") for name, (make, told) in KINDS.items()),
@@ -360,9 +360,9 @@ SETTINGS_FILES = [
     toml("settings with a section of text", "model = 'demo'\n", "expected tables such as .model."),
     toml("a section without a name", "['']\na = 1\n", "no such setting"),
     toml("an unknown section", "[modle]\nname = 'demo'\n", "modle.name.*did you mean 'model.name'"),
-    toml("an unknown key in a section of a section", "[experiment.select]\nmin_p = 1\n", "did you mean .*select.min_p0"),
+    toml("an unknown key in a section of a section", "[gravity.select]\nmin_p = 1\n", "did you mean .*select.min_p0"),
     toml("an unknown key far below a plain setting", "[model.name.deep]\nx = 1\n", "model.name"),
-    toml("a dotted key in quotes", '["experiment.select"]\nmin_p9 = 1\n', "no such setting"),
+    toml("a dotted key in quotes", '["gravity.select"]\nmin_p9 = 1\n', "no such setting"),
     toml("a key of a thousand letters", f"[model]\n{'k' * 1_000} = 1\n", "no such setting"),
     toml("a key with an escape", '[model]\n"\\u001b[31m" = 1\n', "no such setting"),
     toml("a name of a model that is a number", "[model]\nname = 3\n", "model.name.*string.*found 3"),
@@ -374,24 +374,24 @@ SETTINGS_FILES = [
     toml("a limit that is a truth value", "[data]\nlimit = true\n", "data.limit.*found True"),
     toml("a limit that is a fraction", "[data]\nlimit = 2.5\n", "data.limit"),
     toml("a limit that is a date", "[data]\nlimit = 1979-05-27\n", "data.limit"),
-    toml("samples that are a truth value", "[experiment]\nnum_samples = true\n", "experiment.num_samples.*found True"),
-    toml("a temperature that is inf", "[experiment]\ntemperature = inf\n", "experiment.temperature"),
-    toml("a mass that is a truth value", "[experiment]\ntop_p = true\n", "experiment.top_p.*found True"),
-    toml("stages that are numbers", "[experiment]\nstages = [1, 2]\n", "experiment.stages",
-         "HARNESS_EXPERIMENT__STAGES"),
-    toml("a section that is a number", "[experiment]\nselect = 3\n", "experiment.select"),
+    toml("samples that are a truth value", "[gravity]\nnum_samples = true\n", "gravity.num_samples.*found True"),
+    toml("a temperature that is inf", "[gravity]\ntemperature = inf\n", "gravity.temperature"),
+    toml("a mass that is a truth value", "[gravity]\ntop_p = true\n", "gravity.top_p.*found True"),
+    toml("stages that are numbers", "[gravity]\nstages = [1, 2]\n", "gravity.stages",
+         "HARNESS_GRAVITY__STAGES"),
+    toml("a section that is a number", "[gravity]\nselect = 3\n", "gravity.select"),
     toml("a batch that is a truth value", "[batching]\nmax_tokens = true\n", "batching.max_tokens.*found True"),
     toml("a reserve that is text", "[batching]\nreserve_gb = 'much'\n", "batching.reserve_gb"),
     toml("a seed that is a truth value", "[runtime]\nseed = true\n", "runtime.seed.*found True"),
     toml("a seed that is a table", "[runtime.seed]\nroot = 1\n", "runtime.seed"),
     toml("runs that are a number", "[paths]\nruns = 3\n", "paths.runs", "HARNESS_PATHS__RUNS"),
     toml("runs with a NUL", '[paths]\ndata = "a\\u0000b"\n', "paths.data.*NUL"),
-    toml("conditions that are a number", "[experiment]\nconditions = 3\n", "experiment.conditions"),
-    toml("a condition that is a list", TEMPLATE.format("['{question}']"), "experiment.conditions"),
-    toml("a condition that is a truth value", TEMPLATE.format("true"), "experiment.conditions"),
-    toml("a condition of a condition", "[experiment.conditions.x.y]\ntext = '{question}'\n", "experiment.conditions"),
-    toml("a condition without a text", "[experiment.conditions.x]\nnegation = 'no'\n", "experiment.conditions"),
-    toml("a condition with a line end for a name", '[experiment.conditions]\n"a\\nb" = "{question}"\n', "experiment.conditions"),
+    toml("conditions that are a number", "[gravity]\nconditions = 3\n", "gravity.conditions"),
+    toml("a condition that is a list", TEMPLATE.format("['{question}']"), "gravity.conditions"),
+    toml("a condition that is a truth value", TEMPLATE.format("true"), "gravity.conditions"),
+    toml("a condition of a condition", "[gravity.conditions.x.y]\ntext = '{question}'\n", "gravity.conditions"),
+    toml("a condition without a text", "[gravity.conditions.x]\nnegation = 'no'\n", "gravity.conditions"),
+    toml("a condition with a line end for a name", '[gravity.conditions]\n"a\\nb" = "{question}"\n', "gravity.conditions"),
     toml("a template of nothing", TEMPLATE.format("''"), "question. once"),
     toml("a template that looks inside", TEMPLATE.format("'{question.__class__}'"), "found '{question.__class__}'"),
     toml("a template that looks inside a target", TEMPLATE.format("'{question} {target.__init__.__globals__}'"), "__globals__"),
@@ -403,7 +403,7 @@ SETTINGS_FILES = [
     toml("a template with a brace left open", TEMPLATE.format("'{question'"), "alone in braces"),
     toml("a template with a space in braces", TEMPLATE.format("'{ question }'"), "alone in braces"),
     toml("a template with percent signs", TEMPLATE.format("'%(question)s'"), "question. once"),
-    toml("a negation of nothing", "[experiment.conditions.x]\ntext = '{question}'\nnegation = ''\n", "negation"),
+    toml("a negation of nothing", "[gravity.conditions.x]\ntext = '{question}'\nnegation = ''\n", "negation"),
 ]  # fmt: skip
 
 
@@ -430,10 +430,10 @@ VARIABLES = [
     variable("HARNESS_MODEL__TRUST_REMOTE_CODE", "sure", "model.trust_remote_code"),
     variable("HARNESS_RUNTIME__SEED", "", "runtime.seed.*env: HARNESS_RUNTIME__SEED"),
     variable("HARNESS_RUNTIME__SEED", "1e3", "runtime.seed"),
-    variable("HARNESS_EXPERIMENT__CONDITIONS__X", "no field", "question. once"),
-    variable("HARNESS_EXPERIMENT__CONDITIONS____TEXT", "{question}", "experiment.conditions"),
-    variable("HARNESS_EXPERIMENT__TEMPLATES", "[]", "experiment.templates"),
-    variable("HARNESS_EXPERIMENT__TOP_P", LONG, "experiment.top_p"),
+    variable("HARNESS_GRAVITY__CONDITIONS__X", "no field", "question. once"),
+    variable("HARNESS_GRAVITY__CONDITIONS____TEXT", "{question}", "gravity.conditions"),
+    variable("HARNESS_GRAVITY__TEMPLATES", "[]", "gravity.templates"),
+    variable("HARNESS_GRAVITY__TOP_P", LONG, "gravity.top_p"),
     variable("HARNESS_DATA__LIMIT", "٣", "data.limit.*env: HARNESS_DATA__LIMIT", "runs"),
     variable("MODEL_PATH", "/no/such/model", "no folder '/no/such/model'"),
     variable("HF_HOME", "h" * 300, "paths.hf_home.*env: HF_HOME", "runs"),
@@ -696,7 +696,7 @@ def huge_vocabulary(folder: Path) -> None:
     path.write_text(json.dumps(found))
 
 
-CHAT = ("--experiment.chat", "true")
+CHAT = ("--gravity.chat", "true")
 NEST = '{"a":' * 50_000
 ANY_CONFIG = "config.json"
 
@@ -922,8 +922,8 @@ RUNS = [
       for name, key, value, told in [
         ("a seed of text", "runtime.seed", "x", "runtime.seed"),
         ("a seed of forty digits", "runtime.seed", 10**40, "runtime.seed"),
-        ("a million samples", "experiment.num_samples", 10**6, "num_samples"),
-        ("a template that looks inside", "experiment.conditions", {"x": "{question.__class__}"}, "alone in braces"),
+        ("a million samples", "gravity.num_samples", 10**6, "num_samples"),
+        ("a template that looks inside", "gravity.conditions", {"x": "{question.__class__}"}, "alone in braces"),
         ("prompts at /dev/zero", "data.prompts", "/dev/zero", "which this user did not give"),
         ("prompts that are a list", "data.prompts", ["a"], "data.prompts"),
         ("a model with a NUL", "model.name", "a\0b", "model.name"),
@@ -945,7 +945,7 @@ def put_in_place(here: Path, run: Path) -> Path:
 
 @cases(RUNS)
 def test_runs(case: Case, here: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HARNESS_DATA__PROMPTS", "HARNESS_EXPERIMENT__STAGES"):  # they would be stronger than what is recorded
+    for name in ("HARNESS_DATA__PROMPTS", "HARNESS_GRAVITY__STAGES"):  # they would be stronger than what is recorded
         monkeypatch.delenv(name)
     set_keys(run_id="one")(put_in_place(here, finished))
     check(case, here, monkeypatch)

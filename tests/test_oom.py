@@ -13,8 +13,8 @@ from harness.store import Reader
 from tests import gravity
 from tests.gravity import resolve
 
-FLAGS = {"data.limit": "6", "experiment.num_samples": "5", "runtime.device": "cpu",
-         "experiment.stages": "psem,greedy,samples,detect"}  # fmt: skip
+FLAGS = {"data.limit": "6", "gravity.num_samples": "5", "runtime.device": "cpu",
+         "gravity.stages": "psem,greedy,samples,detect"}  # fmt: skip
 MEASURED = {
     "psem": "prompt_id, condition, p_sem, p_word, logprobs",
     "completions": "prompt_id, condition, mode, sample_id, token_ids, text, finish_reason, logprobs, margins",

@@ -111,7 +111,7 @@ def ran(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     told = harness(
         "run", "--model", "smollm2", "--prompts", prompt_file(folder, PROMPTS), "--paths.runs", folder / "runs",
         "--stages", "prompts,psem,greedy,samples,detect,mechanism,patching,analysis",
-        "--experiment.num_samples", 3, "--experiment.patching.max_prompts", 1,
+        "--gravity.num_samples", 3, "--gravity.patching.max_prompts", 1,
     )  # fmt: skip
     assert told.code == 0, told.err
     yield Ran(only_run(folder / "runs"))
@@ -259,7 +259,7 @@ def test_a_patched_residual_gives_the_p_sem_of_a_hooked_model(ran: Ran, plain: P
 
 def test_a_chat_is_written_as_the_models_own_template_does(ran: Ran, plain: Plain, tmp_path: Path) -> None:
     told = harness("run", "--model", "smollm2", "--prompts", prompt_file(tmp_path, PROMPTS), "--paths.runs", tmp_path / "runs",
-                   "--stages", "prompts", "--experiment.chat", "true")  # fmt: skip
+                   "--stages", "prompts", "--gravity.chat", "true")  # fmt: skip
     assert told.code == 0, told.err
     raw = {(r["prompt_id"], r["condition"]): r["text"] for r in ran.rows("SELECT * FROM contexts")}
     rows = Ran(only_run(tmp_path / "runs")).rows("SELECT * FROM contexts")

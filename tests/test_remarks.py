@@ -136,7 +136,7 @@ def test_cut_answers_name_the_setting_to_raise_and_an_answer_with_a_newline_is_w
     limits = settings(experiment__max_new_tokens_greedy=8, experiment__max_new_tokens_samples=10)
     (found,) = said_of({"completions": rows}, limits)
     assert kinds([found]) == [("cut", "baseline", 5, 10)]
-    assert "`--experiment.max_new_tokens_greedy 16`" in found.advice
+    assert "`--gravity.max_new_tokens_greedy 16`" in found.advice
     assert "samples" not in found.advice
     both = [*rows, *answers(["one two"] * 10, condition="negative", mode="sample", ends="length")]
     assert "max_new_tokens_samples 20" in said_of({"completions": both}, limits)[1].advice
@@ -286,7 +286,7 @@ def test_a_run_of_the_first_schema_and_a_strange_manifest_are_no_failure(tmp_pat
         con.execute("INSERT INTO completions (prompt_id, condition, mode, sample_id) "
                     "SELECT 'p' || n, 'baseline', 'greedy', 0 FROM range(6) t(n)")  # fmt: skip
         con.execute("INSERT INTO psem (prompt_id, condition) VALUES ('p', 'baseline')")
-    for manifest in ({}, {"settings": [], "model": "x"}, {"settings": {"experiment.chat": 3}}):
+    for manifest in ({}, {"settings": [], "model": "x"}, {"settings": {"gravity.chat": 3}}):
         with Reader(tmp_path / "live.duckdb", SCHEMA) as reader:
             assert kinds(remarks_of(reader, manifest)) == [("empty", "baseline", 6, 6)]
 
@@ -314,5 +314,5 @@ def test_conditions_with_the_same_advice_share_it(said_of) -> None:
 def test_what_is_to_be_typed_is_there_to_be_typed(said_of) -> None:
     source = Path(remarks.__file__).read_text("utf-8")
     typed = {flag.removeprefix("--") for flag in re.findall(r"`(--[\w.]+)", source) if "{" not in flag}
-    ours = {"gravity.chat"}  # an alias of experiment.chat
-    assert typed - ours <= {*list(FIELDS.names), "limit", "prompts", "stages", "experiment.max_new_tokens_"}
+    ours = {"gravity.chat"}  # an alias of gravity.chat
+    assert typed - ours <= {*list(FIELDS.names), "limit", "prompts", "stages", "gravity.max_new_tokens_"}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from harness.errors import EnvironmentFault, RunError
-from harness.experiments.gravity import figures, report
+from harness.experiments.gravity import figures, method, report
 from harness.experiments.gravity.figures import FIGURES
 from harness.experiments.gravity.report import Segment, token_segments
 from harness.experiments.gravity.schema import SCHEMA
@@ -122,6 +122,21 @@ def test_prompts_and_completions_are_shown_as_text_however_they_look(page: Page)
     assert "<b>next</b>" in page.text  # in a completion
     assert "facts_<Paris>|negative" in page.text  # in the table `sanity`
     assert "b" not in {tag for tag, _ in page.tags}
+
+
+def test_the_method_is_told_once_for_the_page_and_the_documentation(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood in the report's template and in docs/method.md, each in words of its own."""
+    assert method.TERMS
+    for part in (method.SOURCE, method.QUESTION, *(meaning for _, meaning in method.TERMS), *method.LIMITS):
+        assert part in page.text
+    told = (ROOT / "docs" / "method.md").read_text("utf-8")
+    assert f"\n{method.terms_markdown()}\n" in told
+    assert f"\n{method.limits_markdown()}\n" in told
+    assert method.QUESTION in told
+    monkeypatch.setattr(method, "LIMITS", (*method.LIMITS[:-1], "another"))
+    assert method.limits_markdown() not in told, "the control"
 
 
 def test_links_within_the_page_lead_somewhere(page: Page) -> None:
@@ -351,7 +366,7 @@ def test_what_cannot_be_read_or_written_is_said(paths: RunPaths, tmp_path: Path)
 
 def test_writing_a_report_loads_no_torch(paths: RunPaths, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom harness import report\nfrom harness.run import RunPaths\n"
+        "import sys\nfrom pathlib import Path\nfrom harness.experiments.gravity import report\nfrom harness.run import RunPaths\n"
         "report.write(RunPaths(Path(sys.argv[1])), Path(sys.argv[2]))\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )

@@ -60,7 +60,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("recorded")
     model = shutil.copytree(DATA / "models" / "demo", folder / "model")
     args = ("run", "--prompts", prompt_file(folder), "--model", model, "--paths.runs", folder / "runs", "--stages", STAGES,
-            "--experiment.num_samples", 2, "--batching.max_tokens", 64, "--runtime.seed", 7)  # fmt: skip
+            "--gravity.num_samples", 2, "--batching.max_tokens", 64, "--runtime.seed", 7)  # fmt: skip
     told = harness(*args)
     assert told.code == 0, told.err
     return Recorded(folder, only_run(folder / "runs"), args)
@@ -135,7 +135,7 @@ def test_the_new_manifest_says_what_it_repeats_and_where_each_setting_came_from(
     assert found["argv"][:2] == ["harness", "reproduce"]
     told = f"run: run {recorded.run.name}"
     assert found["settings"]["runtime.seed"] == {"value": 7, "source": told}
-    assert found["settings"]["experiment.num_samples"] == {"value": 2, "source": told}
+    assert found["settings"]["gravity.num_samples"] == {"value": 2, "source": told}
     assert found["settings"]["batching.max_tokens"] == {"value": "auto", "source": "flag: --batching.max_tokens"}
     assert found["settings"]["paths.runs"] == {"value": str(again[0].parent), "source": "flag: --paths.runs"}
     assert found["settings"]["paths.data"]["source"] == "default"
@@ -177,15 +177,15 @@ def test_a_run_is_reproduced_by_its_id_beside_it_and_can_be_verified_and_reprodu
 
 
 def test_a_run_with_every_stage_comes_out_again_bit_for_bit(tmp_path: Path) -> None:
-    data = tmp_path / "data"  # the stage `single_token` writes to it
-    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
     stages = "select,single_token,sanity,psem,greedy,samples,detect,mechanism,patching,analysis"
     told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.data", data, "--paths.runs", tmp_path / "runs",
+                   "--stages", stages, "--gravity.num_samples", 2, "--gravity.sanity.num_prompts", 1,
+    told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs",
                    "--stages", stages, "--experiment.num_samples", 2, "--experiment.sanity.num_prompts", 1,
                    "--batching.max_tokens", 64)  # fmt: skip
     assert told.code == 0, told.err
     one = only_run(tmp_path / "runs")
-    told = reproduce(one.name, one.parent, "--paths.data", data, "--batching.max_tokens", "auto")
+    told = reproduce(one.name, one.parent, "--batching.max_tokens", "auto")
     assert told.code == 0, told.err
     two = new_run(one.parent, one)
     assert rows(two) == rows(one)
@@ -254,7 +254,7 @@ def test_settings_that_this_version_does_not_have_are_named(recorded: Recorded, 
     message = refused(reproduce(run.name, run.parent))
     assert f"run {run.name} was made by another version of harness" in message
     assert "'experiment.num_sample'" in message
-    assert "did you mean 'experiment.num_samples'" in message
+    assert "did you mean 'gravity.num_samples'" in message
     edited(run, settings=settings | {"runtime.seed": {"value": "seven", "source": "default"}})
     assert "runtime.seed" in refused(reproduce(run.name, run.parent))
     edited(run, settings=settings, experiment="gravitas")
@@ -298,9 +298,9 @@ CHANGES: dict[str, tuple[Callable[[Recorded, Path], tuple[object, ...]], list[st
     "prompts": (other_prompts, ["data (prompts.sha256): was ", "1 changed, such as worm", "1 missing, such as paris",
                                 "1 new, such as rome"]),
     "seed": (lambda *_: ("--runtime.seed", 8), ["seed: was 7, is 8"]),
-    "template": (lambda *_: ("--experiment.conditions", "baseline,indirect"), ["conditions."]),
+    "template": (lambda *_: ("--gravity.conditions", "baseline,indirect"), ["conditions."]),
     "stages": (lambda *_: ("--stages", "psem"), ["stages.samples"]),
-    "samples": (lambda *_: ("--experiment.temperature", 0.5), ["temperature: was 1.0, is 0.5"]),
+    "samples": (lambda *_: ("--gravity.temperature", 0.5), ["temperature: was 1.0, is 0.5"]),
     "dtype": (lambda *_: ("--model.dtype", "float64"), ["model.dtype: was float32, is float64"]),
 }  # fmt: skip
 
@@ -313,7 +313,7 @@ def test_what_is_not_as_it_was_is_refused_by_name_and_nothing_is_written(
     args = make(recorded, tmp_path)
     if kind == "template":
         own = 'Answer in one word, and not "{target}".\nQuestion: {question}\nAnswer:'
-        args = ("--experiment.templates", json.dumps({"negative": own}))
+        args = ("--gravity.templates", json.dumps({"negative": own}))
     message = refused(reproduce(recorded.run / "manifest.json", tmp_path / "runs", *args))
     assert f"run {recorded.run.name} cannot be reproduced as it was: " in message
     for part in told:

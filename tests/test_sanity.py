@@ -683,22 +683,66 @@ def cool_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_module, "sample", lambda lo, k, t, s, *rest: real(lo / s.temperature, k, t, s, *rest))
 
 
+def ignore_the_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens drawn as if the temperature were 1."""
+    real = decode_module.sample
+    monkeypatch.setattr(
+        decode_module, "sample", lambda lo, k, t, s, *rest: real(lo, k, t, replace(s, temperature=1.0), *rest)
+    )
+
+
+def keep_one_token_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-p with the token after the one that crosses it."""
+
+    def sample(logits: Tensor, keys: Tensor, step: int, sampling: Sampling, node: Tensor | None = None) -> Tensor:
+        table = (logits if node is None else logits[node]) / sampling.temperature
+        values, ids = table.sort(dim=-1, descending=True)
+        probs = values.softmax(-1).double()
+        kept = probs.cumsum(-1) - probs < sampling.top_p
+        kept = kept | kept.roll(1, -1)
+        noisy = (values.double() + decode_module.gumbel(keys, step, ids)).masked_fill(~kept, float("-inf"))
+        return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+
+    monkeypatch.setattr(decode_module, "sample", sample)
+
+
 SHARP = Sampler(Sampling(6), Sampling(8, 3.0, 0.5))
 """The demo model's nucleus at this heat is a handful of tokens."""
+NARROW = Sampler(Sampling(6), Sampling(8, 3.0, 0.02))
+"""And here it is one: a second one is seen at once, where a further one of many is seldom drawn."""
 
 
 @pytest.mark.parametrize(
-    "broken", [cut_the_nucleus_early, keep_the_whole_vocabulary, shift_the_step, shift_the_token, cool_twice],
-    ids=lambda f: f.__name__,
+    ("broken", "sampler"),
+    [
+        (cut_the_nucleus_early, SHARP), (keep_one_token_more, NARROW), (keep_the_whole_vocabulary, SHARP),
+        (shift_the_step, SHARP), (shift_the_token, SHARP), (cool_twice, SHARP), (ignore_the_temperature, SHARP),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
 )  # fmt: skip
 def test_a_sampler_with_a_bug_turns_the_samples_red(
-    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch, broken: Break
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch, broken: Break, sampler: Sampler
 ) -> None:
     """The reference once drew with the fast path's own sampler, and so agreed with whatever that did."""
     kinds = ["greedy", "samples"]
-    assert red(check(demo, demo_subjects, SHARP, kinds)) == set(), "the control"
+    assert red(check(demo, demo_subjects, sampler, kinds)) == set(), "the control"
     broken(monkeypatch)
-    assert red(check(demo, demo_subjects, SHARP, kinds)) == {"samples"}
+    assert red(check(demo, demo_subjects, sampler, kinds)) == {"samples"}
+
+
+def test_a_completion_that_does_not_end_where_it_should_turns_red(
+    demo: LM, demo_subjects: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference once asked the fast path's own completion whether it had come to its end."""
+    kinds, real = ["greedy", "samples"], Completion.append
+    assert red(check(demo, demo_subjects, SHARP, kinds)) == set(), "the control"
+
+    def append(self: Completion, *given: Any) -> bool:
+        real(self, *given)
+        return True
+
+    monkeypatch.setattr(Completion, "append", append)
+    assert red(check(demo, demo_subjects, SHARP, kinds)) == set(kinds)
 
 
 # The budget
@@ -818,7 +862,7 @@ def test_a_run_that_goes_on_keeps_what_it_measured_and_what_it_left_out(
 def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for(
     setting: str, known: float | None, budget_s: float | None
 ) -> None:
-    plan = gravity.prepare(resolve({"experiment.sanity.budget": setting}, None, {}))
+    plan = gravity.prepare(resolve({"gravity.sanity.budget": setting}, None, {}))
     made = Sanity.build(replace(plan.inputs, budget_s=known))
     assert made.budget_s == budget_s
     assert plan.fingerprint == gravity.prepare(resolve({}, None, {})).fingerprint, "it decides no number"

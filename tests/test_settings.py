@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from harness.commands.launch import conditions_of
 from harness.errors import SettingsError
+from harness.experiments.gravity.inputs import conditions_of
 from harness.experiments.gravity.settings import TemplateSettings
 from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings
 from tests.gravity import FIELDS, resolve
@@ -22,13 +22,13 @@ BAN = "Name no {category}.\nQuestion: {question}\nAnswer:"
 OTHER: dict[str, Any] = {  # a legal value that is not the default, for every setting; a test says when one is missing
     "model.name": "gpt2", "model.revision": "main", "model.dtype": "float64", "model.trust_remote_code": True,
     "data.prompts": "mine.csv", "data.limit": 7,
-    "experiment.conditions": ("negative",), "experiment.templates": {"ban": {"text": BAN}}, "experiment.chat": True,
-    "experiment.stages": ("psem", "greedy"), "experiment.num_samples": 3, "experiment.sample_conditions": ("negative",),
-    "experiment.temperature": 0.5, "experiment.top_p": 0.25, "experiment.max_new_tokens_greedy": 2,
-    "experiment.max_new_tokens_samples": 3, "experiment.stop_at_newline": False, "experiment.select.min_p0": 0.5,
-    "experiment.select.per_bin": 5, "experiment.select.max_categories": 1, "experiment.stored.prompts": ("a", "b"),
-    "experiment.stored.max_per_category": 3, "experiment.patching.condition": "ban", "experiment.patching.min_p0": 0.5,
-    "experiment.patching.max_prompts": 4, "experiment.sanity.num_prompts": 1, "experiment.sanity.budget": 7.5,
+    "gravity.conditions": ("negative",), "gravity.templates": {"ban": {"text": BAN}}, "gravity.chat": True,
+    "gravity.stages": ("psem", "greedy"), "gravity.num_samples": 3, "gravity.sample_conditions": ("negative",),
+    "gravity.temperature": 0.5, "gravity.top_p": 0.25, "gravity.max_new_tokens_greedy": 2,
+    "gravity.max_new_tokens_samples": 3, "gravity.stop_at_newline": False, "gravity.select.min_p0": 0.5,
+    "gravity.select.per_bin": 5, "gravity.select.max_categories": 1, "gravity.stored.prompts": ("a", "b"),
+    "gravity.stored.max_per_category": 3, "gravity.patching.condition": "ban", "gravity.patching.min_p0": 0.5,
+    "gravity.patching.max_prompts": 4, "gravity.sanity.num_prompts": 1, "gravity.sanity.budget": 7.5,
     "batching.max_tokens": 64,
     "batching.reserve_gb": 1.5, "runtime.device": "cpu", "runtime.seed": 9, "runtime.threads": 1,
     "runtime.executor": "inline", "runtime.reserve_disk_gb": 0.25, "paths.runs": "there", "paths.data": "stuff",
@@ -90,18 +90,18 @@ def test_without_any_source_every_setting_is_its_default_and_says_so() -> None:
 
 
 def test_flags_beat_variables_beat_the_file_beats_defaults(tmp_path: Path) -> None:
-    config = toml_file(tmp_path, {"runtime.seed": 1, "experiment.top_p": 0.5, "data.limit": 5})
-    environ = {"HARNESS_RUNTIME__SEED": "2", "HARNESS_EXPERIMENT__TOP_P": "0.6"}
+    config = toml_file(tmp_path, {"runtime.seed": 1, "gravity.top_p": 0.5, "data.limit": 5})
+    environ = {"HARNESS_RUNTIME__SEED": "2", "HARNESS_GRAVITY__TOP_P": "0.6"}
     resolved = resolve({"runtime.seed": "3"}, config, environ)
     found = {name: (value, source) for name, value, source in resolved.rows()}
     assert found["runtime.seed"] == (3, "flag: --runtime.seed")
-    assert found["experiment.top_p"] == (0.6, "env: HARNESS_EXPERIMENT__TOP_P")
+    assert found["gravity.top_p"] == (0.6, "env: HARNESS_GRAVITY__TOP_P")
     assert found["data.limit"] == (5, f"file: {config}")
-    assert found["experiment.num_samples"] == (16, "default")
+    assert found["gravity.num_samples"] == (16, "default")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(given_by=st.dictionaries(st.sampled_from(["runtime.seed", "experiment.num_samples", "data.limit"]),
+@given(given_by=st.dictionaries(st.sampled_from(["runtime.seed", "gravity.num_samples", "data.limit"]),
                                 st.sets(st.sampled_from(["file", "env", "flag"]), min_size=1)))  # fmt: skip
 def test_any_mix_of_sources_resolves_each_setting_by_its_strongest(
     tmp_path: Path, given_by: dict[str, set[str]]
@@ -137,7 +137,7 @@ def test_every_setting_can_be_set_by_flag_variable_and_file(tmp_path: Path, name
         resolved = resolve({}, None, {variable(name): as_text(value)})
     else:
         resolved = resolve({}, toml_file(tmp_path, {name: value}), {})
-    want = {"ban": TemplateSettings(text=BAN)} if name == "experiment.templates" else value
+    want = {"ban": TemplateSettings(text=BAN)} if name == "gravity.templates" else value
     found = at(resolved, name)
     assert (str(found) if isinstance(found, Path) else found) == want
     (changed,) = [n for n, _, source in resolved.rows() if source.startswith(by + ": ")]
@@ -163,32 +163,32 @@ def test_a_sections_other_name_is_the_section_and_sources_keep_what_was_typed(tm
     environ = {"HARNESS_GRAVITY__TOP_P": "0.5"}
     resolved = resolve({"gravity.chat": "true", "gravity.num_samples": "4"}, config, environ)
     found = {name: (value, source) for name, value, source in resolved.rows()}
-    assert found["experiment.chat"] == (True, "flag: --gravity.chat")
-    assert found["experiment.num_samples"] == (4, "flag: --gravity.num_samples"), (
+    assert found["gravity.chat"] == (True, "flag: --gravity.chat")
+    assert found["gravity.num_samples"] == (4, "flag: --gravity.num_samples"), (
         "a flag beats the file under this name too"
     )
-    assert found["experiment.top_p"] == (0.5, "env: HARNESS_GRAVITY__TOP_P")
-    assert found["experiment.sanity.budget"] == (9.0, f"file: {config}")
-    assert list(resolved.settings.experiment.conditions) == ["mine"]
+    assert found["gravity.top_p"] == (0.5, "env: HARNESS_GRAVITY__TOP_P")
+    assert found["gravity.sanity.budget"] == (9.0, f"file: {config}")
+    assert list(resolved.settings.gravity.conditions) == ["mine"]
     assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names), "what is recorded has one name"
-    assert resolve({"experiment.num_samples": "5"}, config, {}).settings.experiment.num_samples == 5
+    assert resolve({"gravity.num_samples": "5"}, config, {}).settings.gravity.num_samples == 5
 
 
 def test_two_names_of_one_setting_in_one_place_are_refused(tmp_path: Path) -> None:
-    config = toml_file(tmp_path, {"gravity.chat": True, "experiment.chat": True})
+    config = toml_file(tmp_path, {"gravity.chat": True, "gravity.chat": True})
     for told in (
-        refusal({"gravity.chat": "true", "experiment.chat": "true"}),
-        refusal({}, environ={"HARNESS_GRAVITY__CHAT": "1", "HARNESS_EXPERIMENT__CHAT": "1"}),
+        refusal({"gravity.chat": "true", "gravity.chat": "true"}),
+        refusal({}, environ={"HARNESS_GRAVITY__CHAT": "1", "HARNESS_GRAVITY__CHAT": "1"}),
         refusal({}, config),
     ):
         assert "gravity.chat" in told
-        assert "experiment.chat" in told
+        assert "gravity.chat" in told
         assert "keep one" in told
         assert "\n" not in told
 
 
 def test_an_unknown_name_in_a_section_named_otherwise_is_refused_with_the_nearest() -> None:
-    assert "did you mean 'experiment.chat'" in refusal({"gravity.chatt": "true"})
+    assert "did you mean 'gravity.chat'" in refusal({"gravity.chatt": "true"})
 
 
 def test_what_a_container_says_of_itself_is_not_taken_for_a_setting() -> None:
@@ -201,7 +201,7 @@ def test_other_programs_variables_are_left_alone() -> None:
 
 def test_settings_are_frozen_all_the_way_down() -> None:
     tree = resolve({}, None, {}).settings
-    for part, name in ((tree, "model"), (tree.model, "name"), (tree.experiment.select, "min_p0")):
+    for part, name in ((tree, "model"), (tree.model, "name"), (tree.gravity.select, "min_p0")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, "changed")
     assert tree == Settings()
@@ -209,8 +209,8 @@ def test_settings_are_frozen_all_the_way_down() -> None:
 
 def test_every_setting_whose_name_does_not_say_all_has_a_description() -> None:
     bare = [name for name in list(FIELDS.names) if not FIELDS.describe(name)]
-    assert bare == ["experiment.temperature", "experiment.max_new_tokens_greedy", "experiment.max_new_tokens_samples"]
-    assert set(SHORT_FLAGS.values()) <= set(list(FIELDS.names))
+    assert bare == ["gravity.temperature", "gravity.max_new_tokens_greedy", "gravity.max_new_tokens_samples"]
+    assert set(SHORT_FLAGS.values()) <= set(FIELDS.names)
 
 
 # Unknown names
@@ -218,8 +218,8 @@ def test_every_setting_whose_name_does_not_say_all_has_a_description() -> None:
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("model.nam", "model.name"), ("batching.max_token", "batching.max_tokens"), ("experimnt.top_p", "experiment.top_p"),
-     ("experiment.select.min_p", "experiment.select.min_p0"), ("model", "model.name")],
+    [("model.nam", "model.name"), ("batching.max_token", "batching.max_tokens"), ("experimnt.top_p", "gravity.top_p"),
+     ("gravity.select.min_p", "gravity.select.min_p0"), ("model", "model.name")],
 )  # fmt: skip
 def test_unknown_names_are_refused_in_each_source_with_the_nearest_known_one(
     tmp_path: Path, written: str, meant: str
@@ -268,12 +268,12 @@ def test_a_settings_file_that_is_none_is_refused_in_one_line(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("data.limit", "0"), ("data.limit", "-3"), ("data.limit", "some"), ("data.limit", "1.5"), ("model.dtype", "int8"),
-     ("model.trust_remote_code", "perhaps"), ("experiment.num_samples", "0"), ("experiment.temperature", "0"),
-     ("experiment.temperature", "nan"), ("experiment.temperature", "inf"), ("experiment.top_p", "0"),
-     ("experiment.top_p", "1.5"), ("experiment.max_new_tokens_greedy", "0"), ("experiment.max_new_tokens_samples", "0"),
-     ("experiment.chat", "maybe"), ("experiment.select.min_p0", "-.1"), ("experiment.select.per_bin", "0"),
-     ("experiment.select.max_categories", "0"), ("experiment.stages", "[1, 2]"), ("experiment.stages", "[psem"),
-     ("experiment.conditions", '{"ban": 3}'), ("batching.max_tokens", "0"), ("batching.max_tokens", "lots"),
+     ("model.trust_remote_code", "perhaps"), ("gravity.num_samples", "0"), ("gravity.temperature", "0"),
+     ("gravity.temperature", "nan"), ("gravity.temperature", "inf"), ("gravity.top_p", "0"),
+     ("gravity.top_p", "1.5"), ("gravity.max_new_tokens_greedy", "0"), ("gravity.max_new_tokens_samples", "0"),
+     ("gravity.chat", "maybe"), ("gravity.select.min_p0", "-.1"), ("gravity.select.per_bin", "0"),
+     ("gravity.select.max_categories", "0"), ("gravity.stages", "[1, 2]"), ("gravity.stages", "[psem"),
+     ("gravity.conditions", '{"ban": 3}'), ("batching.max_tokens", "0"), ("batching.max_tokens", "lots"),
      ("batching.reserve_gb", "-1"), ("batching.reserve_gb", "inf"), ("runtime.device", "gpu"), ("runtime.seed", "lucky"),
      ("runtime.threads", "0"), ("runtime.threads", "two"), ("runtime.executor", "ray"), ("runtime.reserve_disk_gb", "-1")],
 )  # fmt: skip
@@ -288,23 +288,23 @@ def test_a_value_out_of_range_is_refused_naming_setting_source_and_what_was_foun
 
 
 def test_a_value_out_of_range_in_a_file_names_the_file(tmp_path: Path) -> None:
-    config = toml_file(tmp_path, {"experiment.select.min_p0": 2})
+    config = toml_file(tmp_path, {"gravity.select.min_p0": 2})
     assert refusal(config=config) == (
-        f"experiment.select.min_p0 (file: {config}): input should be less than or equal to 1; found 2"
+        f"gravity.select.min_p0 (file: {config}): input should be less than or equal to 1; found 2"
     )
 
 
-@pytest.mark.parametrize("name", ["experiment.conditions", "experiment.stages", "experiment.sample_conditions"])
+@pytest.mark.parametrize("name", ["gravity.conditions", "gravity.stages", "gravity.sample_conditions"])
 @pytest.mark.parametrize("text", ["a,b", " a , b ,", '["a", "b"]'])
 def test_lists_may_be_written_with_commas_or_as_json(name: str, text: str) -> None:
     assert at(resolve({name: text}, None, {}), name) == ("a", "b")
     assert at(resolve({}, None, {variable(name): text}), name) == ("a", "b")
 
 
-@pytest.mark.parametrize("name", ["experiment.stages", "experiment.sample_conditions"])
+@pytest.mark.parametrize("name", ["gravity.stages", "gravity.sample_conditions"])
 @pytest.mark.parametrize("text", ["", "  ", "[]"])
 def test_an_empty_list_may_be_written_as_nothing(name: str, text: str) -> None:
-    """As compose files and shell scripts do: HARNESS_EXPERIMENT__STAGES= ."""
+    """As compose files and shell scripts do: HARNESS_GRAVITY__STAGES= ."""
     assert at(resolve({}, None, {variable(name): text}), name) == ()
 
 
@@ -321,10 +321,10 @@ def test_limit_and_max_tokens_take_a_number_or_a_word() -> None:
 
 def test_conditions_may_be_names_a_table_of_strings_or_a_table_of_tables(tmp_path: Path) -> None:
     table = {"ban": {"text": BAN, "negation": "Name no"}}
-    names = resolve({"experiment.conditions": "negative"}, None, {})
-    strings = resolve({}, toml_file(tmp_path, {"experiment.conditions": {"ban": BAN}}), {})
-    tables = resolve({}, toml_file(tmp_path, {"experiment.conditions": table}), {})
-    as_json = resolve({}, None, {"HARNESS_EXPERIMENT__CONDITIONS": json.dumps(table)})
+    names = resolve({"gravity.conditions": "negative"}, None, {})
+    strings = resolve({}, toml_file(tmp_path, {"gravity.conditions": {"ban": BAN}}), {})
+    tables = resolve({}, toml_file(tmp_path, {"gravity.conditions": table}), {})
+    as_json = resolve({}, None, {"HARNESS_GRAVITY__CONDITIONS": json.dumps(table)})
     assert list(conditions_of(names.settings)) == ["negative"]
     assert list(conditions_of(strings.settings)) == ["baseline", "negative", "ban"], (
         "own ones stand beside the built in"
@@ -335,19 +335,19 @@ def test_conditions_may_be_names_a_table_of_strings_or_a_table_of_tables(tmp_pat
 
 
 def test_own_templates_are_named_by_conditions(tmp_path: Path) -> None:
-    config = toml_file(tmp_path, {"experiment.templates": {"ban": BAN}, "experiment.conditions": ["baseline", "ban"]})
+    config = toml_file(tmp_path, {"gravity.templates": {"ban": BAN}, "gravity.conditions": ["baseline", "ban"]})
     assert list(conditions_of(resolve({}, config, {}).settings)) == ["baseline", "ban"]
-    assert list(conditions_of(resolve({"experiment.conditions": "ban"}, config, {}).settings)) == ["ban"]
+    assert list(conditions_of(resolve({"gravity.conditions": "ban"}, config, {}).settings)) == ["ban"]
 
 
 @pytest.mark.parametrize(
     ("conditions", "told"),
     [('["negativ"]', "did you mean 'negative'"), ("[]", "at least one"), ('{"x": "no field"}', "{question} once"),
      ('{"x": "{question} {question}"}', "found it 2 times"), ('{"x": "{question} {word}"}', "no field {word}"),
-     ('{"x": {"text": "{question}", "negation": "never"}}', "experiment.conditions.x.negation")],
+     ('{"x": {"text": "{question}", "negation": "never"}}', "gravity.conditions.x.negation")],
 )  # fmt: skip
 def test_conditions_that_cannot_be_rendered_are_refused(conditions: str, told: str) -> None:
-    resolved = resolve({"experiment.conditions": conditions}, None, {})
+    resolved = resolve({"gravity.conditions": conditions}, None, {})
     with pytest.raises(SettingsError) as caught:
         conditions_of(resolved.settings)
     assert told in str(caught.value)

@@ -39,7 +39,7 @@ from harness.stats import (
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store
 
 patient = settings(deadline=None)  # a busy machine is no failure
-INTERCEPT, SLOPE = -2.4, 2.27  # the paper's, gravity.md section 9
+INTERCEPT, SLOPE = -2.4, 2.27  # the paper's, arXiv 2601.08070
 
 
 # ---- bins -----------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_means_have_the_same_bits_whatever_parts_a_store_has_and_in_whatever_ord
         store.publish(path.with_name("live.duckdb"))
         store.close()
         with Reader(path.with_name("live.duckdb"), SCHEMA, threads=1) as reader:
-            assert {v: reader.rows(v) for v in views} == views
+            assert {v: reader.table(v) for v in views} == views
         return views, plain
 
     views, plain = filled("whole.duckdb", 1, None)
@@ -297,7 +297,7 @@ def test_a_row_comes_back_as_it_went_in(table: str, tmp_path_factory: pytest.Tem
         assert [plain(r) for r in reader.query(f"SELECT * FROM {table} ORDER BY ALL")] == [
             plain(r) for r in store.query(f"SELECT * FROM {table} ORDER BY ALL")
         ]
-        assert reader.table(table).num_rows == len(store.table(table))
+        assert len(reader.table(table)) == len(store.table(table))
     store.close()
 
 
@@ -590,7 +590,10 @@ def test_readers_never_block_the_writer_and_never_fail(store: Store) -> None:
     assert len(counts) > 3
     assert counts <= set(range(21))
     # Control: the store itself cannot be shared so. That is why there are snapshots.
-    code = f"from pathlib import Path; from harness.store import Store; from harness.experiments.gravity.schema import SCHEMA; Store(Path({str(store.path)!r}), SCHEMA)"
+    code = (
+        "from pathlib import Path; from harness.store import Store; from harness.experiments.gravity.schema import SCHEMA; "
+        f"Store(Path({str(store.path)!r}), SCHEMA)"
+    )
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "cannot be opened as a results store" in child.stderr
 
@@ -646,8 +649,8 @@ def test_a_reader_knows_the_schema_the_tables_and_the_age_of_its_snapshot(store:
         assert reader.schema_version == SCHEMA.version
         assert {*SCHEMA.tables, *SCHEMA.views} <= set(reader.tables())
         assert 0 <= reader.age_s < 30
-        assert reader.table("psem").column("prompt_id").to_pylist() == ["a", "a", "b"]
-        assert reader.table("suppression").column("delta").to_pylist() == [0.375]
+        assert [r["prompt_id"] for r in reader.table("psem")] == ["a", "a", "b"]
+        assert [r["delta"] for r in reader.table("suppression")] == [0.375]
         with pytest.raises(StoreError, match="no_such_table") as caught:
             reader.query("SELECT * FROM\nno_such_table")
         assert "\n" not in str(caught.value)
@@ -676,7 +679,7 @@ def test_a_missing_or_broken_snapshot_is_told_in_one_line(tmp_path: Path, conten
 def test_a_folder_in_place_of_a_snapshot_is_told_in_one_line(tmp_path: Path) -> None:
     for opened in (Reader, Store):
         with pytest.raises(StoreError) as caught:
-            opened(tmp_path)
+            opened(tmp_path, SCHEMA)
         assert "\n" not in str(caught.value)
 
 
@@ -690,7 +693,7 @@ def test_a_snapshot_cut_short_is_told_in_one_line(store: Store) -> None:
     for cut in (whole[:12_288], whole[:12_288] + bytes(len(whole)), whole[:half] + b"\xab" * half + whole[2 * half :]):
         live.with_name("cut.duckdb").write_bytes(cut)
         with pytest.raises(StoreError) as caught, Reader(live.with_name("cut.duckdb"), SCHEMA) as reader:
-            assert reader.table("psem").num_rows
+            assert len(reader.table("psem"))
         assert "\n" not in str(caught.value)
 
 

@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A run of a model folder and a prompt file of its own. Tests change a copy."""
     folder = tmp_path_factory.mktemp("made")
     told = harness("run", "--model", checkpoint, "--prompts", prompt_file(folder), "--paths.runs", folder / "runs",
-                   "--stages", "psem,mechanism", "--experiment.stored.prompts", "milk")  # fmt: skip
+                   "--stages", "psem,mechanism", "--gravity.stored.prompts", "milk")  # fmt: skip
     assert told.code == 0, told.err
     return folder / "runs"
 
@@ -226,7 +226,7 @@ PLANTED = {
                   "VALUES ('x', 'y')", "trigger more is not of this schema"),
     "a default": ("ALTER TABLE prompts ALTER category SET DEFAULT 'evil'", "table prompts is defined otherwise"),
     "a table instead of a view": ("DROP VIEW violation; CREATE TABLE violation (a INTEGER)", "table violation is not of"),
-    "a view instead of a table": ("DROP TABLE migrations; CREATE VIEW migrations AS SELECT 'gravity' AS experiment, 8 AS number, NULL AS applied",
+    "a view instead of a table": ("DROP TABLE migrations; CREATE VIEW migrations AS SELECT 'gravity' AS experiment, 8 AS number",
                                   "view migrations is not of this schema"),
     "another version's number": ("DELETE FROM migrations WHERE experiment = 'gravity' AND number > 3", "migrations records 3"),
 }  # fmt: skip
@@ -242,7 +242,7 @@ def test_a_store_with_anything_planted_in_it_is_refused_by_the_name_of_it(tmp_pa
     change(path, *sql.split("; "))
     for opened in (Reader, Store):
         with pytest.raises(AlteredStore, match=told):
-            opened(path)
+            opened(path, SCHEMA)
 
 
 def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_link_in_a_run_is_never_written_through(run: Path, tmp_path: Path, nam
         harness(command, *([run.name] if command != "runs" else []), "--paths.runs", run.parent)
     paths = {k: manifest["settings"][k]["value"] for k in ("model.name", "data.prompts")}
     line = refused(harness("run", "--model", paths["model.name"], "--prompts", paths["data.prompts"], "--paths.runs", run.parent,
-                           "--stages", "psem,mechanism", "--experiment.stored.prompts", "milk"))  # fmt: skip
+                           "--stages", "psem,mechanism", "--gravity.stored.prompts", "milk"))  # fmt: skip
     assert "found a link" in line
     assert victim.read_text() == SECRET
 

@@ -32,7 +32,7 @@ BROKEN = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id"
 def start(folder: Path, *args: object) -> Path:
     """A finished run of three prompts in small batches, with two rows that are no prompts."""
     told = harness("run", "--prompts", prompt_file(folder, (*ROWS, *BROKEN)), "--paths.runs", folder / "runs",
-                   "--experiment.num_samples", 2, "--batching.max_tokens", 64, *args)  # fmt: skip
+                   "--gravity.num_samples", 2, "--batching.max_tokens", 64, *args)  # fmt: skip
     assert told.code == 0, told.err
     return only_run(folder / "runs")
 
@@ -40,7 +40,7 @@ def start(folder: Path, *args: object) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage but the optional ones. Tests change a copy."""
-    return start(tmp_path_factory.mktemp("whole"), "--experiment.sanity.num_prompts", 1)
+    return start(tmp_path_factory.mktemp("whole"), "--gravity.sanity.num_prompts", 1)
 
 
 @pytest.fixture(scope="module")
@@ -852,12 +852,14 @@ def test_a_sealed_run_that_goes_on_and_is_stopped_again_has_no_seal_any_more(
 
 
 def test_a_run_with_a_selection_is_green_and_verifying_writes_no_file_of_its_stages(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(DATA / "models" / "demo", data / "models" / "demo")
-    run = start(tmp_path, "--stages", "select,single_token,psem,greedy,detect,analysis", "--paths.data", data)
-    shutil.rmtree(data / "validated_single_token")
-    assert failures(verify(run, "--paths.data", data, batches=9)) == []
-    assert not (data / "validated_single_token").exists()
+    run = start(tmp_path, "--stages", "select,single_token,psem,greedy,detect,analysis")
+    files = sorted((run / "artifacts" / "single_token").iterdir())
+    assert files
+    before = [path.stat().st_mtime_ns for path in files]
+    assert failures(verify(run, batches=9)) == []
+    assert [path.stat().st_mtime_ns for path in files] == before
+    files[0].write_text("altered")
+    assert failures(verify(run, batches=9)), "the control"
 
 
 # Manifests that no harness writes, of runs without a seal

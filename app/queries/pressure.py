@@ -6,7 +6,6 @@ Rows of `statistics` are of the whole run. What is restricted by the filters is 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -106,20 +105,21 @@ def statistics(paths: RunPaths, analysis: str, condition: str) -> pd.DataFrame:
     )
 
 
-def curve(paths: RunPaths, condition: str, line: tuple[float, float], seed: int) -> pd.DataFrame:
-    """p0, value, low, high, is_supported: the fit with this (intercept, slope) over P0 in 0 to 1, as the report draws it."""
-    found = queries.ask(paths, f"{_RATES} ORDER BY v.prompt_id", [condition])
-    p0, said, samples = (found[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
-    return _curve(line, p0, said, samples, seed)
+def curve(paths: RunPaths, condition: str, fit: pd.DataFrame, seed: int) -> pd.DataFrame | None:
+    """p0, value, low, high, is_supported over P0 in 0 to 1, as the report draws it; None without a line. `fit` are the
+    condition's `statistics` of that analysis."""
+    return _curve(fit, queries.ask(paths, f"{_RATES} ORDER BY v.prompt_id", [condition]), seed)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _curve(
-    line: tuple[float, float], p0: np.ndarray, said: np.ndarray, samples: np.ndarray, seed: int
-) -> pd.DataFrame:  # fmt: skip
-    from harness.stats import curve_of_fit  # here, because it takes a second to load
+def _curve(fit: pd.DataFrame, rates: pd.DataFrame, seed: int) -> pd.DataFrame | None:
+    from harness.experiments.gravity.fit import Pressed, curve_of  # here, because it takes a second to load
 
-    return pd.DataFrame(curve_of_fit(line, p0, said, samples, seed)._asdict())
+    def pressed() -> Pressed:
+        return Pressed(*(rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples")))
+
+    found = curve_of(fit.to_dict("records"), pressed, seed)
+    return None if found is None else pd.DataFrame(found._asdict())
 
 
 def totals(paths: RunPaths, prompt_ids: Sequence[str]) -> pd.DataFrame:

@@ -253,13 +253,15 @@ def equal_tables(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[lis
 
 
 def results(paths: RunPaths) -> pd.DataFrame:
-    """analysis, condition, measure, grouping, value, low, high, n of the analyses in `COMPARED`, calibration left out."""
+    """analysis, condition, measure, grouping, value, low, high, n of the analyses in `COMPARED`; calibration and the
+    fit's curve are left out."""
     if "statistics" not in queries.tables(paths):
         return pd.DataFrame(columns=[*_KEY, "value", "low", "high", "n"])
     return queries.ask(
         paths,
         "SELECT analysis, condition, measure, grouping, value, low, high, n FROM statistics "
-        "WHERE list_contains(?, analysis) AND layer = -1 AND head = -1 AND measure NOT LIKE 'calibration%'",
+        "WHERE list_contains(?, analysis) AND layer = -1 AND head = -1 AND measure NOT LIKE 'calibration%' "
+        "AND measure NOT LIKE 'curve%'",
         [list(COMPARED)],
     )
 

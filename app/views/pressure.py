@@ -137,7 +137,7 @@ def _said(view: View, under: str) -> None:
     bins = ask.binned(view, under)
     fit = ask.statistics(view.paths, "fit", under)
     fitted = fit[fit["grouping"] == "all"].set_index("measure")
-    curve = _curve(view, under, fitted)
+    curve = ask.curve(view.paths, under, fit, seed_of(view.manifest))
     st.echarts_chart(
         charts.said(points, bins, curve, is_whole=_is_whole(view), chosen=_chosen(view)), key="pressure-said", height=440,
         on_select=frame.on_click("pressure-said", lambda s, i: _prompt(charts.clicked_rate(points, s, i))),
@@ -156,13 +156,6 @@ def _said(view: View, under: str) -> None:
         frame.download(bins, "violation-bins")
     with right:
         _calibration(fit)
-
-
-def _curve(view: View, under: str, fitted: pd.DataFrame) -> pd.DataFrame | None:
-    if not {"intercept", "slope"} <= set(fitted.index) or fitted.loc[["intercept", "slope"], "value"].isna().any():
-        return None
-    a, b = float(fitted.loc["intercept", "value"]), float(fitted.loc["slope", "value"])
-    return ask.curve(view.paths, under, (a, b), seed_of(view.manifest))
 
 
 def _told_of_rates(view: View, under: str, bins: pd.DataFrame, fitted: pd.DataFrame, curve: pd.DataFrame | None) -> str:

@@ -19,7 +19,7 @@ from harness import environment, log
 from harness.commands import given, show
 from harness.engine import AnyStage, Engine, Limits, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure
-from harness.engine.executors import Accelerator, Host, Inline
+from harness.engine.executors import Accelerator, Executor, Host, executor_of
 from harness.engine.stop import StopNow, StopSignal
 from harness.errors import HarnessError, RunError, SettingsError, Stopped
 from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
@@ -230,9 +230,7 @@ def _execute(
         forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
         rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
         with log.ConsoleProgress(forecast) as progress:
-            engine = Engine(
-                store, paths, Inline(_accelerator(plan, settings)), replace(limits, rates=rates), progress, stop
-            )
+            engine = Engine(store, paths, _executor(plan, settings), replace(limits, rates=rates), progress, stop)
             engine.run(chosen, after_stage, retry_failed)
             progress.doing("all stages", "making a digest of every row")
             with stop.droppable(), stop.at_once():
@@ -298,6 +296,10 @@ def _accelerator(plan: Plan, settings: Settings) -> Accelerator:
     return device.CudaMemory(int(settings.batching.reserve_gb * 1e9)) if plan.device == "cuda" else Host()
 
 
+def _executor(plan: Plan, settings: Settings) -> Executor:
+    return executor_of(settings.runtime.executor, _accelerator(plan, settings))
+
+
 def _within(stages: Sequence[AnyStage], seconds: float) -> tuple[AnyStage, ...]:
     """The stages, the certificate among them with what it may take of the run."""
     return tuple(s.within(seconds) if isinstance(s, Certificate) else s for s in stages)
@@ -338,7 +340,7 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     logger.disable("harness.engine")  # an item that fails is told of when its turn comes
     try:
         with log.ConsoleProgress() as shown:
-            executor = Inline(_accelerator(plan, settings))
+            executor = _executor(plan, settings)
             whole = measure(
                 build, plan.experiment.schema, prepared.num_subjects, executor, _limits(settings), stop, shown
             )

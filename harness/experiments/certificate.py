@@ -9,7 +9,7 @@ in half precision is measured again in float64: a gap that closes was rounding, 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -98,6 +98,7 @@ class Gap:
         )
 
 
+@runtime_checkable
 class Task(Protocol):
     """What an item measures."""
 
@@ -126,6 +127,7 @@ T = TypeVar("T", bound=Task)
 B = TypeVar("B")
 
 
+@runtime_checkable
 class Checks(Protocol[T, B]):
     """An experiment's measurements, each by the fast path and by a plain one. `B` is a model made ready for both."""
 

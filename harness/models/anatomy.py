@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.errors import ModelError
-
-# Float64 is held against the families' own eager attention and norms, which compute parts in float32.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative to the larger side's greatest magnitude; wide enough for rounding, far below any structural mistake."""
+from harness.tolerance import LOADED
 
 _SHIFT = 3
 """Places by which a text is moved to see whether that matters."""
@@ -81,7 +78,8 @@ def record_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of their dtype."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-30)
-    return bool(((a - b).abs().max() / scale).item() <= _TOLERANCE[a.dtype]) and bool(a.isfinite().all())
+    tolerance = LOADED[str(a.dtype).removeprefix("torch.")]
+    return bool(((a - b).abs().max() / scale).item() <= tolerance) and bool(a.isfinite().all())
 
 
 def dissect(model: PreTrainedModel, token_ids: Tensor, name: str) -> Anatomy:

@@ -1,4 +1,4 @@
-"""One forward, many measurements: attention rows, logit lens, decomposition, norms and neurons (gravity.md §5).
+"""One forward, many measurements: attention rows, logit lens, decomposition, norms and neurons (docs/method.md).
 
 A probe is a context with the answer tokens that came before the step of interest; it is forwarded once, right-padded
 in a causal batch, and everything is reduced on the device. The lens is the model's own final norm and head applied to

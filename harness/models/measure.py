@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 EPSILON = 1e-9
-"""Added to every denominator of an attention ratio (gravity.md §5)."""
+"""Added to every denominator of an attention ratio, against one over nothing."""
 SPANS = ("instruction", "negation", "mention", "question")
 """The order of span masses here."""
 
@@ -70,7 +70,7 @@ def span_masses(weights: Float[Tensor, "R H Q S"], spans: Bool[Tensor, "R C S"])
 def attention_ratios(
     masses: Float[np.ndarray, "*rows 4"], lengths: Sequence[int | None]
 ) -> Mapping[str, Float[np.ndarray, "*rows"] | None]:
-    """IAR, NF, TMF and PI of gravity.md §5 from the masses of `SPANS`, and the same per token (`*_token`: m / |span|).
+    """IAR, NF, TMF and PI (docs/method.md, Terms) from the masses of `SPANS`, and the same per token (`*_token`: m / |span|).
 
     IAR = m(instruction) / (m(instruction) + m(question)), NF = m(negation) / m(instruction),
     TMF = m(mention) / m(instruction), PI = TMF − NF. A ratio whose span does not exist (length None) is None.

@@ -7,7 +7,7 @@ computed. The word's probability is recomputed under the patch, tokens after the
 A row patched at layer l equals the untouched target below it, so it enters there (`cells.Late`): about half of the
 work. So does its continuation, as long as another row that is still untouched in those layers says the same tokens.
 
-The patches (gravity.md §6), all at the answer's first step:
+The patches (docs/method.md, Patching), all at the answer's first step:
 `resid`, `attn`, `mlp`: the block's output, or what one part of it adds, at the context's last token, from the source
 (Vig et al. 2020; Meng et al. 2022). `kv_question`, `kv_instruction`: the keys and values that are read from a span, the
 keys turned to their new positions. `knockout_instruction`: the last token may not look at a span in that layer (Geva

@@ -1,7 +1,7 @@
 """The deliberately plain reference: one prompt at a time, no padding, no cache of ours, eager attention, full logits.
 
 Written to be checked by eye and slow on purpose. The tests, `harness sanity` and `harness bench` hold the fast paths
-against it. It draws its own tokens: of the fast path's sampler and noise nothing is used here.
+against it. It draws its own tokens and ends its own completions: of the fast path's sampler and noise nothing is used here.
 """
 
 import copy
@@ -84,9 +84,21 @@ def complete(lm: LM, request: Request, sampling: Sampling) -> Completion:
         token = int(logits.argmax()) if greedy else draw(logits.double().cpu().numpy(), request.key, step, sampling)
         best = logits.topk(2).values
         logprob, margin = float(logits.log_softmax(-1)[token]), float(best[0] - best[1])
-        if not done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline):
+        if _take(done, token, logprob, margin, lm, sampling):
             break
     return done
+
+
+def _take(done: Completion, token: int, logprob: float, margin: float, lm: LM, sampling: Sampling) -> bool:
+    """Write a token down; whether it ends the completion: the model's own end of text, or a newline where one may end it."""
+    done.token_ids.append(token)
+    done.logprobs.append(logprob)
+    done.margins.append(margin)
+    if token in lm.vocabulary.stop_ids:
+        done.finish_reason = "stop"
+    elif sampling.stop_at_newline and lm.vocabulary.has_newline[token]:
+        done.finish_reason = "newline"
+    return done.finish_reason != "length"
 
 
 def draw(logits: Float[np.ndarray, " V"], key: int, step: int, sampling: Sampling) -> int:
@@ -239,8 +251,7 @@ def patched(
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             best, token = wide.topk(2).values, int(wide.argmax())
             logprob, margin = float(wide.log_softmax(-1)[token]), float(best[0] - best[1])
-            goes_on = done.append(token, logprob, margin, lm.vocabulary, sampling.stop_at_newline)
-            if not goes_on or step + 1 == sampling.max_new_tokens:
+            if _take(done, token, logprob, margin, lm, sampling) or step + 1 == sampling.max_new_tokens:
                 break
             logits = lm.model(input_ids=_row(lm, [token]), past_key_values=cache, use_cache=True).logits[0, -1]
     return np.array(logprobs), done

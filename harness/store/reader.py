@@ -75,7 +75,8 @@ class Reader:
     opens a path twice while attaching it, and a snapshot published in between would be read with the old one's header.
 
     Raises StoreError for what is no results store, or one of another experiment, AlteredStore (one of them) for a store
-    that holds anything but the tables and views of its version of the schema. `threads` 1 gives the bits that the writer's own views have.
+    that holds anything but the tables and views of its version of the schema. `threads` 1 gives the bits that the
+    writer's own views have.
     """
 
     def __init__(

@@ -69,6 +69,8 @@ class TableFacts:
 
     derived: tuple[str, ...] = ()
     """Tables that rest on measured ones, or hold their hashes: what rounding does to them says nothing more."""
+    grows: tuple[str, ...] = ()
+    """Tables that another version of the code may have more rows of, of the same measurements."""
     ranks: tuple[str, ...] = ()
     """Columns that hold orders of things that may be equally large; the sizes stand in columns of their own."""
     not_exported: tuple[str, ...] = ()
@@ -133,12 +135,13 @@ class Schema:
 
     @property
     def views(self) -> tuple[str, ...]:
-        return _made(self, self.newest).views
+        of_core = _core_made().views
+        return tuple(name for name in _made(self, self.newest).views if name not in of_core) + of_core
 
     @property
     def machinery(self) -> tuple[str, ...]:
         """Tables that tell how a run went."""
-        return tuple(name for name in _core_tables() if name not in _MEASURED_OF_CORE)
+        return tuple(name for name in _core_made().tables if name not in _MEASURED_OF_CORE)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -153,6 +156,10 @@ class Schema:
     def derived(self) -> tuple[str, ...]:
         """As `TableFacts.derived`, the machinery's too; so the next ones."""
         return self.facts.derived + _CORE_FACTS.derived
+
+    @property
+    def grows(self) -> tuple[str, ...]:
+        return self.facts.grows + _CORE_FACTS.grows
 
     @property
     def ranks(self) -> tuple[str, ...]:
@@ -252,8 +259,8 @@ def _made(schema: Schema, version: Version) -> _Made:
 
 
 @lru_cache(maxsize=1)
-def _core_tables() -> tuple[str, ...]:
-    return _made_by(CORE).tables
+def _core_made() -> _Made:
+    return _made_by(CORE)
 
 
 def _made_by(statements: Iterable[str]) -> _Made:
@@ -426,7 +433,7 @@ def _record_name(version: Version) -> str:
 
 def _told_version(schema: Schema, version: Version) -> str:
     """The experiment's number; and the machinery's, where it is not the newest."""
-    is_usual = version.core in (0, len(CORE))
+    is_usual = version.core == len(CORE) or (not version.core and version.own <= schema.made_core)
     return f"{version.own}" if is_usual else f"{version.own} (machinery {version.core})"
 
 

@@ -175,9 +175,18 @@ class Store:
     def stage_rows(self) -> list[Row]:
         return self.query("SELECT * FROM stages")
 
-    def plan(self, stage: str) -> list[Batch]:
-        """Every batch ever stored for a stage, in the order of their ids."""
-        rows = self.query("SELECT * FROM batches WHERE stage = ? ORDER BY batch_id", [stage])
+    def waiting(self, stage: str) -> bool:
+        """Whether a stored batch of the stage is still to be computed. Reads no keys."""
+        return bool(self.query("SELECT 1 FROM batches WHERE stage = ? AND status = 'planned' LIMIT 1", [stage]))
+
+    def plan(self, stage: str, status: BatchStatus | None = None) -> list[Batch]:
+        """Every batch ever stored for a stage, or those of a status, in the order of their ids.
+
+        Lists every key of every one of them: for each batch anew, a run's cost would grow with the square of its items.
+        """
+        rows = self.query(
+            "SELECT * FROM batches WHERE stage = ? AND status = coalesce(?, status) ORDER BY batch_id", [stage, status]
+        )
         return [
             Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"],
                   r["peak_bytes"], r["work_s"])
@@ -343,7 +352,7 @@ class Store:
     def _spread(self, row: Row) -> Row:
         """A row of `artifacts` with those of its keys as columns that the table has columns for."""
         names = self._arrow_schema("artifacts").names
-        return {name: value for name, value in (row.get("keys") or {}).items() if name in names} | row
+        return {name: value for name, value in dict(row.get("keys") or ()).items() if name in names} | row
 
     def _update(self, table: str, rows: Sequence[Row]) -> None:
         """Set the given columns of the rows with the given keys."""

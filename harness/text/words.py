@@ -14,7 +14,7 @@ import numpy as np
 Tokens = tuple[int, ...]
 
 ENDINGS = ("", ".", ",", "!", "?", " ")
-"""What may follow the word in V(X), gravity.md §2."""
+"""What may follow the word in a spelling of it (docs/method.md, Pressure)."""
 PAPER_ENDINGS = ("", " ", ".", ". ")
 """What the paper counts as separate events (arXiv 2601.08070): they overlap."""
 

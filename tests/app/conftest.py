@@ -39,7 +39,7 @@ AHEAD = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs; the newest is finished and whole."""
     root = tmp_path_factory.mktemp("app") / "runs"
-    flags = {"data.limit": "15", "experiment.num_samples": "4", "paths.runs": str(root), "runtime.device": "cpu"}
+    flags = {"data.limit": "15", "gravity.num_samples": "4", "paths.runs": str(root), "runtime.device": "cpu"}
     assert gravity.run(resolve(flags, environ={})) == 0
     (whole,) = root.iterdir()
     (root / BROKEN).mkdir()

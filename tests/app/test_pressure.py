@@ -16,6 +16,8 @@ from app.charts import pressure as charts
 from app.frame import View
 from app.queries import pressure as ask
 from harness import stats
+from harness.commands import launch
+from harness.commands.show import open_snapshot
 from harness.experiments.gravity import report
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.figures import FIGURES, gather
@@ -25,6 +27,11 @@ from harness.experiments.gravity.summary import summarise
 from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
 from harness.store import Store, open_snapshot
+from harness.experiments.gravity.summary import render, summarise
+from harness.run import RunEntry, RunPaths, read_manifest
+from harness.run.differences import seed_of
+from harness.settings import resolve
+from harness.store import Store
 from tests import synthetic
 from tests.app.conftest import open_view
 from tests.synthetic import HOSTILE, Shape
@@ -139,10 +146,14 @@ def test_a_plain_mean_of_a_bin_is_what_the_analysis_says(whole: RunPaths) -> Non
 def test_the_curve_is_the_one_that_the_report_draws_and_its_band_takes_the_samples_of_a_prompt_for_alike(
     whole: RunPaths,
 ) -> None:
-    fit = ask.statistics(whole, "fit", "negative").query("grouping == 'all'").set_index("measure")
+    known = ask.statistics(whole, "fit", "negative")
+    fit = known.query("grouping == 'all'").set_index("measure")
     line = fit.loc["intercept", "value"], fit.loc["slope", "value"]
     curve = ask.curve(whole, "negative", line, 0)
     with open_snapshot(whole, SCHEMA) as reader:
+    curve = ask.curve(whole, "negative", known, 0)
+    assert curve is not None
+    with open_snapshot(whole) as reader:
         (ax,) = (a for a in FIGURES["violation"](gather(reader, 0)).axes if a.get_title("left") == "negative")
     drawn = next(a for a in ax.lines if str(a.get_label()).startswith("σ("))
     inside = curve[curve["is_supported"]]
@@ -190,6 +201,87 @@ def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
     other = stats.fit_violations(*data, seed=1, num_bootstraps=300)
     assert other is not None
     assert other.slope_interval != negative.fit.slope_interval  # the control: another seed is another interval
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """A run of sixty prompts with a seed of its own: terminal and store once gave two values of its numbers."""
+    root = tmp_path_factory.mktemp("real") / "runs"
+    flags = {"data.limit": "60", "runtime.seed": "42", "paths.runs": str(root), "runtime.device": "cpu",
+             "experiment.stages": "psem,samples,detect,analysis"}  # fmt: skip
+    assert launch.run(resolve(flags, environ={})) == 0
+    (folder,) = root.iterdir()
+    return RunPaths(folder)
+
+
+def test_terminal_store_report_and_app_say_one_number_to_the_last_digit_and_none_fits_a_finished_run_again(
+    real: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "_lines_of_draws", _refuse)
+    manifest = read_manifest(real)
+    with open_snapshot(real) as reader:
+        summary = summarise(reader, manifest)
+        data = gather(reader, seed_of(manifest))
+        content = report._content(reader, manifest, data)
+        drawn = FIGURES["violation"](data)
+        stored = {
+            (r["analysis"], r["measure"], r["grouping"]): (r["value"], r["low"], r["high"])
+            for r in reader.query("SELECT * FROM statistics WHERE condition = 'negative'")
+        }
+    (negative,) = (c for c in summary.conditions if c.condition == "negative")
+    fit, bins = negative.fit, dict(zip(BIN_NAMES, negative.by_bin, strict=True))
+    assert fit is not None
+    # the terminal's, in full and as it is shown
+    slope = stored["fit", "slope", "all"]
+    assert (fit.slope, *fit.slope_interval) == slope
+    shown = f"[{slope[1]:.2f}, {slope[2]:.2f}]"
+    assert any(f"slope 95 % {shown}" in str(line) for line in render(summary, manifest))
+    # the report's: its table and its figure
+    (section,) = (s for s in content["sections"] if s.name == "violation")
+    (row,) = (row for t in section.tables if t.title.startswith("Fit") for row in t.rows)
+    assert shown in row[2]
+    (ax,) = (a for a in drawn.axes if a.get_title("left") == "negative")
+    (line,) = (a for a in ax.lines if str(a.get_label()).startswith("σ("))
+    assert shown in str(line.get_label())
+    curve = {stored["fit", "curve_p0", g][0]: v for (_, m, g), v in stored.items() if m == "curve"}
+    assert np.asarray(line.get_xdata()).tolist() == sorted(curve)
+    assert np.asarray(line.get_ydata()).tolist() == [curve[x][0] for x in sorted(curve)]
+    # the app's
+    known = ask.statistics(real, "fit", "negative")
+    band = ask.curve(real, "negative", known, seed_of(manifest))
+    assert band is not None
+    inside = band[band["is_supported"]].set_index("p0")
+    assert {x: (v.value, v.low, v.high) for x, v in zip(inside.index, inside.itertuples(), strict=True)} == curve
+    for row in ask.binned(_view(real), "negative").itertuples():
+        told = bins[str(row.grouping)]
+        assert told is not None
+        assert (row.value, row.low, row.high) == (told.mean, told.low, told.high)
+        assert (row.value, row.low, row.high) == stored["rates", "violation_rate", str(row.grouping)]
+    monkeypatch.undo()
+    rates = ask.rates(_view(real), "negative")
+    pressed = [rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples")]
+    own, usual = (stats.fit_violations(*pressed, seed) for seed in (42, 0))
+    assert own == fit
+    assert usual is not None
+    assert f"{usual.slope_interval[0]:.2f}" != f"{slope[1]:.2f}", "the control: with the usual seed it is another one"
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("a finished run was fitted again")
+
+
+def test_an_older_run_has_no_curve_and_gets_that_of_its_own_draws(
+    real: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ask.statistics(real, "fit", "negative")
+    lines = known[~known["measure"].str.startswith("curve")]
+    stored, computed = (ask.curve(real, "negative", rows, 42) for rows in (known, lines))
+    assert stored is not None
+    assert computed is not None
+    pd.testing.assert_frame_equal(stored, computed, check_exact=True)
+    monkeypatch.setattr(stats, "_lines_of_draws", _refuse)
+    with pytest.raises(AssertionError, match="fitted again"):  # the control: what is not stored is computed
+        ask.curve(real, "negative", lines, 43)
 
 
 def test_spellings_come_likeliest_first_and_add_up_to_the_pressure(small: RunPaths) -> None:

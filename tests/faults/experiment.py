@@ -17,8 +17,8 @@ from tests.faults.injector import Call
 from tests.faults.lives import Life, Lives
 
 FLAGS = {
-    "limit": "4", "experiment.num_samples": "2", "experiment.stored.max_per_category": "1",
-    "experiment.sanity.num_prompts": "1", "experiment.max_new_tokens_greedy": "3", "experiment.max_new_tokens_samples": "3",
+    "limit": "4", "gravity.num_samples": "2", "gravity.stored.max_per_category": "1",
+    "gravity.sanity.num_prompts": "1", "gravity.max_new_tokens_greedy": "3", "gravity.max_new_tokens_samples": "3",
     "batching.max_tokens": "96", "runtime.threads": "1", "runtime.device": "cpu",
     "runtime.reserve_disk_gb": "0",
 }  # fmt: skip
@@ -86,7 +86,7 @@ def rows_of(paths: RunPaths) -> dict[str, str]:
     found = []
     for store in (paths.results, paths.live):
         with Reader(store, SCHEMA) as reader:
-            tables = {name: repr(reader.rows(name)) for name in SCHEMA.measured}
+            tables = {name: repr(reader.table(name)) for name in SCHEMA.measured}
         found.append({name: hashlib.sha256(rows.encode()).hexdigest() for name, rows in tables.items()})
     return {name: digest if digest == found[1][name] else "the snapshot differs" for name, digest in found[0].items()}
 

@@ -20,9 +20,10 @@ from harness.models.decode import Completion, Request, Sampling, decode, sample
 from harness.models.load import LM, Codec, assemble
 from harness.models.noise import gumbel, row_key
 from harness.text.words import Vocabulary
+from harness.tolerance import TOLERANCE
 from tests.tiny import FAMILIES, build_model, byte_tokenizer, identity, tiny_lm
 
-NATS = 5e-5  # absolute on log-probabilities in float32, harness.md §8
+NATS = TOLERANCE["float32"].nats
 GREEDY = Sampling(4)
 FREE = Sampling(4, temperature=1.0)
 NUCLEUS = Sampling(4, temperature=1.0, top_p=0.9)
@@ -327,7 +328,7 @@ def plain_pair(before: LM, after: LM, request: Request, sampling: Sampling, alph
         a, b = plain.next_logits(before, text)[-1:], plain.next_logits(after, text)[-1:]
         logits = b + alpha * (b - a)
         greedy = sampling.temperature == 0
-        token = int(logits.argmax() if greedy else sample(logits, torch.tensor([request.key]), step, sampling))
+        token = int(logits.argmax()) if greedy else plain.draw(logits[0].double().numpy(), request.key, step, sampling)
         best = logits[0].topk(2).values
         done.token_ids.append(token)
         done.logprobs.append(float(logits.log_softmax(-1)[0, token]))

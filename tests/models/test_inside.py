@@ -15,10 +15,11 @@ from harness.models.inside import NUM_NEURONS, Probe, Span, StepView, View, lens
 from harness.models.load import LM, Codec, assemble
 from harness.models.measure import SPANS
 from harness.text.words import Tokens
+from harness.tolerance import TOLERANCE
 from tests.models.test_taps import ALL, captured, lm_of, random_ids
 from tests.tiny import build_model, byte_tokenizer, identity
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 OF_NATS = 5e-5  # on log-probabilities, entropies and divergences
 TARGETS = (7, 8, 200)
 PARTS: Mapping[str, Span | None] = {"instruction": (0, 9), "negation": (4, 6), "mention": (7, 8), "question": (10, 16)}

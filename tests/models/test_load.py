@@ -245,7 +245,7 @@ def test_dtype_auto_is_the_checkpoints_own(dtype: torch.dtype, tmp_path: Path) -
 
 
 def test_a_model_can_be_loaded_in_float64(checkpoint: Path) -> None:
-    """What a disagreement in half precision is repeated in (harness.md §8)."""
+    """What a disagreement in half precision is repeated in."""
     lm = load(ModelSpec(str(checkpoint), dtype="float64"))
     assert lm.model.dtype == torch.float64
     assert torch.allclose(logits(lm).float(), logits(load(ModelSpec(str(checkpoint)))), atol=5e-5)

@@ -196,4 +196,4 @@ def test_no_attention_on_a_span_is_a_ratio_of_zero_and_not_a_division_by_zero() 
     assert {v.item() for v in found.values() if v is not None} == {0.0}
     tiny = ratios(masses=np.array([[0.0, EPSILON, 0.0, 0.0]]))
     assert tiny["nf"] is not None
-    assert float(tiny["nf"][0]) == pytest.approx(1.0), "the epsilon of gravity.md §5"
+    assert float(tiny["nf"][0]) == pytest.approx(1.0), "the epsilon of the paper's ratios"

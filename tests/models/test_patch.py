@@ -19,10 +19,11 @@ from harness.models.decode import Completion, Sampling
 from harness.models.load import LM
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
 from harness.text.words import Tokens, Trie, build_trie
+from harness.tolerance import TOLERANCE
 from tests.models.test_inside import POISON, poisoned_lm
 from tests.models.test_taps import ALL, every_hook, lm_of, random_ids
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 NEW_TOKENS = 6
 SIZE = 260
 
@@ -210,7 +211,7 @@ def test_probabilities_over_a_complete_prefix_free_cover_sum_to_one_under_every_
 
 
 def test_two_sweeps_in_a_row_give_the_same_bits() -> None:
-    """The paper's code kept one cache for all patches, and each forward grew it (gravity.md §6)."""
+    """The paper's code kept one cache for all patches, and each forward grew it (arXiv 2601.08070)."""
     lm = stopping_lm("tiny-gemma3")
     hooks = every_hook(lm)
     first, second = swept(lm), swept(lm)

@@ -24,7 +24,7 @@ from harness.text.detect import find_word
 from harness.text.words import Tokens, Trie, build_trie, word_forms
 from tests.tiny import FAMILIES, build_model, byte_tokenizer, identity, tiny_lm
 
-RELATIVE = 1e-5  # of a probability, in float32 (gravity.md §2 saw 2.5e-6)
+RELATIVE = 1e-5  # of a probability, in float32 (2.5e-6 was seen)
 USUAL_LENGTH = 5  # each token adds rounding of its own, so a sequence n times as long may be n times as far off
 SIGMA_999 = 3.29  # two-sided 99.9 % of a normal
 

@@ -13,6 +13,7 @@ from scipy.stats import false_discovery_control, ttest_ind, ttest_rel
 from harness.engine import StageReport
 from harness.engine.executors import Item, ItemResult
 from harness.experiments.gravity.bins import BIN_NAMES
+from harness.experiments.gravity.fit import BEYOND, CURVE
 from harness.experiments.gravity.inputs import Inputs
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.settings import GravitySettings
@@ -269,7 +270,8 @@ def test_every_analysis_has_rows_and_every_key_is_there_once(large: Path) -> Non
     for row in rows:
         assert None not in [row[c] for c in (*KEY, "value", "n", "method")]
         assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
-        assert (row["low"] is None) == (row["se"] is None) == (row["high"] is None)
+        assert (row["low"] is None) == (row["high"] is None)
+        assert (row["low"] is None) == (row["se"] is None) or row["measure"] in (CURVE, BEYOND)  # a band, and no more
         assert row["q"] is None or row["q"] >= row["p"]
         assert (row["q"] is None) == (row["p"] is None)
 
@@ -284,8 +286,14 @@ def test_the_rows_are_those_of_the_plan(large: Path) -> None:
     groups = {f"group:{i}" for i in range(10)}
     calibrations = {f"calibration_{m}" for m in ("p0", "observed", "predicted")}
     assert cells("fit", "condition") == {("negative",), ("gentle",)}
+    pressures = [row["p_sem"] for row in rows_of(large, "psem") if row["condition"] == "baseline"]
+    low, high = min(pressures), max(pressures)
+    places = sorted([*np.linspace(0, 1, 101).tolist(), low, high])
     assert cells("fit", "measure", "grouping") == (
-        {(m, "all") for m in ("intercept", "slope", "mcfadden_r2")} | {(m, g) for m in calibrations for g in groups}
+        {(m, "all") for m in ("intercept", "slope", "mcfadden_r2")}
+        | {(m, g) for m in calibrations for g in groups}
+        | {("curve" if low <= x <= high else "curve_beyond", f"place:{i}") for i, x in enumerate(places)}
+        | {("curve_p0", f"place:{i}") for i in range(103)}
     )
     assert cells("suppression", "measure", "grouping") == {
         (m, g) for m in ("delta", "relative", "log") for g in whole | sides | {"all"}
@@ -596,6 +604,7 @@ def test_the_stage_is_built_from_the_settings() -> None:
     given = Inputs(
         (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), GravitySettings(), (), 7,
         Path(),
+        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), ExperimentSettings(), (), 7
     )  # fmt: skip
     built = Analysis.build(given)
     assert built == Analysis((), "negative", 7)

@@ -25,18 +25,19 @@ from harness.models.load import LM
 from harness.models.measure import SPANS, attention_ratios
 from harness.run import RunPaths
 from harness.store import Row, Store
+from harness.tolerance import TOLERANCE
 from tests.fakes import events_of, rows_of, run_stages
 from tests.gravity import prepare, resolve
 from tests.test_cli import DATA
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 OF_NATS = 5e-5
 OWN_TABLES = ("attention", "lens", "decomposition", "activations")
 
 
 def stages_of(**flags: object) -> tuple[Stage, ...]:
     """The stages of an experiment on the bundled model, and what they need; nothing is run."""
-    given = {"paths.data": DATA, "data.limit": 15, "experiment.stages": "mechanism"} | flags
+    given = {"paths.data": DATA, "data.limit": 15, "gravity.stages": "mechanism"} | flags
     return prepare(resolve({name: str(value) for name, value in given.items()}, None, {})).stages
 
 
@@ -77,7 +78,7 @@ class Ran(NamedTuple):
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as it is before its last stage; tests go on with copies of it."""
     folder = tmp_path_factory.mktemp("upstream") / "run"
-    run_stages(folder, *stages_of(**{"experiment.stages": "greedy,detect,psem"}), max_tokens=600)
+    run_stages(folder, *stages_of(**{"gravity.stages": "greedy,detect,psem"}), max_tokens=600)
     return folder
 
 
@@ -172,7 +173,7 @@ def test_named_prompts_are_kept_and_no_other_and_a_cap_of_none_keeps_none() -> N
 
 
 def test_the_settings_that_decide_files_are_in_its_parameters(ran: Ran) -> None:
-    flags = {"experiment.stored.max_per_category": 3, "experiment.stored.prompts": "a,b"}
+    flags = {"gravity.stored.max_per_category": 3, "gravity.stored.prompts": "a,b"}
     before, after = ran.stage.params()["stored"], stage_named(stages_of(**flags), "mechanism").params()["stored"]
     assert before.keys() == after.keys() == {"prompts", "max_per_category"}
     assert all(before[name] != after[name] for name in before)

@@ -21,11 +21,12 @@ from harness.models.load import LM
 from harness.models.patch import PATCHES, Move, Pair, Patched, sweep
 from harness.store import Row
 from harness.text.detect import answer_of, detect, find_word
+from harness.tolerance import TOLERANCE
 from tests.fakes import events_of, rows_of, run_stages
 from tests.models.test_patch import reference
 from tests.stages.test_mechanism import stage_named, stages_of, tables_of
 
-OF_PROBS = 1e-5  # absolute, in float32 (harness.md §8)
+OF_PROBS = TOLERANCE["float32"].prob
 
 # ---- which prompts --------------------------------------------------------------------------------------------
 
@@ -202,8 +203,8 @@ def test_what_cannot_be_aligned_says_which_patch_cannot_be_made() -> None:
 # ---- a run ----------------------------------------------------------------------------------------------------
 
 BARE = '{"bare": "Question: {question}\\nAnswer:"}'
-SUBSET = {"experiment.stages": "patching", "data.limit": 20, "experiment.patching.min_p0": 0.3,
-          "experiment.patching.max_prompts": 2}  # fmt: skip
+SUBSET = {"gravity.stages": "patching", "data.limit": 20, "gravity.patching.min_p0": 0.3,
+          "gravity.patching.max_prompts": 2}  # fmt: skip
 
 
 class Ran(NamedTuple):
@@ -430,8 +431,8 @@ def test_a_run_cut_into_other_batches_gives_the_same_rows_up_to_rounding(
 def test_a_patch_that_cannot_be_made_fails_with_its_reason_and_the_others_are_made(tmp_path: Path) -> None:
     """A condition without an instruction forbids nothing; its question is moved to the front."""
     stages = stages_of(
-        **{**SUBSET, "data.limit": 5, "experiment.templates": BARE, "experiment.conditions": "baseline,bare",
-           "experiment.patching.condition": "bare", "experiment.patching.min_p0": 0.0}
+        **{**SUBSET, "data.limit": 5, "gravity.templates": BARE, "gravity.conditions": "baseline,bare",
+           "gravity.patching.condition": "bare", "gravity.patching.min_p0": 0.0}
     )  # fmt: skip
     run_stages(tmp_path / "run", *stages, max_tokens=2_000)
     rows = rows_of(tmp_path / "run", "patching")
@@ -514,9 +515,9 @@ def test_a_word_that_cannot_be_traced_in_a_continuation_fails_its_patch(
 
 def test_the_settings_that_decide_rows_are_in_its_parameters(ran: Ran) -> None:
     changes = {
-        "experiment.patching.min_p0": 0.4, "experiment.patching.max_prompts": 3, "experiment.patching.condition": "bare",
-        "experiment.max_new_tokens_greedy": 5, "experiment.stop_at_newline": "false",
-        "experiment.conditions": "baseline,negative,bare", "experiment.templates": BARE,
+        "gravity.patching.min_p0": 0.4, "gravity.patching.max_prompts": 3, "gravity.patching.condition": "bare",
+        "gravity.max_new_tokens_greedy": 5, "gravity.stop_at_newline": "false",
+        "gravity.conditions": "baseline,negative,bare", "gravity.templates": BARE,
     }  # fmt: skip
     before, after = ran.stage.params(), stage_named(stages_of(**{**SUBSET, **changes}), "patching").params()
     assert before.keys() == after.keys() == {

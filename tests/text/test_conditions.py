@@ -207,7 +207,7 @@ def test_a_template_that_cannot_be_rendered_is_refused_in_one_line(template: Tem
     with pytest.raises(SettingsError) as caught:
         template.check("mine")
     message = str(caught.value)
-    assert "experiment.conditions.mine" in message
+    assert "gravity.conditions.mine" in message
     assert "\n" not in message
     for words in told:
         assert words in message

@@ -4,6 +4,8 @@ base.py     what an executor is, takes and gives; the memory of where it compute
 inline.py   one batch after the other, in this process
 """
 
+from collections.abc import Callable
+
 from harness.engine.executors.base import Accelerator as Accelerator
 from harness.engine.executors.base import Computed as Computed
 from harness.engine.executors.base import Executor as Executor
@@ -16,3 +18,11 @@ from harness.engine.stage import Artifact as Artifact
 from harness.engine.stage import BatchOutput as BatchOutput
 from harness.engine.stage import Item as Item
 from harness.engine.stage import ItemResult as ItemResult
+
+EXECUTORS: dict[str, Callable[[Accelerator], Executor]] = {"inline": Inline}
+"""Who may compute batches, by the setting `runtime.executor`."""
+
+
+def executor_of(name: str, accelerator: Accelerator) -> Executor:
+    """The executor that the settings name, on this accelerator."""
+    return EXECUTORS[name](accelerator)

@@ -258,7 +258,7 @@ def _eager_maps(lm: LM, batch: Sequence[Tokens]) -> list[np.ndarray]:
 def bench_mechanism(
     course: Course, subjects: Sequence[Subject], libraries: Sequence[peers.Library] = (), max_tokens: int = 2048
 ) -> list[Figure]:
-    """Everything of gravity.md §5 from one forward, against one prompt and one layer at a time, and against libraries that
+    """All of stage `mechanism` from one forward, against one prompt and one layer at a time, and against libraries that
     are asked for the lens alone."""
     lm = course.lm
     probes = [

@@ -1,4 +1,4 @@
-"""The eight figures of a run, from rows to matplotlib Figures (gravity.md §7).
+"""The eight figures of a run, from rows to matplotlib Figures.
 
 `gather` reads a snapshot once; every figure is then a pure function of what it gathered. Knows no file and no page.
 What was not measured is said in grey on the figure; a NULL is left out, never drawn as zero.
@@ -6,6 +6,7 @@ What was not measured is said in grey on the figure; a NULL is left out, never d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats as scipy_stats
 
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES
-from harness.stats import Curve, curve_of_fit, estimate_of
+from harness.experiments.gravity.fit import Pressed, curve_of
+from harness.stats import Curve, estimate_of
 from harness.store import Reader, Row
 
 # Okabe & Ito's palette, which survives the usual kinds of colour blindness.
@@ -117,16 +119,15 @@ def violation_by_pressure(data: FigureData) -> Figure:
     for ax, (condition, points) in zip(axes, shown.items(), strict=True):
         p0, rate, said, samples = (_column(points, k) for k in ("p0", "rate", "num_violations", "num_samples"))
         _dots(ax, p0, _jittered(rate, samples), f"one prompt, jittered (n = {len(points):,})")
-        fit = {
-            r["measure"]: r for r in data.where("fit", condition=condition, grouping="all") if r["value"] is not None
-        }
-        if {"intercept", "slope"} <= fit.keys():
-            line = fit["intercept"]["value"], fit["slope"]["value"]
+        fit = data.where("fit", condition=condition)
+        curve = curve_of(fit, partial(Pressed, p0, said, samples), data.seed)
+        if curve is not None:
+            a, b = (next(r for r in fit if r["measure"] == measure) for measure in ("intercept", "slope"))
             told = (
-                f"σ({line[0]:.2f} {line[1]:+.2f}·P0), slope [{fit['slope']['low']:.2f}, {fit['slope']['high']:.2f}]\n"
+                f"σ({a['value']:.2f} {b['value']:+.2f}·P0), slope [{b['low']:.2f}, {b['high']:.2f}]\n"
                 f"from prompts with P0 {p0.min():.2f} to {p0.max():.2f}"
             )
-            _fitted(ax, curve_of_fit(line, p0, said, samples, data.seed), told.replace("-", "−"))
+            _fitted(ax, curve, told.replace("-", "−"))
         known = data.bins("rates", condition, "violation_rate")
         _binned(ax, p0, rate, BLUE, "o", "mean of a pressure bin, 95 %", known=known, seed=data.seed)
         _label(ax, condition, "P0 (probability of X under baseline)", "share of samples that say X")

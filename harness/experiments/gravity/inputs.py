@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from harness.engine import Tables
 from harness.engine.estimate import spread
@@ -157,6 +157,7 @@ def _hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+@runtime_checkable
 class InContext(Protocol):
     """Something that is measured in one context."""
 

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.experiments.experiment import Drawn, Report, Section, Table
-from harness.experiments.gravity import figures
+from harness.experiments.gravity import figures, method
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.figures import FigureData
-from harness.experiments.gravity.method import LIMITS, METHOD, METHOD_TEXT
 from harness.experiments.gravity.summary import Summary, summarise
 from harness.run.differences import seed_of
 from harness.stats import Estimate, Support
 from harness.store import Reader, Row
 
-PAPER = "2601.08070"
-"""The arXiv id of the method."""
 NUM_EXAMPLES = 20
 SIGNIFICANT = 0.05
 """The false-discovery rate below which a difference is called significant."""
@@ -77,9 +74,9 @@ def report(reader: Reader, manifest: Mapping[str, Any]) -> Report:
             Section("examples", "Worked failures", html=_examples_page(_examples(reader))),
         ),
         figures={name: Drawn(*figures.CAPTIONS[name], partial(draw, data)) for name, draw in figures.FIGURES.items()},
-        method=METHOD,
-        method_text=(METHOD_TEXT,),
-        limits=LIMITS,
+        method=method.TERMS,
+        method_text=(f"After {method.SOURCE}. {method.QUESTION}",),
+        limits=method.LIMITS,
         style=_template("style.css"),
     )
 
@@ -404,7 +401,7 @@ def _paper(manifest: Mapping[str, Any], data: FigureData) -> list[Section]:
             rows.append((f"{part}, layer 27, {outcome}", ours("decomposition", **keys), published))
     note = ("The paper sums overlapping spellings and clamps the sum at 1; ours is the disjoint sum p_sem. Its prompts are not "
             "those of this run, so only sizes and signs compare.")  # fmt: skip
-    return [Section("paper", f"Beside the paper (arXiv {PAPER})", (),
+    return [Section("paper", f"Beside the paper (arXiv {method.PAPER})", (),
                     (Table("Condition “negative”", ("quantity", "this run [95 %]", "paper"), rows, note),))]  # fmt: skip
 
 

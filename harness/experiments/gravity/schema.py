@@ -1,6 +1,7 @@
 """Tables and views of gravity, and what those who check, compare and export them should know."""
 
 from harness.store.schema import Schema, TableFacts
+from harness.tolerance import TOLERANCE
 
 _SPAN = "INTEGER[2]"
 _ATTENTION_MEASURES = ("iar", "nf", "tmf", "pi", "iar_token", "nf_token", "tmf_token", "pi_token")
@@ -277,8 +278,11 @@ _ORDER = (
     "activations", "artifacts", "statistics",
 )  # fmt: skip
 _IN_A_CONTEXT = ("psem", "completions", "detections", "attention", "lens", "decomposition", "activations")
+_MOST = 1 + TOLERANCE["float32"].prob
+"""What a sum of disjoint probabilities may come to."""
 FACTS = TableFacts(
     derived=("statistics",),
+    grows=("statistics",),
     ranks=("top_ids", "top_neurons"),
     # `attention` again with a row a head: a hundred times as many rows, and nothing that is not in `attention`.
     not_exported=("attention_heads",),
@@ -297,7 +301,7 @@ FACTS = TableFacts(
         "psem: lists not as long as num_sequences": "SELECT prompt_id, condition FROM psem "
         "WHERE num_sequences <> len(sequences) OR num_sequences <> len(logprobs)",
         "psem: a probability outside [0, 1]": "SELECT prompt_id, condition FROM psem WHERE NOT "
-        "(p_sem BETWEEN 0 AND 1.00001 AND p_word BETWEEN 0 AND 1.00001 AND paper_p_sem BETWEEN 0 AND 1)",
+        f"(p_sem BETWEEN 0 AND {_MOST} AND p_word BETWEEN 0 AND {_MOST} AND paper_p_sem BETWEEN 0 AND 1)",
         "completions: not a log-probability a token": "SELECT prompt_id, condition, mode, sample_id FROM completions "
         "WHERE len(token_ids) <> len(logprobs)",
     },

@@ -1,6 +1,5 @@
 """The headline results of a run, from its snapshot, and how they look in a terminal."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from rich.table import Table
 from harness.experiments.experiment import Headline
 from harness.experiments.gravity import remarks
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
+from harness.experiments.gravity.fit import Pressed, fit_of
 from harness.experiments.gravity.remarks import Remark
 from harness.run.differences import seed_of
-from harness.stats import Estimate, LogisticFit, estimate_of, fit_violations, support_of
+from harness.stats import Estimate, LogisticFit, estimate_of
 from harness.store import Reader, Row
 
 
@@ -79,11 +79,12 @@ def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
             else None
             for b, bin_name in enumerate(BIN_NAMES)
         )
+        is_analysed = "all" in rates and rates["all"]["n"] == len(samples)
         conditions.append(
             ConditionSummary(
                 name, row["n"], row["p_sem"], row["p_word"], greedy.get(name),
                 estimate_of([r["rate"] for r in samples], rates.get("all"), seed) if samples else None, formats.get(name), by_bin,
-                _fit(pressed, p0, stored, seed) if name != "baseline" else None,
+                _fit(pressed, p0, stored, seed, is_analysed=is_analysed) if name != "baseline" else None,
             )
         )  # fmt: skip
     counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
@@ -189,30 +190,14 @@ def _stored(reader: Reader) -> dict[tuple[str, str, str, str], Row]:
 
 
 def _fit(
-    rows: Sequence[Row], p0: Mapping[str, float], stored: Mapping[tuple[str, str, str, str], Row], seed: int
+    rows: Sequence[Row], p0: Mapping[str, float], stored: Mapping[tuple[str, str, str, str], Row], seed: int, *, is_analysed: bool
 ) -> LogisticFit | None:  # fmt: skip
-    """The line: as it was stored, if it was of as many prompts; none where the analysis found none."""
     if not rows:
         return None
     columns = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows]
-    x, k, n = (np.array(c, dtype=np.float64) for c in zip(*columns, strict=True))
-    condition = rows[0]["condition"]
-    a, b, r2 = (stored.get(("fit", condition, m, "all")) for m in ("intercept", "slope", "mcfadden_r2"))
-    if a is None or b is None or a["n"] != len(rows):
-        return fit_violations(x, k, n, seed)
-    if a["value"] is None or b["value"] is None:
-        return None
-    ends = ((r["low"], r["high"]) for r in (a, b))
-    intercept_interval, slope_interval = ((_known(low), _known(high)) for low, high in ends)
-    return LogisticFit(
-        a["value"], b["value"], intercept_interval, slope_interval, len(rows), int(n.sum()), _known(r2["value"] if r2 else None),
-        _known(a["se"]), _known(b["se"]), support_of(x),
-    )  # fmt: skip
-
-
-def _known(value: float | None) -> float:
-    """NULL is what arithmetic calls NaN."""
-    return math.nan if value is None else value
+    pressed = Pressed(*(np.array(c, dtype=np.float64) for c in zip(*columns, strict=True)))
+    known = [row for key, row in stored.items() if key[:2] == ("fit", rows[0]["condition"])]
+    return fit_of(known, pressed, seed, is_analysed=is_analysed)
 
 
 def _share(value: float | None) -> str:

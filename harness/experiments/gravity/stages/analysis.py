@@ -1,4 +1,4 @@
-"""Stage `analysis`: every number of the report, with its interval, its p and its share of false discoveries (gravity.md §7).
+"""Stage `analysis`: every number of the report, with its interval, its p and its share of false discoveries (docs/method.md).
 
 One item an analysis, named by what it rests on: what is measured again or more of is analysed again, and its rows take
 the place of the older ones. What was not measured gives no rows.
@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from harness.engine import Item, ItemResult, Tables
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
+from harness.experiments.gravity.fit import curve_rows
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.stats import (
     NUM_BOOTSTRAPS,
@@ -24,7 +25,7 @@ from harness.stats import (
     Moments,
     benjamini_hochberg,
     calibration,
-    fit_violations,
+    fit_with_curve,
     mean_differences,
     mean_intervals,
     paired_differences,
@@ -344,9 +345,10 @@ def _fitted(
     trials: Float[np.ndarray, " N"],
 ) -> Iterator[Row]:
     resampling = given.seed, given.num_bootstraps
-    fit = fit_violations(p0, violations, trials, *resampling)
-    if fit is None:
+    found = fit_with_curve(p0, violations, trials, *resampling)
+    if found is None:
         return
+    fit = found.fit
     method = f"binomial regression on P0; percentile bootstrap over prompts, B={given.num_bootstraps}"
     for measure, value, se, (low, high) in (
         ("intercept", fit.intercept, fit.intercept_se, fit.intercept_interval),
@@ -362,6 +364,11 @@ def _fitted(
         seen = group.observed
         yield names | {"measure": "calibration_observed", "value": seen.mean, "se": seen.se, "low": seen.low,
                        "high": seen.high, "method": given._of_means}  # fmt: skip
+    drawn = {
+        "n": len(p0),
+        "method": f"the fit at a P0; pointwise band from the draws of its intervals, B={given.num_bootstraps}",
+    }
+    yield from (row | drawn for row in curve_rows(found.curve))
 
 
 # ---- what the views have added up -----------------------------------------------------------------------------

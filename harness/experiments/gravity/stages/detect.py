@@ -1,4 +1,4 @@
-"""Stage `detect`: whether each completion says the word, where, and in which tokens (gravity.md §4)."""
+"""Stage `detect`: whether each completion says the word, where, and in which tokens (docs/method.md)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Stages `greedy` and `samples`: what the model really answers (gravity.md §3)."""
+"""Stages `greedy` and `samples`: what the model really answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Stage `mechanism`: what happens inside at the first answer token and at the token where X starts (gravity.md §5)."""
+"""Stage `mechanism`: what happens inside at the first answer token and at the token where X starts (docs/method.md)."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""Stage `patching`: which layer's activations, taken from the baseline, change what is said under a ban (gravity.md §6)."""
+"""Stage `patching`: which layer's activations, taken from the baseline, change what is said under a ban (docs/method.md)."""
 
 import math
 import random
@@ -22,7 +22,7 @@ from harness.text.detect import detect
 from harness.text.words import Trie, build_trie, word_forms
 
 _LOW, _HIGH = 0.7, 0.95
-"""Bounds of the computed threshold on P0 (gravity.md §6)."""
+"""Bounds of the computed threshold on P0."""
 
 
 @dataclass(frozen=True, slots=True)

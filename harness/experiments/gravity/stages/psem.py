@@ -1,4 +1,4 @@
-"""Stage `psem`: how strongly each context pulls toward its target, by one tree forward a context (gravity.md §2)."""
+"""Stage `psem`: how strongly each context pulls toward its target, by one tree forward a context (docs/method.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +14,10 @@ from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, it
 from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, load_codec, shared
 from harness.models.score import TreeScores, row_length, score_trees
 from harness.text.words import WordForms, word_forms
+from harness.tolerance import TOLERANCE
 
-_ROUNDING = 1e-5
-"""How far float32 rounding may push a sum of disjoint probabilities over 1."""
+_ROUNDING = TOLERANCE["float32"].prob
+"""How far rounding may push a sum of disjoint probabilities over 1."""
 
 
 @dataclass(frozen=True, slots=True)

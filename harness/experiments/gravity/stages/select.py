@@ -1,4 +1,4 @@
-"""Stage `select` (optional): a set of prompts balanced over categories and pressure bins (gravity.md §1).
+"""Stage `select` (optional): a set of prompts balanced over categories and pressure bins.
 
 Solved once, as one integer program, and never relaxed in silence: a prompt is admitted by the stated rules or not at
 all, and `prompts.tier` says so.

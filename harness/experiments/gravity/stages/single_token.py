@@ -1,23 +1,20 @@
 """Stage `single_token` (optional): keep the prompts whose target, with its leading space, is one token.
 
-The kept rows are written to data/validated_single_token/, one file and one summary a category; the originals are not
-touched. Later stages of the run measure only the prompts that were kept.
+The kept rows are files of the run, one and one summary a category, under `artifacts/single_token/`: a prompt file that
+another run can be given. Later stages of this run measure only the prompts that were kept.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import Artifact, Item, ItemResult, Tables
 from harness.experiments.gravity.inputs import Inputs
-from harness.files import replacing
 
 _FIELDS = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
-"""What a kept row is written with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +26,17 @@ class Category:
 
 @dataclass(frozen=True)
 class SingleToken:
-    """Writes files, and no rows: `prompts.single_token` is known already."""
+    """Writes files, and no rows but theirs: `prompts.single_token` is known already."""
 
-    folder: Path
     name = "single_token"
     version = 1
     reads = MappingProxyType({"prompts": (*_FIELDS, "single_token")})
-    row_bytes = 100_000
+    row_bytes = 1_000
+    file_bytes = 100_000
 
     @classmethod
     def build(cls, given: Inputs) -> "SingleToken":
-        return cls(
-            (given.data_folder / "validated_single_token").resolve()
-        )  # a link, in the image, to where one may write
+        return cls()
 
     def params(self) -> dict[str, Any]:
         return {}
@@ -53,20 +48,24 @@ class SingleToken:
         return [Item(category, len(rows), Category(tuple(rows))) for category, rows in by_category.items()]
 
     def setup(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        return None
 
     def run(self, context: None, items: Sequence[Item[Category]]) -> list[ItemResult]:
-        for item in items:
-            name = _file_name(item.key)
-            kept = [row for row in item.payload.rows if row["single_token"]]
-            with replacing(self.folder / f"{name}_validated.jsonl") as temporary:
-                lines = (json.dumps({f: row[f] for f in _FIELDS}, ensure_ascii=False) + "\n" for row in kept)
-                temporary.write_text("".join(lines), "utf-8")
-            summary = {"category": item.key, "prompts": len(item.payload.rows), "kept": len(kept),
-                       "removed": sorted(r["target"] for r in item.payload.rows if not r["single_token"])}  # fmt: skip
-            with replacing(self.folder / f"{name}_summary.json") as temporary:
-                temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        return [ItemResult(item.key, {}) for item in items]
+        return [ItemResult(item.key, {}, artifacts=tuple(_files(item.key, item.payload.rows))) for item in items]
+
+
+def _files(category: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Artifact]:
+    """The prompts of a category that are kept, as a prompt file, and what became of all of them."""
+    kept = [row for row in rows if row["single_token"]]
+    lines = (json.dumps({f: row[f] for f in _FIELDS}, ensure_ascii=False) + "\n" for row in kept)
+    summary = {"category": category, "prompts": len(rows), "kept": len(kept),
+               "removed": sorted(r["target"] for r in rows if not r["single_token"])}  # fmt: skip
+    start = f"single_token/{_file_name(category)}"
+    for path, text, number in (
+        (f"{start}_validated.jsonl", "".join(lines), len(kept)),
+        (f"{start}_summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n", 1),
+    ):
+        yield Artifact(path, {"category": category}, "prompts", (number,), "json", text.encode())
 
 
 def _file_name(category: str) -> str:
