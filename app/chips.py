@@ -1,12 +1,15 @@
-"""Text token by token, each token a chip coloured by a number: one component for every page.
+"""Text token by token as `app.charts.chips` has it, drawn: one component for every page.
 
 The component gets data, never markup: its script writes texts as text nodes, so no prompt can be more than text.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import streamlit as st
+from streamlit.components import v2
+
+from app.charts.chips import Chip
 
 _CSS = """
 .chips { font-family: var(--st-code-font, monospace); font-size: 14px; line-height: 2; white-space: pre-wrap;
@@ -43,30 +46,11 @@ export default function ({ data, parentElement }) {
 """
 
 
-@dataclass(frozen=True)
-class Chip:
-    """One token: its text, its background (a CSS colour, '' for none), a line under it, an outline, and what hovering says."""
-
-    text: str
-    colour: str = ""
-    note: str = ""
-    is_marked: bool = False
-    is_missing: bool = False
-    underline: str = ""
-
-
 @st.cache_resource
 def _component():
-    return st.components.v2.component("harness_chips", html=_HTML, css=_CSS, js=_JS)
+    return v2.component("harness_chips", html=_HTML, css=_CSS, js=_JS)
 
 
 def show(chips: Sequence[Chip], note: str, key: str) -> None:
     """Draw the chips; `note` is what the line under them says while nothing is hovered, such as the range of the colours."""
     _component()(data={"chips": [asdict(c) for c in chips], "note": note}, key=key)
-
-
-def shade(value: float | None, top: float, colour: tuple[int, int, int] = (0, 114, 178)) -> str:
-    """A CSS colour whose opacity is value / top, in 0 to 1; '' for none."""
-    if value is None or value != value or top <= 0:
-        return ""
-    return f"rgba({colour[0]}, {colour[1]}, {colour[2]}, {min(1.0, max(0.0, value / top)):.3f})"

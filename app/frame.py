@@ -1,172 +1,105 @@
 """What every page has: its title, the run and the filters in the sidebar, what the run is, and how data leave the page.
 
 All state is in the address: each widget is bound to a query parameter, so a copied link opens the same view, and the
-filters go along from page to page. A chart that selects something calls `choose`.
+filters go along from page to page. A chart that selects something calls `choose`. Knows no experiment: what one adds
+comes from `app.experiments`.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 import streamlit as st
 
-from app import queries
+from app import experiments, queries
+from app.experiments import Extras
+from app.selection import Selection, pick_run
 from harness.errors import HarnessError
-from harness.experiments.gravity.remarks import TITLES, Kind, lines
-from harness.run import RunEntry, RunPaths, state
+from harness.experiments.remarks import lines
+from harness.run import RunEntry
 from harness.spreadsheet import defused
 
-PAGES = {
-    "runs": "Runs", "pressure": "P_sem", "detections": "Detections", "attention": "Attention", "layers": "Layers",
-    "patching": "Patching", "activations": "Activations", "prompt": "Prompt", "sql": "SQL",
-}  # fmt: skip
-"""Each page's file and address, and its title."""
-REMARKS: dict[str, tuple[Kind, ...]] = {
-    "P_sem": ("empty", "cut", "one_outcome", "one_bin", "fit", "split"),
-    "Detections": ("empty", "cut", "one_outcome"),
-    "Attention": ("empty", "one_outcome"),
-    "Layers": ("empty", "one_outcome", "split"),
-    "Patching": ("one_outcome", "one_bin", "split"),
-}
-"""By title of a page, the remarks that concern what it shows; the page of runs shows all."""
-ALL = "all"
-OUTCOMES = (ALL, "success", "failure")
-STEPS = ("first", "decision")
-PLANTED = "The bundled demo model's answers are **planted**: this page tests the pipeline and says nothing of language models."
+Picked = TypeVar("Picked", bound=Selection)
 
 
-@dataclass(frozen=True)
-class View:
-    """What is looked at: a run, and the filters that all pages share.
+def open_page(file: str, pick: Callable[[RunEntry], Picked]) -> Picked | None:
+    """Draw the head of an experiment's page, `file` being its own; what is selected, or None where there is nothing to
+    show, which the page then says itself. Only runs of the experiment can be chosen.
 
-    `condition` is the one compared with baseline; `category` and `outcome` are None for all; `prompt_id` and `pin` are
-    the chosen prompt and the one it is compared with. `is_running` says that the numbers still grow.
+    `pick` draws the experiment's filters of a run in the sidebar. Where a table that the page needs has no rows, a line
+    says what was not measured.
     """
-
-    entry: RunEntry
-    conditions: tuple[str, ...]
-    condition: str
-    category: str | None
-    outcome: str | None
-    prompt_id: str | None
-    pin: str | None
-    is_running: bool
-
-    @property
-    def paths(self) -> RunPaths:
-        return self.entry.paths
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.entry.manifest or {}
-
-    def where(self, prompt: str = "prompt_id") -> tuple[str, list[Any]]:
-        """A condition in SQL that keeps the prompts of the filters, and its parameters; `prompt` is the column's name."""
-        parts, params = ["TRUE"], []
-        if self.category is not None:
-            parts.append(f"{prompt} IN (SELECT prompt_id FROM prompts WHERE category = ?)")
-            params.append(self.category)
-        if self.outcome is not None:
-            parts.append(f"{prompt} IN (SELECT prompt_id FROM outcomes WHERE condition = ? AND outcome = ?)")
-            params += [self.condition, self.outcome]
-        return " AND ".join(parts), params
-
-    def prompt_ids(self) -> list[str]:
-        """Ids of the prompts that the filters keep, in order."""
-        where, params = self.where()
-        return list(
-            queries.ask(self.paths, f"SELECT prompt_id FROM prompts WHERE {where} ORDER BY prompt_id", params)[
-                "prompt_id"
-            ]
-        )
-
-
-def open_page(title: str, needs: Sequence[str] = (), *, pick_prompt: bool = True) -> View | None:
-    """Draw the head of a page; its view, or None where there is nothing to show, which the page then says itself.
-
-    `needs` are tables that must have rows: where one has none, a line says what was not measured.
-    """
-    st.title(title)
-    entries = {e.paths.run_id: e for e in queries.entries() if e.manifest is not None}
+    name, page = experiments.page_of(Path(file))
+    st.title(page.title)
+    entries = [e for e in queries.entries() if e.manifest is not None and experiments.of_run(e.manifest) == name]
     if not entries:
-        st.info(f"No run in `{queries.runs_root()}` yet. Start one with `harness run`.")
+        st.info(
+            f"No run of {experiments.get(name).title} in `{queries.runs_root()}` yet. Start one with `harness run {name}`."
+        )
         return None
     with st.sidebar:
-        run_id = st.selectbox("Run", list(entries), key="run", bind="query-params")
-        entry = entries[str(run_id)]
-        view = _filters(entry, pick_prompt)
-    if view.manifest.get("planted"):
-        st.warning(PLANTED, icon=":material/science:")
-    status = state(view.manifest)
-    if status != "finished":
-        age = queries.snapshot_age_s(view.paths)
-        told = "no snapshot yet" if age is None else f"snapshot {age:.0f} s old"
-        st.caption(f"This run is **{status}**; {told}.")
-    if not queries.tables(view.paths):
-        problem = queries.problem(view.paths)
-        if problem is None:
-            st.info("This run has no results yet.")
-        else:
-            st.code(problem, language=None, wrap_lines=True)  # it quotes what stands in the run
+        selected = pick(pick_run(entries))
+    if not _head(selected):
         return None
-    for table in needs:
-        if not has_rows(view.paths, table):
+    for table in page.needs:
+        if not queries.has_rows(selected.paths, table):
             st.info(f"Not measured in this run: it has no rows in `{table}`.")
             return None
-    if title in REMARKS:
-        show_remarks(view.entry, REMARKS[title])
-    return view
+    if page.remarks:
+        show_remarks(selected.entry, page.remarks)
+    return selected
 
 
-def show_remarks(entry: RunEntry, kinds: Sequence[Kind] = ()) -> None:
+def open_core(title: str) -> tuple[Selection | None, Extras]:
+    """Draw the head of a page of the core, of which any run can be chosen; what is selected, None where there is nothing
+    to show, and what the run's experiment gives."""
+    st.title(title)
+    entries = [e for e in queries.entries() if e.manifest is not None]
+    if not entries:
+        st.info(f"No run in `{queries.runs_root()}` yet. Start one with `harness run`.")
+        return None, Extras()
+    with st.sidebar:
+        entry = pick_run(entries)
+        name = experiments.of_run(entry.manifest or {})
+        problem = experiments.problem(name)
+        extras = Extras() if problem else experiments.extras_of(name)
+        selected = extras.pick(entry)
+    if problem:
+        st.info("The results of this run cannot be shown.")
+        st.text(problem)
+        return None, extras
+    return (selected if _head(selected) else None), extras
+
+
+def _head(selected: Selection) -> bool:
+    """What stands above every page of a run; whether there are results to show."""
+    if planted := experiments.planted_of(selected.manifest):
+        st.warning(planted, icon=":material/science:")
+    if selected.status != "finished":
+        age = queries.snapshot_age_s(selected.paths)
+        told = "no snapshot yet" if age is None else f"snapshot {age:.0f} s old"
+        st.caption(f"This run is **{selected.status}**; {told}.")
+    if queries.tables(selected.paths):
+        return True
+    problem = queries.problem(selected.paths)
+    if problem is None:
+        st.info("This run has no results yet.")
+    else:
+        st.code(problem, language=None, wrap_lines=True)  # it quotes what stands in the run
+    return False
+
+
+def show_remarks(entry: RunEntry, kinds: Sequence[str] = ()) -> None:
     """What the run should say of itself, as the terminal and the report say it; folded, and of some kinds only, where
     they are named."""
-    found = [r for r in queries.remarks(entry.paths, entry.manifest or {}) if not kinds or r.kind in kinds]
+    found = [r for r in queries.remarks(entry) if not kinds or r.kind in kinds]
     if found:
-        about = ", ".join(dict.fromkeys(TITLES[r.kind] for r in found))
+        about = ", ".join(dict.fromkeys(r.title for r in found))
         with st.expander(f"To know of this run: {about}", expanded=not kinds):
             for line in lines(found):
                 st.text(line)  # it quotes names that stand in the run
-
-
-def _filters(entry: RunEntry, pick_prompt: bool) -> View:
-    paths = entry.paths
-    try:
-        conditions = tuple(queries.conditions(paths))
-        rows = (
-            queries.prompts(paths)
-            if "prompts" in queries.tables(paths)
-            else pd.DataFrame({"prompt_id": [], "category": []})
-        )
-    except HarnessError as e:
-        st.warning(str(e))
-        conditions, rows = (), pd.DataFrame({"prompt_id": [], "category": []})
-    others = [c for c in conditions if c != "baseline"] or list(conditions)
-    condition = st.selectbox("Condition", others, key="condition", bind="query-params", help="compared with baseline")
-    category = st.selectbox("Category", [ALL, *sorted(set(rows["category"]))], key="category", bind="query-params")
-    outcome = st.segmented_control(
-        "Greedy answer", OUTCOMES, key="outcome", bind="query-params", default=ALL, required=True,
-        help="success: the answer keeps the ban; failure: it says X",
-    )  # fmt: skip
-    ids = list(rows["prompt_id"])
-    prompt_id = pin = None
-    if pick_prompt:
-        prompt_id = st.selectbox(
-            "Prompt", ids, key="prompt", bind="query-params", index=None, placeholder="none chosen"
-        )
-        pin = st.selectbox("Pinned", ids, key="pin", bind="query-params", index=None, placeholder="none pinned",
-                           help="compared with the prompt above")  # fmt: skip
-    return View(
-        entry, conditions, str(condition) if condition else "", None if category == ALL else category,
-        None if outcome == ALL else outcome, prompt_id, pin, state(entry.manifest or {}) == "running",
-    )  # fmt: skip
-
-
-def has_rows(paths: RunPaths, table: str) -> bool:
-    """Whether a table is there and has a row."""
-    return table in queries.tables(paths) and not queries.ask(paths, f"SELECT 1 FROM {table} LIMIT 1").empty
 
 
 def choose(**values: Any) -> None:
@@ -254,8 +187,3 @@ def csv_of(data: pd.DataFrame) -> bytes:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _plain(value: Any) -> Any:
-    """numpy's scalars and arrays as Python's."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

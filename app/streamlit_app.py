@@ -9,14 +9,17 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # so that `app` is a package however Streamlit is started
 
-from app.frame import PAGES
+from app import experiments, queries
 
 st.set_page_config(page_title="harness", layout="wide")
-# Not called `pages`: Streamlit would open a deep link into such a folder without this script.
-folder = Path(__file__).parent / "views"
+# The pages' folder is not called `pages`: Streamlit would open a deep link into such a folder without this script.
 st.navigation(
-    [
-        st.Page(folder / f"{name}.py", title=title, url_path=name, default=name == "runs")
-        for name, title in PAGES.items()
-    ]
+    {
+        section: [
+            st.Page(page.file, title=page.title, url_path=address, default=page is experiments.CORE[0])
+            for address, page in pages.items()
+        ]
+        for section, pages in experiments.sections(queries.entries()).items()
+    },
+    expanded=True,
 ).run()

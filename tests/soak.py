@@ -244,10 +244,10 @@ class Soak:
             browser.close()
 
     def _pages(self, tab: Any, questions: Sequence[str]) -> None:
-        from app.frame import PAGES
+        from app.experiments import CORE, pages_of
 
         tab.open()
-        for title in PAGES.values():
+        for title in (page.title for page in (*pages_of("gravity"), *CORE)):  # the last one takes the questions
             tab.go(title)
             self.told.counts["pages"] += 1
             tab.check()

@@ -29,7 +29,6 @@ from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.stages import psem
 from harness.experiments.gravity.stages.select import Candidate, choose
 from harness.experiments.gravity.stages.single_token import SingleToken
-from harness.settings import resolve
 from harness.text.prompts import read_prompts
 from tests.gravity import FIELDS, resolve
 

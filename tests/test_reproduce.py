@@ -178,10 +178,8 @@ def test_a_run_is_reproduced_by_its_id_beside_it_and_can_be_verified_and_reprodu
 
 def test_a_run_with_every_stage_comes_out_again_bit_for_bit(tmp_path: Path) -> None:
     stages = "select,single_token,sanity,psem,greedy,samples,detect,mechanism,patching,analysis"
-    told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.data", data, "--paths.runs", tmp_path / "runs",
-                   "--stages", stages, "--gravity.num_samples", 2, "--gravity.sanity.num_prompts", 1,
     told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs",
-                   "--stages", stages, "--experiment.num_samples", 2, "--experiment.sanity.num_prompts", 1,
+                   "--stages", stages, "--gravity.num_samples", 2, "--gravity.sanity.num_prompts", 1,
                    "--batching.max_tokens", 64)  # fmt: skip
     assert told.code == 0, told.err
     one = only_run(tmp_path / "runs")

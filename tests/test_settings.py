@@ -155,19 +155,22 @@ def test_names_people_already_have_are_aliases_that_the_full_name_beats() -> Non
     assert at(resolve({}, None, {"OUTPUT_ROOT": ""}), "paths.runs") == Path("runs"), "an empty alias is not set"
 
 
-def test_a_sections_other_name_is_the_section_and_sources_keep_what_was_typed(tmp_path: Path) -> None:
+def test_a_sections_former_name_is_the_section_and_sources_keep_what_was_typed(tmp_path: Path) -> None:
     config = tmp_path / "settings.toml"
     config.write_text(
-        '[gravity]\nnum_samples = 3\n[gravity.sanity]\nbudget = 9\n[gravity.conditions.mine]\ntext = "{question}"\n'
+        '[experiment]\nnum_samples = 3\n[experiment.sanity]\nbudget = 9\n[experiment.conditions.mine]\ntext = "{question}"\n'
     )
-    environ = {"HARNESS_GRAVITY__TOP_P": "0.5"}
-    resolved = resolve({"gravity.chat": "true", "gravity.num_samples": "4"}, config, environ)
+    environ = {"HARNESS_EXPERIMENT__TOP_P": "0.5"}
+    resolved = resolve({"experiment.chat": "true", "gravity.num_samples": "4"}, config, environ)
+    (note,) = resolved.notes
+    assert note.startswith("experiment.* is read as gravity.*")
+    assert resolve({"gravity.chat": "true"}, None, {}).notes == (), "its own name needs no word"
     found = {name: (value, source) for name, value, source in resolved.rows()}
-    assert found["gravity.chat"] == (True, "flag: --gravity.chat")
+    assert found["gravity.chat"] == (True, "flag: --experiment.chat")
     assert found["gravity.num_samples"] == (4, "flag: --gravity.num_samples"), (
         "a flag beats the file under this name too"
     )
-    assert found["gravity.top_p"] == (0.5, "env: HARNESS_GRAVITY__TOP_P")
+    assert found["gravity.top_p"] == (0.5, "env: HARNESS_EXPERIMENT__TOP_P")
     assert found["gravity.sanity.budget"] == (9.0, f"file: {config}")
     assert list(resolved.settings.gravity.conditions) == ["mine"]
     assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names), "what is recorded has one name"
@@ -175,10 +178,10 @@ def test_a_sections_other_name_is_the_section_and_sources_keep_what_was_typed(tm
 
 
 def test_two_names_of_one_setting_in_one_place_are_refused(tmp_path: Path) -> None:
-    config = toml_file(tmp_path, {"gravity.chat": True, "gravity.chat": True})
+    config = toml_file(tmp_path, {"gravity.chat": True, "experiment.chat": True})
     for told in (
-        refusal({"gravity.chat": "true", "gravity.chat": "true"}),
-        refusal({}, environ={"HARNESS_GRAVITY__CHAT": "1", "HARNESS_GRAVITY__CHAT": "1"}),
+        refusal({"gravity.chat": "true", "experiment.chat": "true"}),
+        refusal({}, environ={"HARNESS_GRAVITY__CHAT": "1", "HARNESS_EXPERIMENT__CHAT": "1"}),
         refusal({}, config),
     ):
         assert "gravity.chat" in told

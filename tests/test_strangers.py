@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from app.queries import attention
+from app.queries.gravity import attention
 from harness.commands import given
 from harness.errors import HarnessError, RunError
 from harness.experiments.gravity.schema import SCHEMA

@@ -11,18 +11,10 @@ import pandas as pd
 
 Option = dict[str, Any]
 
-BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#F0E442",
-    "#56B4E9",
-)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, YELLOW, SKY = "#CC79A7", "#F0E442", "#56B4E9"
 GREY = "#9A9A9A"
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, YELLOW)
-OUTCOME_COLOURS = {"success": BLUE, "failure": RED}
 SEQUENTIAL = ("#F7FBFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")
 _MISSING: Option = {
     "color": GREY, "opacity": 0.35,
@@ -73,10 +65,10 @@ def heatmap(
     }  # fmt: skip
 
 
-def clicked_cell(index: int, cells: pd.DataFrame) -> dict[str, Any] | None:
+def clicked_cell(index: int, cells: pd.DataFrame) -> dict[Any, Any] | None:
     """The row of `cells` behind the clicked item of their `heatmap`; None for one that was not measured."""
     known = cells.dropna(subset=["value"])
-    return known.iloc[index].to_dict() if index < len(known) else None
+    return known.to_dict("records")[index] if index < len(known) else None
 
 
 def symmetric(values: pd.Series) -> tuple[float, float]:

@@ -4,21 +4,18 @@ Not called `runs`, which is a function of the package.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from app import queries
-from harness.run import RunEntry, RunPaths, differences
+from app import experiments, queries
+from harness.run import RunEntry, RunPaths, differences, read_manifest
 
 LIST_COLUMNS = (
-    "run", "status", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages", "reason",
+    "run", "status", "experiment", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages",
+    "reason",
 )  # fmt: skip
-COMPARED = ("rates", "fit", "suppression", "phrasing", "taxonomy")
-"""Analyses of `statistics` that are put side by side: those of the answers; the mechanism's have pages of their own."""
-_KEY = ["analysis", "condition", "measure", "grouping"]
 
 
 # -- the list
@@ -44,9 +41,21 @@ def _row(entry: RunEntry) -> dict[str, Any]:
             "warnings": None if warnings is None else sum(warnings.values()),
             "sanity": verdict(manifest) if manifest else "",
             "stages": _stages_done(manifest) if manifest else "",
+            "experiment": experiments.of_run(manifest) if manifest else "",
+            "reason": facts["reason"] or (manifest and experiments.problem(experiments.of_run(manifest))) or "",
         }
     except (AttributeError, TypeError, KeyError) as e:  # written by something else, or by hand
         return {"run": entry.paths.run_id, "status": "broken", "reason": f"its manifest is not as expected: {e}"}
+
+
+def unreadable(table: pd.DataFrame) -> pd.DataFrame:
+    """run and reason of the broken runs of a `table`."""
+    return table.loc[table["status"] == "broken", ["run", "reason"]]
+
+
+def as_it_stands(entry: RunEntry) -> RunEntry:
+    """The same run with its manifest of this moment. Raises HarnessError where it cannot be read any more."""
+    return entry._replace(manifest=read_manifest(entry.paths))
 
 
 def _stages_done(manifest: Mapping[str, Any]) -> str:
@@ -136,17 +145,13 @@ def duration(seconds: float) -> str:
 
 
 def events(paths: RunPaths, limit: int = 200) -> pd.DataFrame:
-    """time, level, stage, kind, item, message and prompt_id of the latest warnings and errors, newest first; `prompt_id` is
-    None where the event names no prompt of the run.
-    """
+    """time, level, stage, kind, item and message of the latest warnings and errors, newest first."""
     if "events" not in queries.tables(paths):
-        return pd.DataFrame(columns=["time", "level", "stage", "kind", "item", "message", "prompt_id"])
-    named = "prompts" in queries.tables(paths)
-    prompt = "(SELECT any_value(p.prompt_id) FROM prompts p WHERE p.prompt_id = split_part(e.item_key, '|', 1))"
+        return pd.DataFrame(columns=["time", "level", "stage", "kind", "item", "message"])
     return queries.ask(
         paths,
-        f"SELECT time, level, stage, kind, item_key AS item, message, {prompt if named else 'NULL'} AS prompt_id "
-        "FROM events e WHERE level <> 'info' ORDER BY event_id DESC LIMIT ?",
+        "SELECT time, level, stage, kind, item_key AS item, message FROM events "
+        "WHERE level <> 'info' ORDER BY event_id DESC LIMIT ?",
         [limit],
     )
 
@@ -250,50 +255,6 @@ def equal_tables(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[lis
     names = sorted(found[0].keys() | found[1].keys())
     same = [name for name in names if found[0].get(name) == found[1].get(name)]
     return same, [name for name in names if name not in same]
-
-
-def results(paths: RunPaths) -> pd.DataFrame:
-    """analysis, condition, measure, grouping, value, low, high, n of the analyses in `COMPARED`; calibration and the
-    fit's curve are left out."""
-    if "statistics" not in queries.tables(paths):
-        return pd.DataFrame(columns=[*_KEY, "value", "low", "high", "n"])
-    return queries.ask(
-        paths,
-        "SELECT analysis, condition, measure, grouping, value, low, high, n FROM statistics "
-        "WHERE list_contains(?, analysis) AND layer = -1 AND head = -1 AND measure NOT LIKE 'calibration%' "
-        "AND measure NOT LIKE 'curve%'",
-        [list(COMPARED)],
-    )
-
-
-def compare(this: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Two frames of `results`, joined by key: analysis, condition, measure, grouping, value, low, high and the same ending
-    in _other, difference (other − this), intervals (`overlap`, `apart`, or `` where one is missing), found_in (`both`,
-    `this`, `other`). Rates by condition and bin first.
-    """
-    both = this.merge(other, on=_KEY, how="outer", suffixes=("", "_other"), indicator="found_in")
-    both["found_in"] = both["found_in"].map({"both": "both", "left_only": "this", "right_only": "other"}).astype(str)
-    both["difference"] = both["value_other"] - both["value"]
-    known = both[["low", "high", "low_other", "high_other"]].notna().all(axis=1)
-    overlap = (both["low"] <= both["high_other"]) & (both["low_other"] <= both["high"])
-    both["intervals"] = overlap.map({True: "overlap", False: "apart"}).where(known, "")
-    both["_analysis"] = both["analysis"].map({name: n for n, name in enumerate(COMPARED)})
-    both["_grouping"] = [-1.0 if g == "all" else bin_start(g) for g in both["grouping"]]  # what is no bin goes last
-    both = both.sort_values(["_analysis", "condition", "measure", "_grouping", "grouping"], ignore_index=True)
-    return both[[*_KEY, "value", "low", "high", "value_other", "low_other", "high_other", "difference", "intervals",
-                 "found_in", "n", "n_other"]]  # fmt: skip
-
-
-def bin_start(grouping: str) -> float | None:
-    """Where a bin of P0, such as `[.2, .4)`, begins; None for another grouping."""
-    found = re.match(r"\[([\d.]+), [\d.]+[)\]]$", grouping)
-    return float(found[1]) if found else None
-
-
-def conditions_of_one(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Conditions that only one run has, by `this` and `other`, of a frame of `compare`."""
-    runs = {name: set(rows.loc[rows["found_in"].isin([name, "both"]), "condition"]) for name in ("this", "other")}
-    return {"this": sorted(runs["this"] - runs["other"]), "other": sorted(runs["other"] - runs["this"])}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -11,7 +11,6 @@ import streamlit as st
 
 from app import queries
 from harness import asking
-from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.spreadsheet import defused
 from harness.store import Answer
@@ -19,36 +18,10 @@ from harness.store import Answer
 MAX_ROWS = 10_000
 LIMIT_S = 10.0
 EXAMPLES: dict[str, str] = {
-    "Rates": (
-        "SELECT condition, count(*) AS prompts, avg(rate) AS violation_rate\nFROM violation\nGROUP BY ALL\nORDER BY ALL"
-    ),
-    "Backfire": (
-        "-- where the ban raised the pressure\n"
-        "SELECT prompt_id, condition, p0, p1, delta\nFROM suppression\nWHERE delta < 0\nORDER BY delta"
-    ),
-    "Failures": (
-        "SELECT o.prompt_id, o.condition, p.target, c.answer, o.taxonomy\n"
-        "FROM outcomes o\n"
-        "JOIN prompts p USING (prompt_id)\n"
-        "JOIN completions c USING (prompt_id, condition)\n"
-        "WHERE o.outcome = 'failure' AND c.mode = 'greedy'\n"
-        "ORDER BY ALL"
-    ),
-    "Spellings": (
-        "SELECT prompt_id, unnest(sequences) AS token_ids, exp(unnest(logprobs)) AS probability\n"
-        "FROM psem\nWHERE condition = 'baseline'\nORDER BY prompt_id, probability DESC"
-    ),
-    "Lens": (
-        "SELECT layer, outcome, mean AS p_target, n\nFROM lens_moments\n"
-        "WHERE measure = 'p_target' AND step_kind = 'first' AND measured = condition\nORDER BY ALL"
-    ),
-    "Patches": (
-        "SELECT patch, layer, avg(delta_p) AS mean_delta_p, avg(flipped::INT) AS flipped\n"
-        "FROM patching\nGROUP BY ALL\nORDER BY abs(mean_delta_p) DESC"
-    ),
     "Slow batches": "SELECT * EXCLUDE (keys)\nFROM batches\nORDER BY seconds DESC\nLIMIT 20",
     "Events": "SELECT level, kind, count(*) AS number, any_value(message) AS example\nFROM events\nGROUP BY ALL\nORDER BY ALL",
 }
+"""What can be asked of any run; an experiment has examples of its own."""
 
 
 def columns(paths: RunPaths) -> pd.DataFrame:
@@ -62,8 +35,7 @@ def columns(paths: RunPaths) -> pd.DataFrame:
 
 def answer(paths: RunPaths, sql: str) -> Answer:
     """What a query gives. Raises HarnessError, in one line, for one that is wrong, not allowed, or too slow."""
-    published = paths.live.stat().st_mtime if paths.live.exists() else 0.0
-    return _answer(str(paths.live), published, sql)
+    return _answer(str(paths.live), queries.published(paths), sql)
 
 
 def for_spreadsheets(rows: pa.Table) -> tuple[pa.Table, int]:
@@ -114,4 +86,4 @@ def _json(value: object) -> str | None:
 
 @st.cache_data(max_entries=8, show_spinner="Asking …")
 def _answer(live: str, published: float, sql: str) -> Answer:
-    return asking.answer(Path(live), SCHEMA, sql, MAX_ROWS, LIMIT_S)
+    return asking.answer(Path(live), queries.schema_of(Path(live)), sql, MAX_ROWS, LIMIT_S)

@@ -9,6 +9,7 @@ import duckdb
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.experiments import CORE, Page, pages_of
 from tests import gravity
 from tests.fakes import older_store
 from tests.gravity import resolve
@@ -20,12 +21,23 @@ EMPTY = "20200102-000000-empty-00000000"
 BROKEN = "20200101-000000-broken-00000000"
 
 
-VIEWS = Path(__file__).parents[2] / "app" / "views"
+PAGES: dict[str, Page] = {page.name: page for page in (*CORE, *pages_of("gravity"))}
+"""The pages of these runs, by address."""
+
+
+def page_file(name: str) -> Path:
+    """The file of the page at an address."""
+    return PAGES[name].file
 
 
 def open_view(name: str, **params: str) -> AppTest:
     """A page of the app as it opens at an address."""
-    test = AppTest.from_file(str(VIEWS / f"{name}.py"), default_timeout=60)
+    return open_file(page_file(name), **params)
+
+
+def open_file(file: Path, **params: str) -> AppTest:
+    """The same for a page in a file."""
+    test = AppTest.from_file(str(file), default_timeout=60)
     for key, value in params.items():
         test.query_params[key] = value
     return test.run()

@@ -5,6 +5,7 @@ fails a test.
 """
 
 import io
+import json
 import os
 import re
 import shutil
@@ -23,11 +24,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.frame import PAGES
 from harness.experiments.gravity.schema import SCHEMA
+from harness.run import RunPaths
 from harness.store import Reader
 from tests import synthetic
-from tests.app.conftest import RUNNING
+from tests.app.conftest import PAGES, RUNNING
 from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -46,12 +47,12 @@ def address(root: Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[str]:
-    """`streamlit run app` on a folder of runs, as a user starts it; its address."""
+def serving(root: Path, script: str = "app") -> Iterator[str]:
+    """`streamlit run app` on a folder of runs, as a user starts it; its address. `script` is another one to run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", "app", "--server.port", str(port)]
+    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
     server = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -165,7 +166,7 @@ def tab(browser: Any, address: str) -> Iterator[Tab]:
 @pytest.mark.parametrize("run", ["", RUNNING], ids=["finished", "running"])
 def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
     tab.open(**({"run": run} if run else {}))
-    for title in PAGES.values():
+    for title in (page.title for page in PAGES.values()):
         tab.go(title)
         tab.check()
         assert not run or tab.params["run"] == run, "the run goes along"
@@ -230,11 +231,59 @@ def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
         tab.page.add_init_script("window.alert = () => console.error('a script of a prompt ran')")
         for row in hostile[:1]:
             tab.open(prompt=row["prompt_id"])
-            for title in PAGES.values():
+            for title in (page.title for page in PAGES.values()):
                 tab.go(title)
                 main = tab.page.locator("[data-testid=stMain]")
                 assert main.locator("script, img[src=x], marquee").count() == 0
                 tab.check()
             tab.go("Prompt")
             assert "<script" in main.inner_text()
+        tab.page.close()
+
+
+INSTALLED = """
+import runpy, sys
+from pathlib import Path
+
+sys.path[:0] = [{root!r}]
+from app import experiments
+from tests.app.test_experiments import Toy
+
+if experiments.names()[-1] != "toy":
+    toy, names, get = Toy(Path({folder!r})), experiments.names(), experiments.get
+    experiments.names = lambda: (*names, "toy")
+    experiments.get = lambda name: toy if name == "toy" else get(name)
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_pages_of_an_experiment_from_outside_stand_in_the_navigation(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Their files lie outside of the app; the address that another experiment has already is theirs by their name."""
+    folder, toy = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("toy")
+    paths = synthetic.write(folder, Shape(12, 3, 2, 2, num_bootstraps=20))
+    manifest = json.loads(paths.manifest.read_text())
+    other = RunPaths(folder / "20990101-000000-toy-0")
+    shutil.copytree(paths.folder, other.folder)
+    told = {"run_id": other.run_id, "experiment": "toy", "marbles": 3}
+    other.manifest.write_text(json.dumps(manifest | told))
+    script = toy / "main.py"
+    script.write_text(
+        INSTALLED.format(root=str(ROOT), folder=str(toy), script=str(ROOT / "app" / "streamlit_app.py")), "utf-8"
+    )
+    with serving(folder, str(script)) as address:
+        tab = Tab(browser, address)
+        tab.open()
+        navigation = tab.page.inner_text("[data-testid=stSidebarNav]")
+        assert all(title in navigation for title in ("Runs", "P_sem", "Marbles", "Heap", "One marble"))
+        for title, url in (("Heap", "/marbles"), ("One marble", "/toy-prompt")):
+            tab.go(title)
+            assert urlparse(tab.page.url).path == url
+            assert f"{other.run_id} has 3 marbles" in tab.page.inner_text("[data-testid=stMain]")
+            tab.check()
+        tab.go("P_sem")  # of runs of its own: the one that was looked at is no choice here
+        assert "P_sem" in tab.page.inner_text("[data-testid=stMain]")
+        assert other.run_id not in tab.page.inner_text("[data-testid=stSidebar]")
+        tab.check()
         tab.page.close()

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.chips import shade
-from app.frame import PAGES, csv_of, for_spreadsheets
+from app.charts.chips import shade
+from app.frame import csv_of, for_spreadsheets
 from harness.experiments.gravity.schema import SCHEMA
-from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, RUNNING, open_view
+from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, PAGES, RUNNING, open_view
 
 VIEWS = Path(__file__).parents[2] / "app" / "views"
 # Streamlit 1.67 itself still calls what newer packages deprecate.
@@ -27,7 +27,14 @@ def told(test: AppTest) -> str:
 
 
 def test_there_is_a_file_for_every_page_and_a_page_for_every_file() -> None:
-    assert {p.stem for p in VIEWS.glob("*.py")} == set(PAGES)
+    files = {p.relative_to(VIEWS).as_posix() for p in VIEWS.rglob("*.py")}
+    assert files - {page.file.relative_to(VIEWS).as_posix() for page in PAGES.values()} == {
+        "__init__.py",
+        "core/__init__.py",
+        "gravity/__init__.py",
+        "gravity/extras.py",
+    }
+    assert all(page.file.exists() for page in PAGES.values())
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -12,18 +12,19 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import runs as charts
+from app.charts.gravity import compared as charts
 from app.queries import runs as asked
+from app.queries.gravity import compared, prompts_of_items
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, list_runs, read_manifest
 from harness.run.differences import ABSENT
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
-from tests.app.conftest import AHEAD, open_view
+from tests.app.conftest import AHEAD, open_view, page_file
 from tests.fakes import older_store
 from tests.synthetic import Shape
 
-VIEW = Path(__file__).parents[2] / "app" / "views" / "runs.py"
+VIEW = page_file("runs")
 BROKEN, EMPTY, TORN = "20200101-000000-broken-0", "20200102-000000-empty-0", "20200103-000000-odd-0"
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -138,7 +139,8 @@ def test_without_a_snapshot_the_planned_stages_have_not_begun(root: Path) -> Non
 def test_events_are_newest_first_and_name_the_prompt_where_there_is_one(going: RunPaths) -> None:
     events = asked.events(going)
     assert list(events["kind"]) == ["oom_split", "failed_item", "failed_item"]
-    assert [None if pd.isna(p) else p for p in events["prompt_id"]] == [None, None, "a_1"]
+    assert list(prompts_of_items(going, list(events["item"]))["prompt_id"]) == [None, None, "a_1"]
+    assert list(prompts_of_items(going, [None, "a_1", "a"])["prompt_id"]) == [None, "a_1", None]
     assert asked.event_counts(going) == (1, 2)
     assert len(asked.events(going, limit=1)) == 1
 
@@ -204,16 +206,16 @@ def test_results_are_joined_by_key_with_difference_and_overlap_by_hand() -> None
             statistic("own", "all", 0.9, 0.8, 1.0)]  # fmt: skip
     other = [statistic("negative", "all", 0.7, 0.61, 0.8), statistic("negative", "[.2, .4)", 0.35, 0.3, 0.4),
              statistic("negative", "category:x", 0.1, None, None)]  # fmt: skip
-    rows = asked.compare(pd.DataFrame(this), pd.DataFrame(other))
+    rows = compared.compare(pd.DataFrame(this), pd.DataFrame(other))
     assert list(rows["grouping"]) == ["all", "[.2, .4)", "category:x", "all"]
     assert list(rows["intervals"]) == ["apart", "overlap", "", ""]
     assert list(rows["difference"][:2]) == pytest.approx([0.2, 0.15])
     assert list(rows["found_in"]) == ["both", "both", "other", "this"]
-    assert asked.conditions_of_one(rows) == {"this": ["own"], "other": []}
+    assert compared.conditions_of_one(rows) == {"this": ["own"], "other": []}
 
 
 def test_bins_are_told_from_other_groupings() -> None:
-    found = [asked.bin_start(g) for g in ("[0, .2)", "[.8, 1]", "all", "category:[0, x")]
+    found = [compared.bin_start(g) for g in ("[0, .2)", "[.8, 1]", "all", "category:[0, x")]
     assert found == [0.0, 0.8, None, None]
 
 
@@ -328,4 +330,4 @@ def test_a_run_of_an_older_schema_opens(root: Path, monkeypatch: pytest.MonkeyPa
         opened(tmp_path, monkeypatch, part=part)
     assert asked.progress(paths)["items"].tolist() == [2]
     assert asked.certificate(paths).empty
-    assert asked.results(paths).empty
+    assert compared.results(paths).empty

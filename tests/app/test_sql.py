@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.queries import gravity
 from app.queries import sql as asked
 from harness import asking
 from harness.errors import StoreError
@@ -21,11 +22,12 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Store, ask_locked, question
 from tests import synthetic
-from tests.app.conftest import open_view
+from tests.app.conftest import open_view, page_file
 from tests.synthetic import Shape
 from tests.test_asking import RUNAWAY
 
-VIEW = Path(__file__).parents[2] / "app" / "views" / "sql.py"
+VIEW = page_file("sql")
+EXAMPLES = {**gravity.EXAMPLES, **asked.EXAMPLES}
 # Streamlit 1.67 itself still calls what newer packages deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -223,9 +225,10 @@ def test_csv_and_parquet_can_be_read_back(paths: RunPaths, tmp_path: Path) -> No
     assert back["token_ids"].to_pylist() == rows["token_ids"].to_pylist()
 
 
-@pytest.mark.parametrize("title", asked.EXAMPLES)
+@pytest.mark.parametrize("title", EXAMPLES)
 def test_every_example_is_answered(title: str, paths: RunPaths) -> None:
     assert ask_locked(paths.live, SCHEMA, asked.EXAMPLES[title]).rows.num_columns > 1
+    assert ask_locked(paths.live, EXAMPLES[title]).rows.num_columns > 1
 
 
 # -- the page
@@ -252,7 +255,7 @@ def test_without_a_query_nothing_is_asked_and_an_example_is_a_click_away(
     test = opened(paths.folder.parent, monkeypatch)
     assert any("Write a query" in i.value for i in test.info)
     test.button(key="example-Rates").click().run()
-    assert test.text_area(key="sql").value == asked.EXAMPLES["Rates"]
+    assert test.text_area(key="sql").value == EXAMPLES["Rates"]
     assert set(test.dataframe[-1].value["condition"]) == {"baseline", "negative"}
 
 
