@@ -22,6 +22,7 @@ from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration,
 from harness.engine.executors import Accelerator, Executor, Host, executor_of
 from harness.engine.stop import StopNow, StopSignal
 from harness.errors import HarnessError, RunError, SettingsError, Stopped
+from harness.experiments import registry
 from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
 from harness.experiments.certificate import NAME as CERTIFICATE
 from harness.experiments.certificate import Certificate
@@ -419,7 +420,7 @@ def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
     threads = device.set_threads(resolved.settings.runtime.threads)
     numerics = device.be_exact()
     return {
-        "code": environment.code(),
+        "code": environment.code(registry.folder_outside(plan.experiment.name)),
         "packages": environment.packages(),
         "lock_sha256": environment.lock_sha256(resolved.settings.paths.data_folder),
         "machine": environment.machine(),

@@ -7,7 +7,7 @@ A package that is installed adds an experiment by the entry-point group `harness
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,15 @@ def resolve(
     """The settings of a command about an experiment, see `settings.resolve`. Raises SettingsError."""
     defaults = {} if experiment is None else get(experiment).demo()
     return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
+
+
+def folder_outside(name: str) -> Path | None:
+    """The folder of an installed experiment's package; None for one that is part of harness, or a single file."""
+    if (Path(__file__).parent / name).is_dir():
+        return None
+    package = next((e.module.partition(".")[0] for e in _entry_points() if e.name == name), None)
+    spec = util.find_spec(package) if package else None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def _places() -> dict[str, str]:

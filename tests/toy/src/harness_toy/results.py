@@ -19,7 +19,7 @@ def headlines(reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
     if not rows:
         return []
     found = mean_interval([r["mean"] for r in rows])
-    return [Headline("all texts", f"{unit} a token", found.value, found.low, found.high)]
+    return [Headline("all texts", f"{unit} a token", found.mean, found.low, found.high)]
 
 
 def render(reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
