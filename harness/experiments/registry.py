@@ -34,9 +34,9 @@ def get(name: str) -> Experiment:
     """The experiment of this name. Raises SettingsError where there is none, or where it cannot be imported."""
     places = _places()
     if name not in places:
-        raise SettingsError(
-            f"no experiment {name[:80]!r}{nearest(name, list(places))}; there are: {', '.join(names())}"
-        )
+        # Who named none was given the default one.
+        told = "name an experiment" if name == DEFAULT else f"no experiment {name[:80]!r}{nearest(name, list(places))}"
+        raise SettingsError(f"{told}; there are: {', '.join(names())}")
     try:
         return _load(name)
     except SettingsError:
@@ -80,6 +80,11 @@ def resolve(
     """The settings of a command about an experiment, see `settings.resolve`. Raises SettingsError."""
     defaults = {} if experiment is None else get(experiment).demo()
     return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
+
+
+def run_command(name: str) -> str:
+    """What is typed to run an experiment."""
+    return "harness run" if name == DEFAULT else f"harness run {name}"
 
 
 def folder_outside(name: str) -> Path | None:
