@@ -93,6 +93,10 @@ def _moment(number: int) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+AnyTables = Mapping[str, Sequence[Row]]
+"""`Tables`, or rows at hand by the name of their table."""
+
+
 class Tables(Mapping[str, list[Row]]):
     """The tables that a stage asked for, by name: `tables["prompts"]` is all rows of one.
 
@@ -104,7 +108,7 @@ class Tables(Mapping[str, list[Row]]):
         self._source, self._reads, self._artifacts = source, dict(reads), artifacts
 
     @classmethod
-    def of(cls, given: Mapping[str, Sequence[Row]]) -> "Tables":
+    def of(cls, given: AnyTables) -> "Tables":
         """Tables from rows at hand: for a stage that is used without a run."""
         return given if isinstance(given, Tables) else cls(_Given(given), dict.fromkeys(given, ()))
 
