@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from safetensors import safe_open
 from streamlit.testing.v1 import AppTest
 
+from harness.cli import main
 from harness.experiments import registry
 from tests.installed import TOY, install, metadata_of
 from tests.test_cli import harness, manifest, only_run, query, refused, run_folders
@@ -270,7 +273,7 @@ def test_the_report_has_its_section_and_figure(whole: Path, tmp_path: Path) -> N
 
 def test_it_is_shown_and_listed(whole: Path) -> None:
     assert "Surprisal: 8.3" in harness("show", whole.name, "--paths.runs", whole.parent).out
-    assert whole.name in harness("runs", "--paths.runs", whole.parent).out
+    assert whole.name[:15] in harness("runs", "--paths.runs", whole.parent).out
 
 
 def test_sanity_and_bench_measure_it_both_ways(tmp_path: Path) -> None:
@@ -301,7 +304,7 @@ def test_its_page_shows_its_chart(whole: Path, monkeypatch: pytest.MonkeyPatch) 
     assert test.title[0].value == "Surprisal"
     assert "never trained" in test.warning[0].value
     (chart,) = test.get("echarts_chart")
-    assert '"shuffled"' in str(chart.proto)
+    assert "shuffled" in json.loads(chart.proto.spec)["yAxis"]["data"]
     whole_app = AppTest.from_file(str(Path(__file__).parents[1] / "app" / "streamlit_app.py"), default_timeout=60).run()
     assert not whole_app.exception, [e.value for e in whole_app.exception]
 
@@ -309,17 +312,7 @@ def test_its_page_shows_its_chart(whole: Path, monkeypatch: pytest.MonkeyPatch) 
 # -- settings and help
 
 
-def test_help_shows_its_settings_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*args: str) -> str:
-        with pytest.raises(SystemExit) as end:
-            harness(*args, "--help")
-        return str(end.value.code)
-
-    from contextlib import redirect_stdout
-    from io import StringIO
-
-    from harness.cli import main
-
+def test_help_shows_its_settings_and_no_others() -> None:
     def helped(*args: str) -> str:
         out = StringIO()
         with redirect_stdout(out), pytest.raises(SystemExit) as end:
@@ -357,7 +350,7 @@ def test_a_setting_is_given_in_three_ways(how: str, tmp_path: Path, monkeypatch:
 def test_a_setting_that_it_does_not_have_is_refused() -> None:
     assert "no such argument --toy.units; did you mean '--toy.unit'?" in refused(harness("run", "toy", "--toy.units", "bits"))
     assert "no such argument --gravity.num_samples" in refused(harness("run", "toy", "--gravity.num_samples", 3))
-    assert "expected 'nats' or 'bits'" in refused(harness("run", "toy", "--toy.unit", "bytes")).lower()
+    assert "should be 'nats' or 'bits'; found 'bytes'" in refused(harness("run", "toy", "--toy.unit", "bytes"))
     assert "takes one model" in refused(harness("run", "toy", "--other", "demo"))
 
 
