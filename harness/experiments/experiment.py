@@ -107,7 +107,7 @@ class Prepared:
     num_subjects: int
     """What the run's length grows with: prompts, where an experiment has them."""
     about: str
-    """In a few words, for the log: `250 prompts × 2 conditions (baseline, negative)`."""
+    """In a few words, for the log: `250 texts, in nats`."""
     facts: Mapping[str, Any]
     """For the manifest, by key."""
     some: Callable[[int, tuple[str, ...]], Any]
