@@ -372,7 +372,7 @@ def _fitted(
 # ---- what the views have added up -----------------------------------------------------------------------------
 
 
-def _mechanism(table: str) -> Callable[[Analysis, Tables], list[Row]]:
+def _mechanism(table: str) -> Callable[[Analysis, AnyTables], list[Row]]:
     """Success against failure by layer, and by head where there are heads, from a view of moments."""
 
     def compute(given: Analysis, tables: AnyTables) -> list[Row]:
