@@ -7,7 +7,7 @@ A package that is installed adds an experiment by the entry-point group `harness
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def get(name: str) -> Experiment:
     """The experiment of this name. Raises SettingsError where there is none, or where it cannot be imported."""
     places = _places()
     if name not in places:
-        raise SettingsError(
-            f"no experiment {name[:80]!r}{nearest(name, list(places))}; there are: {', '.join(names())}"
-        )
+        # Who named none was given the default one.
+        told = "name an experiment" if name == DEFAULT else f"no experiment {name[:80]!r}{nearest(name, list(places))}"
+        raise SettingsError(f"{told}; there are: {', '.join(names())}")
     try:
         return _load(name)
     except SettingsError:
@@ -80,6 +80,20 @@ def resolve(
     """The settings of a command about an experiment, see `settings.resolve`. Raises SettingsError."""
     defaults = {} if experiment is None else get(experiment).demo()
     return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
+
+
+def run_command(name: str) -> str:
+    """What is typed to run an experiment."""
+    return "harness run" if name == DEFAULT else f"harness run {name}"
+
+
+def folder_outside(name: str) -> Path | None:
+    """The folder of an installed experiment's package; None for one that is part of harness, or a single file."""
+    if (Path(__file__).parent / name).is_dir():
+        return None
+    package = next((e.module.partition(".")[0] for e in _entry_points() if e.name == name), None)
+    spec = util.find_spec(package) if package else None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def _places() -> dict[str, str]:
