@@ -89,7 +89,9 @@ def test_who_adds_a_stage_by_the_recipe_has_its_rows(tmp_path: Path) -> None:
     for block in recipe:
         follow(block, project)
     found = run("toy", project, tmp_path / "runs")
-    rows = query(found, "SELECT p.position, p.surprisal, s.num_tokens, s.mean FROM peaks p JOIN surprisals s USING (text_id)")
+    rows = query(
+        found, "SELECT p.position, p.surprisal, s.num_tokens, s.mean FROM peaks p JOIN surprisals s USING (text_id)"
+    )
     assert len(rows) == 10
     for position, peak, num_tokens, mean in rows:
         assert 1 <= position <= num_tokens

@@ -330,9 +330,7 @@ def test_conditions_may_be_names_a_table_of_strings_or_a_table_of_tables(tmp_pat
     tables = resolve({}, toml_file(tmp_path, {"gravity.conditions": table}), {})
     as_json = resolve({}, None, {"HARNESS_GRAVITY__CONDITIONS": json.dumps(table)})
     assert list(conditions_of(own(names))) == ["negative"]
-    assert list(conditions_of(own(strings))) == ["baseline", "negative", "ban"], (
-        "own ones stand beside the built in"
-    )
+    assert list(conditions_of(own(strings))) == ["baseline", "negative", "ban"], "own ones stand beside the built in"
     assert conditions_of(own(strings))["ban"].text == BAN
     assert conditions_of(own(tables))["ban"].negation == "Name no"
     assert as_json.settings == tables.settings

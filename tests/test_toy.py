@@ -120,7 +120,7 @@ def test_every_batch_has_a_file_with_each_of_its_texts_a_token_a_number(whole: P
     texts = []
     for path in paths:
         with safe_open(whole / "artifacts" / path, "numpy") as tensors:
-            for name in tensors.keys():
+            for name in list(tensors.keys()):
                 values = tensors.get_tensor(name)
                 assert (len(values), pytest.approx(float(values.mean()), rel=1e-5)) == means[name]
             texts.append(sorted(tensors.keys()))
@@ -281,7 +281,9 @@ def test_sanity_and_bench_measure_it_both_ways(tmp_path: Path) -> None:
     assert told.code == 0, told.out
     assert "│ surprisal   │     6 │" in told.out
     file = tmp_path / "bench.json"
-    told = harness("bench", "toy", "--model", "random:tiny-llama", "--contexts", 4, "--json", file, "--runtime.device", "cpu")
+    told = harness(
+        "bench", "toy", "--model", "random:tiny-llama", "--contexts", 4, "--json", file, "--runtime.device", "cpu"
+    )
     assert told.code == 0, told.out
     assert [f["way"] for f in json.loads(file.read_text())["figures"]] == ["one batch of 4", "one text at a time"]
 
@@ -342,13 +344,17 @@ def test_a_setting_is_given_in_three_ways(how: str, tmp_path: Path, monkeypatch:
     assert told.code == 0, told.err
     assert "2 texts, in bits" in told.err
     if how == "file":
-        told = harness("run", "--dry-run", "--limit", 2, "--gravity.stages", "prompts", "--runtime.device", "cpu", *args)
+        told = harness(
+            "run", "--dry-run", "--limit", 2, "--gravity.stages", "prompts", "--runtime.device", "cpu", *args
+        )
         assert told.code == 0, told.err
         assert "2 prompts" in told.err
 
 
 def test_a_setting_that_it_does_not_have_is_refused() -> None:
-    assert "no such argument --toy.units; did you mean '--toy.unit'?" in refused(harness("run", "toy", "--toy.units", "bits"))
+    assert "no such argument --toy.units; did you mean '--toy.unit'?" in refused(
+        harness("run", "toy", "--toy.units", "bits")
+    )
     assert "no such argument --gravity.num_samples" in refused(harness("run", "toy", "--gravity.num_samples", 3))
     assert "should be 'nats' or 'bits'; found 'bytes'" in refused(harness("run", "toy", "--toy.unit", "bytes"))
     assert "takes one model" in refused(harness("run", "toy", "--other", "demo"))
