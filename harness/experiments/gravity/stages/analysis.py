@@ -364,7 +364,7 @@ def _fitted(
 # ---- what the views have added up -----------------------------------------------------------------------------
 
 
-def _mechanism(table: str) -> Callable[[Analysis, Tables], list[Row]]:
+def _mechanism(table: str) -> Callable[[Analysis, AnyTables], list[Row]]:
     """Success against failure by layer, and by head where there are heads, from a view of moments."""
 
     def compute(given: Analysis, tables: AnyTables) -> list[Row]:
@@ -445,7 +445,7 @@ def _taxonomy(given: Analysis, tables: AnyTables) -> Iterator[Row]:
                    "n": len(failures), "method": rows[0]["taxonomy_rule"]}  # fmt: skip
 
 
-_COMPUTE: dict[str, Callable[[Analysis, Tables], Iterable[Row]]] = {
+_COMPUTE: dict[str, Callable[[Analysis, AnyTables], Iterable[Row]]] = {
     "rates": _rates,
     "fit": _fit,
     "suppression": _suppression,
