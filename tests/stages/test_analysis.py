@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -515,7 +515,7 @@ class Keeping:
     inner: Analysis
     name: str = "analysis"
     version: int = 1
-    reads: tuple[str, ...] = Analysis.reads
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = Analysis.reads
     row_bytes: int = 1
 
     def params(self) -> dict[str, Any]:
