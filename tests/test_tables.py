@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from harness.engine import Artifact, Item, ItemResult
-from harness.engine.tables import FileHandle, Tables, source_of
+from harness.engine.tables import FileHandle, Tables
 from harness.errors import RunError
 from harness.run import RunPaths
 from harness.store import Store
@@ -35,7 +35,7 @@ def tables(tmp_path: Path) -> Iterator[Tables]:
     run_stages(tmp_path, Fake(same_lengths(5), with_tensors))
     paths = RunPaths(tmp_path)
     with Store(paths.results) as store:
-        yield Tables(source_of(store), READS, paths.artifacts)
+        yield Tables(store, READS, paths.artifacts)
 
 
 def test_a_table_has_the_columns_asked_for_and_no_other(tables: Tables) -> None:

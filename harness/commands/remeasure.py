@@ -17,7 +17,6 @@ from harness.engine.executors import Host, Job, Outcome, executor_of
 from harness.engine.plan import Plan as Batches
 from harness.engine.stage import kind_of, loaded
 from harness.engine.staging import compute, drop_folder
-from harness.engine.tables import source_of
 from harness.errors import HarnessError
 from harness.models import device
 from harness.run import RunPaths
@@ -97,7 +96,7 @@ def _stage_again(
         yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
         return
     artifacts = RunPaths(reader.path.parent).artifacts
-    tables = Tables(source_of(reader), stage.reads, artifacts)
+    tables = Tables(reader, stage.reads, artifacts)
     items = {i.key: i for i in stage.items(tables)}
     states = None
     if kind_of(stage) != "map":

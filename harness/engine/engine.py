@@ -19,7 +19,7 @@ from harness.engine.plan import Budget, Plan, batch_of, halves, in_order
 from harness.engine.stage import AnyStage, Item, ItemResult, kind_of, loaded
 from harness.engine.staging import claim, compute, drop_folder, drop_if_empty, sweep_staged
 from harness.engine.stop import StopSignal
-from harness.engine.tables import Tables, source_of
+from harness.engine.tables import Tables
 from harness.errors import EnvironmentFault
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Failure, Row, Store
@@ -116,7 +116,7 @@ class Engine:
 
     def _run_stage(self, stage: AnyStage, retry_failed: bool) -> StageReport:
         self._observer.doing(stage.name, "listing its items")
-        tables = Tables(source_of(self._store), stage.reads, self._paths.artifacts)
+        tables = Tables(self._store, stage.reads, self._paths.artifacts)
         with self._stop.at_once():
             items = {i.key: i for i in stage.items(tables)}
         self._observer.doing(stage.name, "")

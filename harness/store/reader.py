@@ -159,7 +159,9 @@ class Reader:
         except (duckdb.Error, pa.ArrowException) as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 
-    def rows_with(self, name: str, keys: Sequence[Row], columns: Sequence[str] | None = None) -> list[Row]:
+    def rows_with(
+        self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> list[Row]:
         """As `Store.rows_with`."""
         try:
             return rows_with(self._con, name, keys, columns)

@@ -1,6 +1,7 @@
 """Rows of an open store, whole or a piece at a time, in the order of their key: the same for its writer and its readers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -45,7 +46,7 @@ def _handed_out(cursor: duckdb.DuckDBPyConnection, reader: pa.RecordBatchReader)
 
 
 def rows_with(
-    con: duckdb.DuckDBPyConnection, name: str, keys: Sequence[Row], columns: Sequence[str] | None
+    con: duckdb.DuckDBPyConnection, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None
 ) -> list[Row]:
     """The rows whose values equal those of one of `keys`, which all name the same columns, in the order of the table's key."""
     if not keys:

@@ -81,13 +81,15 @@ class TableFacts:
     """A query for each name, which says what is wrong: the keys of rows that make no sense."""
 
 
+_WHOLE = "stage NOT IN (SELECT stage FROM events WHERE kind = 'chain_ended' AND stage IS NOT NULL)"
+"""A stage whose items rest on one another ends where one fails, and says so."""
 _CORE_FACTS = TableFacts(
     derived=("sanity_items", "artifacts"),
     sense={
         "stages: not every item is done or failed": "SELECT stage FROM stages WHERE status <> 'running' "
-        "AND num_done + num_failed <> num_items",
-        "batches: planned, and never computed": "SELECT b.stage, b.batch_id FROM batches b JOIN stages s USING (stage) "
-        "WHERE b.status = 'planned' AND s.status <> 'running'",
+        f"AND num_done + num_failed <> num_items AND {_WHOLE}",
+        "batches: planned, and never computed": "SELECT stage, b.batch_id FROM batches b JOIN stages s USING (stage) "
+        f"WHERE b.status = 'planned' AND s.status <> 'running' AND {_WHOLE}",
         "batches: not as many keys as items": "SELECT stage, batch_id FROM batches WHERE num_items <> len(keys)",
     },
 )

@@ -9,11 +9,11 @@ import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -272,7 +272,9 @@ class Store:
         """As `table`, a piece at a time, in Arrow's form: what was there when it was asked for, whatever is written since."""
         return streamed(self._con, name, columns, rows)
 
-    def rows_with(self, name: str, keys: Sequence[Row], columns: Sequence[str] | None = None) -> list[Row]:
+    def rows_with(
+        self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> list[Row]:
         """The rows of a table whose values equal those of one of `keys`, in the order of the table's key."""
         return rows_with(self._con, name, keys, columns)
 
