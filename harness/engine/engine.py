@@ -458,7 +458,7 @@ def _artifact_row(file: StagedFile, path: str, batch: Batch, columns: Collection
     told = dict(artifact.keys) | {
         "path": path, "kind": artifact.kind, "sha256": file.sha256, "bytes": file.bytes, "shape": list(artifact.shape),
         "dtype": artifact.dtype, "stage": batch.stage, "batch_id": batch.batch_id, "item_key": file.item,
-        "keys": list(artifact.keys.items()),
+        "keys": dict(artifact.keys),
     }  # fmt: skip
     return {name: value for name, value in told.items() if name in columns}
 
