@@ -359,10 +359,12 @@ def test_conditions_that_cannot_be_rendered_are_refused(conditions: str, told: s
 
 
 def test_settings_and_cli_import_neither_torch_nor_the_environment() -> None:
-    """`harness runs` should answer at once. The control: the launcher does import torch."""
+    """`harness runs` should answer at once, and `harness run --help` soon. The control: the launcher does import torch."""
     code = (
         "import sys, harness.settings, harness.cli; slow = {'torch', 'transformers', 'duckdb'}; "
-        "print(sorted(slow & set(sys.modules))); import harness.commands.launch; print('torch' in sys.modules)"
+        "print(sorted(slow & set(sys.modules))); harness.cli._parser(['run', '--help']); "
+        "print(sorted((slow - {'duckdb'}) & set(sys.modules))); "
+        "import harness.commands.launch; print('torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert told.stdout.splitlines() == ["[]", "True"]
+    assert told.stdout.splitlines() == ["[]", "[]", "True"]

@@ -85,6 +85,7 @@ def drop_folder(folder: Path) -> None:
 
 
 def drop_if_empty(folders: Sequence[Path]) -> None:
+    """Remove, in this order, those that hold nothing."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

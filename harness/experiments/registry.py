@@ -4,6 +4,7 @@ A package that is installed adds an experiment by the entry-point group `harness
 `experiment.Experiment` describes it. Nothing is imported until an experiment is asked for.
 """
 
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
@@ -113,7 +114,8 @@ def _load(name: str) -> "Experiment":
     from harness.experiments.experiment import Experiment
 
     parts = [part for part in vars(Experiment) if not part.startswith("_")]
-    missing = [part for part in parts if not hasattr(found, part)]
+    absent = object()  # looked for, not asked for: a part may import torch when it is made
+    missing = [part for part in parts if inspect.getattr_static(found, part, absent) is absent]
     if missing:
         raise SettingsError(
             f"experiment {name} ({_places()[name]}) gives no {', '.join(missing)}; see docs/experiments.md"

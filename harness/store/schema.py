@@ -137,6 +137,7 @@ class Schema:
 
     @property
     def views(self) -> tuple[str, ...]:
+        """Views of the newest version, the experiment's own first."""
         of_core = _core_made().views
         return tuple(name for name in _made(self, self.newest).views if name not in of_core) + of_core
 

@@ -467,6 +467,7 @@ class Sanity:
 
     @staticmethod
     def build(given: Inputs) -> Certificate[Task, Bench]:
+        """Of as many prompts as the settings say."""
         own = given.settings
         checks = GravityChecks(given.model, given.identity, Sampler.of(own), own.sanity.num_prompts, given.seed)
         return Certificate.of(checks, own.sanity)

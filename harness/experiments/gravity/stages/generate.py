@@ -114,6 +114,7 @@ class Greedy:
 
     @staticmethod
     def build(given: Inputs) -> Generate:
+        """One completion of every context."""
         e = given.settings
         sampling = Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline)
         return Generate(
@@ -128,6 +129,7 @@ class Samples:
 
     @staticmethod
     def build(given: Inputs) -> Generate:
+        """As many completions as the settings say, under the conditions they name."""
         e = given.settings
         sampling = Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)
         conditions = e.sample_conditions or tuple(given.conditions)

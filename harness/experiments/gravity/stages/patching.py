@@ -67,6 +67,7 @@ class Patching:
 
     @classmethod
     def build(cls, given: Inputs) -> "Patching":
+        """Between the conditions that the settings name; completions as the stage `greedy` makes them."""
         e = given.settings
         return cls(given.model, given.identity, e.patching, e.max_new_tokens_greedy, e.stop_at_newline, given.seed)
 
