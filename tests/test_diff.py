@@ -17,11 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.commands.diff import DERIVED, RANKS, TOLERANCE, ColumnDrift, TableDrift, table_drift, verdict
+from harness.commands import diff
+from harness.commands.diff import ColumnDrift, TableDrift, table_drift
 from harness.experiments.gravity.stages import psem
 from harness.run.differences import environment_differences
 from harness.store import Aligned
+from harness.tolerance import TOLERANCE
 from tests.app.conftest import _older_schema
+from tests.gravity import EXPERIMENT
 from tests.test_cli import ROWS, Told, harness, manifest, prompt_file, run_folders
 
 # One table against a plain loop
@@ -116,6 +119,12 @@ def test_keys_are_not_compared_and_no_rows_in_common_are_no_drift_of_columns() -
 
 # What is rounding
 
+SCHEMA = EXPERIMENT.schema
+
+
+def verdict(drifts: Sequence[TableDrift], dtype: str) -> str:
+    return diff.verdict(drifts, dtype, SCHEMA)
+
 
 def drifted(table: str = "psem", column: str = "p_sem", scaled: float = 0.0, only: int = 0) -> TableDrift:
     columns = (ColumnDrift(column, 1, scaled, scaled, scaled, "a"),) if scaled else ()
@@ -139,7 +148,7 @@ def test_half_precision_is_let_more_room_than_single() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "column"), [*((t, "value") for t in DERIVED), *(("lens", c) for c in RANKS)], ids=lambda v: str(v)
+    ("table", "column"), [*((t, "value") for t in SCHEMA.derived), *(("lens", c) for c in SCHEMA.ranks)], ids=lambda v: str(v)
 )  # fmt: skip
 def test_ranks_and_tables_that_rest_on_others_are_left_out_of_the_verdict_and_not_of_what_is_identical(
     table: str, column: str
@@ -147,7 +156,7 @@ def test_ranks_and_tables_that_rest_on_others_are_left_out_of_the_verdict_and_no
     drift = drifted(table, column, scaled=math.inf)
     assert verdict([drift, drifted()], "float32") == "rounding"
     assert verdict([drift, drifted("psem", "text", math.inf)], "float32") == "apart", "the control"
-    if table in DERIVED:
+    if table in SCHEMA.derived:
         assert verdict([drifted(table, only=1)], "float32") == "rounding"
 
 
@@ -389,15 +398,23 @@ def test_one_value_changed_in_a_column_is_counted_sized_and_its_row_named(
     assert sorted(r[4] for r in planted if len(r) == 9) == sorted(PLANTED), "and no other column"
 
 
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was analysed; tests copy it."""
+    folder = tmp_path_factory.mktemp("analysed")
+    args = ("--prompts", prompt_file(folder), "--paths.runs", folder / "runs", "--gravity.num_samples", 2)
+    told = harness("run", *args, "--stages", "analysis")
+    assert told.code == 0, told.err
+    (run,) = run_folders(folder / "runs")
+    return run
+
+
 @pytest.mark.parametrize(("is_other_code", "code"), [(True, 0), (False, 1)])
 def test_an_analysis_that_only_newer_code_makes_is_counted_and_is_no_difference(
-    tmp_path: Path, is_other_code: bool, code: int
+    analysed: Path, tmp_path: Path, is_other_code: bool, code: int
 ) -> None:
     """Of the same code a row that is missing is one: the control."""
-    args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "analysis",
-            "--experiment.num_samples", 2)  # fmt: skip
-    assert harness(*args).code == 0
-    (one,) = run_folders(tmp_path / "runs")
+    one = Path(shutil.copytree(analysed, tmp_path / "runs" / analysed.name))
     pair = {"one": one, "other": Path(shutil.copytree(one, one.parent / "other"))}
     told = manifest(one)
     if is_other_code:
