@@ -21,7 +21,9 @@ def metadata_of(project: Path, to: Path) -> Path:
         for line in (f"[{group}]", *(f"{name} = {place}" for name, place in entries.items()))
     ]
     (folder / "entry_points.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {told['name']}\nVersion: {told['version']}\n", "utf-8")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {told['name']}\nVersion: {told['version']}\n", "utf-8"
+    )
     (folder / "RECORD").write_text("", "utf-8")
     return folder
 

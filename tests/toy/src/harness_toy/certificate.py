@@ -48,7 +48,9 @@ class ToyChecks:
     def tasks(self, tables: Tables) -> list[Task]:
         rows = [r for r in tables["texts"] if len(r["token_ids"]) > 1][: self.num_subjects]
         company = tuple(tuple(r["token_ids"]) for r in rows)
-        return [Task(r["text_id"], text, company, n == 0) for n, (r, text) in enumerate(zip(rows, company, strict=True))]
+        return [
+            Task(r["text_id"], text, company, n == 0) for n, (r, text) in enumerate(zip(rows, company, strict=True))
+        ]
 
     def bench(self, is_full: bool) -> LM:
         return shared(self.model, self.identity)

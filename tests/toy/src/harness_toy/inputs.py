@@ -74,7 +74,9 @@ def read_texts(path: Path) -> tuple[Text, ...]:
             told: Any = json.loads(line)
             text = Text(str(told["name"]), str(told["text"]))
         except (ValueError, TypeError, KeyError, RecursionError) as e:
-            raise PromptFileError(f'{path} line {number}: expected {{"name": …, "text": …}}, found {line[:80]!r}') from e
+            raise PromptFileError(
+                f'{path} line {number}: expected {{"name": …, "text": …}}, found {line[:80]!r}'
+            ) from e
         if text.name in found:
             raise PromptFileError(f"{path} line {number}: the name {text.name!r} is there twice")
         found[text.name] = text

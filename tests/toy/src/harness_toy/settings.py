@@ -5,7 +5,6 @@ from typing import Literal
 
 from harness.settings import ExperimentSettings
 
-
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
 """How many of each unit a nat is."""
 
