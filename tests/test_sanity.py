@@ -12,21 +12,22 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 
 from harness import store
-from harness.commands import sanity as command
-from harness.engine.executors import Item
+from harness.engine import Item, Tables
 from harness.engine.plan import CPU_BUDGET
 from harness.errors import EnvironmentFault, ItemFailed, NotFinite
+from harness.experiments.certificate import Asked, Certificate, Verdict, Work
 from harness.experiments.gravity import certificate as stage
 from harness.experiments.gravity.certificate import (
     Bench,
+    GravityChecks,
     Sampler,
     Sanity,
     Subject,
     Task,
-    Verdict,
-    Work,
     check,
+    make_subjects,
     subjects_of,
+    tables_of,
     tasks_of,
 )
 from harness.experiments.gravity.conditions import Template
@@ -81,7 +82,7 @@ def demo() -> LM:
 @pytest.fixture(scope="module")
 def demo_subjects() -> list[Subject]:
     """Two prompts of different lengths, in both conditions."""
-    return command.make_subjects(gravity.prepare(resolve({"data.limit": "2"}, None, {})), 2)
+    return make_subjects(gravity.prepare(resolve({"data.limit": "2"}, None, {})).inputs, 2)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_the_certificate_of_the_demo_model_is_green_and_names_every_measurement(
 def test_the_command_prints_the_whole_certificate_and_exits_0() -> None:
     told = harness("sanity", "--num-prompts", 2)
     assert told.code == 0, told.out
-    assert "4 contexts" in told.out
+    assert "2 subjects" in told.out
     assert lines_of(told, "ok") == EVERYTHING
     assert "DISAGREES" not in told.out
 
@@ -592,9 +593,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 def scores_row(lm: LM, subject: Subject) -> dict[str, dict[str, Any]]:
     """The stored rows of the group `scores`, by measurement."""
-    made = Sanity(ModelSpec("none"), lm.identity, COOL, 1, 0)
+    made = Certificate(GravityChecks(ModelSpec("none"), lm.identity, COOL, 1, 0))
     task = tasks_of([subject], len(lm.anatomy.blocks))[0]
-    (result,) = made.run(Work(Bench(lm, COOL), None), [Item("scores", 1, task)])
+    (result,) = made.run(Work(Bench(lm, COOL), None), [Item("scores", 1, Asked(task, None, {}))])
     assert result.error is None
     return {row["measurement"]: row for row in result.rows["sanity_items"]}
 
@@ -758,7 +759,7 @@ class Clock:
         return self.now
 
 
-class Certificate:
+class Timed:
     """The stage on the demo model's first two prompts, an item taking as long as `costs` says, and measuring nothing."""
 
     def __init__(self, demo: LM, monkeypatch: pytest.MonkeyPatch, costs: Callable[[str], float] = lambda kind: 1.0):
@@ -774,9 +775,11 @@ class Certificate:
 
         monkeypatch.setattr(stage, "measure", measure)
 
-    def items(self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()) -> tuple[Sanity, list[Item]]:
+    def items(
+        self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()
+    ) -> tuple[Certificate[Task, Bench], list[Item[Asked[Task]]]]:
         made = replace(Sanity.build(self.plan.inputs), budget_s=budget_s, clock=self.clock)
-        return made, made.items({**command.make_tables(self.plan, 2), "sanity_items": list(known)})
+        return made, made.items(Tables.of({**tables_of(self.plan.inputs, 2), "sanity_items": list(known)}))
 
     def rows(
         self, budget_s: float | None, known: Sequence[dict[str, Any]] = (), some: slice = slice(None)
@@ -795,23 +798,24 @@ def test_items_go_once_through_all_measurements_before_any_is_repeated(
     demo: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order in which an engine cuts them, each in a batch of its own."""
-    _, items = Certificate(demo, monkeypatch).items(None)
+    _, items = Timed(demo, monkeypatch).items(None)
     ordered = sorted(items, key=lambda i: (-i.length, i.key))
     assert ordered == items
     assert all(i.length > CPU_BUDGET / 2 for i in items)
-    kinds = [i.payload.kind for i in items]
+    tasks = [i.payload.task for i in items]
+    kinds = [t.kind for t in tasks]
     assert kinds[:10] == ["scores", "greedy", "samples", "inside", *PATCHES]
-    assert [i.payload.is_least for i in items] == [n < 10 for n in range(len(items))]
-    assert len({i.payload.subject.key for i in items[:10]}) == 1
-    assert {i.payload.layer for i in items[4:10]} == {0, 2, 5}, "first, middle and last layer, going round"
-    assert len({(i.payload.kind, i.payload.name) for i in items}) == len(items) == 4 * 4 + 2 * 6 * 3
+    assert [t.is_least for t in tasks] == [n < 10 for n in range(len(items))]
+    assert len({t.subject.key for t in tasks[:10]}) == 1
+    assert {t.layer for t in tasks[4:10]} == {0, 2, 5}, "first, middle and last layer, going round"
+    assert len({(t.kind, t.name) for t in tasks}) == len(items) == 4 * 4 + 2 * 6 * 3
 
 
 @pytest.mark.parametrize("budget_s", [0.0, 10.0, 15.5, 30.0, None])
 def test_a_budget_leaves_out_by_name_what_does_not_fit_and_never_a_whole_measurement(
     demo: LM, monkeypatch: pytest.MonkeyPatch, budget_s: float | None
 ) -> None:
-    made = Certificate(demo, monkeypatch)
+    made = Timed(demo, monkeypatch)
     rows = made.rows(budget_s)
     assert len(made.measured) == {0.0: 10, 10.0: 10, 15.5: 15, 30.0: 29, None: 52}[budget_s]
     assert made.clock.now <= max(10.0, budget_s or 1e9), "within the budget, but for what is always measured"
@@ -826,7 +830,7 @@ def test_a_budget_leaves_out_by_name_what_does_not_fit_and_never_a_whole_measure
 
 def test_what_is_dear_is_left_out_and_what_is_cheap_still_made(demo: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """That the next item would end beyond the budget is told from the last one of its kind."""
-    made = Certificate(demo, monkeypatch, lambda kind: 20.0 if kind == "inside" else 1.0)
+    made = Timed(demo, monkeypatch, lambda kind: 20.0 if kind == "inside" else 1.0)
     made.rows(60.0)
     assert sum(name.startswith("inside") for name in made.measured) == 2
     assert made.clock.now <= 60.0
@@ -836,7 +840,7 @@ def test_what_is_dear_is_left_out_and_what_is_cheap_still_made(demo: LM, monkeyp
 def test_a_run_that_goes_on_keeps_what_it_measured_and_what_it_left_out(
     demo: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Certificate(demo, monkeypatch)
+    made = Timed(demo, monkeypatch)
     first = made.rows(12.5, some=slice(0, 14))
     assert (len(made.measured), made.clock.now) == (12, 12.0)
     rest = made.rows(14.5, first, slice(14, None))
@@ -863,7 +867,9 @@ def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for
     setting: str, known: float | None, budget_s: float | None
 ) -> None:
     plan = gravity.prepare(resolve({"gravity.sanity.budget": setting}, None, {}))
-    made = Sanity.build(replace(plan.inputs, budget_s=known))
+    made = Sanity.build(plan.inputs)
+    if known is not None:  # the run is long enough for an estimate
+        made = made.within(known)
     assert made.budget_s == budget_s
     assert plan.fingerprint == gravity.prepare(resolve({}, None, {})).fingerprint, "it decides no number"
 
@@ -910,12 +916,12 @@ def half(tmp_path: Path) -> ModelSpec:
 def certificate(spec: ModelSpec, group: str) -> dict[str, dict[str, Any]]:
     """The rows that the stage stores for one group of measurements of one prompt."""
     identity = identify(spec)
-    made = Sanity(spec, identity, COOL, 1, 0)
+    made = Certificate(GravityChecks(spec, identity, COOL, 1, 0))
     codec = load_codec(spec, identity)
     prompt = Prompt("first?", "letters", "first?", "q", None, None, (), "")
     contexts = [context_row(codec, prompt, name, t, False) for name, t in TEMPLATES.items()]
     told = {"prompts": [{"prompt_id": "first?", "target": "q"}], "contexts": contexts, "sanity_items": []}
-    (item,) = (i for i in made.items(told) if i.payload.is_least and i.payload.kind == group)
+    (item,) = (i for i in made.items(Tables.of(told)) if i.payload.task.is_least and i.payload.task.kind == group)
     (result,) = made.run(made.setup(), [item])
     return {row["measurement"]: row for row in result.rows["sanity_items"]}
 

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
 from harness import experiments, settings
 from harness.errors import SettingsError, nearest
-from harness.experiments.experiment import Experiment
 from harness.settings import Fields, Own, Resolved
+
+if TYPE_CHECKING:  # it knows the store: `harness --help` should not wait for a database
+    from harness.experiments.experiment import Experiment
 
 DEFAULT = "gravity"
 """What `harness run` runs without a name."""
@@ -30,7 +32,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_places(), key=lambda name: (name != DEFAULT, name)))
 
 
-def get(name: str) -> Experiment:
+def get(name: str) -> "Experiment":
     """The experiment of this name. Raises SettingsError where there is none, or where it cannot be imported."""
     places = _places()
     if name not in places:
@@ -47,7 +49,7 @@ def get(name: str) -> Experiment:
         ) from e
 
 
-def every() -> tuple[Experiment, ...]:
+def every() -> "tuple[Experiment, ...]":
     """All that can be imported; a warning names each that cannot."""
     found = []
     for name in names():
@@ -103,12 +105,15 @@ def _places() -> dict[str, str]:
 
 
 @lru_cache
-def _load(name: str) -> Experiment:
+def _load(name: str) -> "Experiment":
     if (Path(__file__).parent / name / "__init__.py").exists():
         found = import_module(f"{experiments.__name__}.{name}").EXPERIMENT
     else:
         found = next(e for e in _entry_points() if e.name == name).load()
-    missing = [part for part in _PARTS if not hasattr(found, part)]
+    from harness.experiments.experiment import Experiment
+
+    parts = [part for part in vars(Experiment) if not part.startswith("_")]
+    missing = [part for part in parts if not hasattr(found, part)]
     if missing:
         raise SettingsError(
             f"experiment {name} ({_places()[name]}) gives no {', '.join(missing)}; see docs/experiments.md"
@@ -118,9 +123,6 @@ def _load(name: str) -> Experiment:
     if name in settings.Settings.model_fields:
         raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
     return found
-
-
-_PARTS = tuple(name for name in vars(Experiment) if not name.startswith("_"))
 
 
 def _entry_points() -> tuple[metadata.EntryPoint, ...]:

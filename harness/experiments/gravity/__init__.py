@@ -1,7 +1,7 @@
 """Semantic gravity: how strongly a prompt pulls toward a word, how often a ban on it fails, and what explains it.
 
 inputs.py       what a run is made of: prompts.py, conditions.py, settings.py
-stages/         one file a stage, with the table of contents
+stages/         one file a stage; contents.py lists them
 schema.py       its tables
 certificate.py  every measurement, fast against plain
 analysis        bins.py, summary.py, remarks.py, figures.py, report.py: from rows to what people read
@@ -42,7 +42,7 @@ class Gravity:
 
     @cached_property
     def stages(self) -> tuple[Entry, ...]:
-        from harness.experiments.gravity.stages import STAGES
+        from harness.experiments.gravity.contents import STAGES
 
         return STAGES
 
