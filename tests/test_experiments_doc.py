@@ -1,18 +1,16 @@
 """docs/experiments.md says what is so: its code is that of the toy, and who follows its recipes gets what they promise."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.installed import TOY, metadata_of
-from tests.test_cli import query
+from tests.installed import TOY, install
+from tests.test_cli import harness, only_run, query
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "experiments.md").read_text("utf-8")
@@ -52,19 +50,6 @@ def follow(block: Block, project: Path) -> None:
     file.write_text(content.replace(before, "".join(line[1:] for line in lines)), "utf-8")
 
 
-def run(name: str, project: Path, root: Path) -> Path:
-    """`harness run NAME` with a project installed, in a process of its own; the run."""
-    installed = metadata_of(project, project / "installed").parent
-    path = os.pathsep.join(map(str, (ROOT, project / "src", installed)))
-    command = [sys.executable, "-m", "harness", "run", name, "--paths.runs", str(root), "--runtime.device", "cpu"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (found,) = root.iterdir()
-    return found
-
-
 def test_the_code_is_that_of_the_toy() -> None:
     shown = section("An example")
     assert len(shown) >= 6
@@ -72,25 +57,25 @@ def test_the_code_is_that_of_the_toy() -> None:
         assert block.text in (TOY / block.file).read_text("utf-8"), block.file
 
 
-def test_who_adds_an_experiment_by_the_recipe_has_one(tmp_path: Path) -> None:
+def test_who_follows_the_recipes_has_a_stage_and_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage is added to a copy of the toy, of which the experiment is then made: one run shows both."""
+    here = tmp_path / "here"
+    project = Path(shutil.copytree(TOY, here / "tests" / "toy", ignore=shutil.ignore_patterns("__pycache__")))
+    stage = section("Adding a stage")
+    assert [b.is_new for b in stage] == [True, False, False, False]
+    for block in stage:
+        follow(block, project)
     (block,) = section("Adding an experiment")
     lines = block.text.splitlines()
     assert lines[-2:] == ["pip install -e .", "harness run mine"], "what needs an installer, and what comes of it"
-    shutil.copytree(TOY, tmp_path / "here" / "tests" / "toy", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["bash", "-ec", "\n".join(lines[:-2])], cwd=tmp_path / "here", check=True, timeout=60)
-    found = run("mine", tmp_path / "harness-mine", tmp_path / "runs")
-    assert query(found, "SELECT count(*), round(avg(mean), 1) FROM surprisals") == [(10, 8.3)]
-
-
-def test_who_adds_a_stage_by_the_recipe_has_its_rows(tmp_path: Path) -> None:
-    project = Path(shutil.copytree(TOY, tmp_path / "toy", ignore=shutil.ignore_patterns("__pycache__")))
-    recipe = section("Adding a stage")
-    assert [b.is_new for b in recipe] == [True, False, False, False]
-    for block in recipe:
-        follow(block, project)
-    found = run("toy", project, tmp_path / "runs")
+    subprocess.run(["bash", "-ec", "\n".join(lines[:-2])], cwd=here, check=True, timeout=60)
+    install(monkeypatch, tmp_path / "installed", tmp_path / "harness-mine")
+    told = harness("run", "mine", "--paths.runs", tmp_path / "runs", "--runtime.device", "cpu")
+    assert told.code == 0, told.err
+    run = only_run(tmp_path / "runs")
+    assert query(run, "SELECT count(*), round(avg(mean), 1) FROM surprisals") == [(10, 8.3)]
     rows = query(
-        found, "SELECT p.position, p.surprisal, s.num_tokens, s.mean FROM peaks p JOIN surprisals s USING (text_id)"
+        run, "SELECT p.position, p.surprisal, s.num_tokens, s.mean FROM peaks p JOIN surprisals s USING (text_id)"
     )
     assert len(rows) == 10
     for position, peak, num_tokens, mean in rows:

@@ -120,10 +120,10 @@ def test_every_batch_has_a_file_with_each_of_its_texts_a_token_a_number(whole: P
     texts = []
     for path in paths:
         with safe_open(whole / "artifacts" / path, "numpy") as tensors:
-            for name in list(tensors.keys()):
+            texts.append(sorted(tensors.keys()))
+            for name in texts[-1]:
                 values = tensors.get_tensor(name)
                 assert (len(values), pytest.approx(float(values.mean()), rel=1e-5)) == means[name]
-            texts.append(sorted(tensors.keys()))
     assert sorted(texts) == sorted(sorted(keys) for (keys,) in batches)
 
 
@@ -375,14 +375,12 @@ def test_a_package_that_cannot_be_imported_is_named_and_hinders_no_other(whole: 
     assert toy(root=whole.parent).code == 0, "it is finished"
 
 
-def test_the_entry_points_are_what_makes_it_known(tmp_path: Path) -> None:
-    """The control of the fixture: on the path without them nothing is found."""
-    code = "from harness.experiments import registry; print(*registry.names())"
-
-    def names(*path: Path) -> str:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, Path(__file__).parents[1]]))}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-
+def test_the_entry_points_are_what_makes_it_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the fixture: with its sources on the path, and nothing more, nobody knows it."""
+    rest = [place for place in sys.path if not (Path(place) / "harness_toy-0.1.dist-info").exists()]
+    assert len(rest) < len(sys.path)
+    monkeypatch.setattr(sys, "path", rest)
+    assert registry.names() == ("gravity", "broken")
     metadata_of(TOY, tmp_path)
-    assert names(TOY / "src") == "gravity\n"
-    assert names(TOY / "src", tmp_path) == "gravity toy\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert registry.names() == ("gravity", "broken", "toy")

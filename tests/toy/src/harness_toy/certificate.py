@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Tables
+from harness.engine import AnyTables
 from harness.experiments.certificate import Certificate, Gap, Verdict
 from harness.models.load import LM, ModelIdentity, ModelSpec, load, load_codec, shared
 from harness.tolerance import TOLERANCE
@@ -45,7 +45,7 @@ class ToyChecks:
     def params(self) -> dict[str, Any]:
         return {"num_subjects": self.num_subjects}
 
-    def tasks(self, tables: Tables) -> list[Task]:
+    def tasks(self, tables: AnyTables) -> list[Task]:
         rows = [r for r in tables["texts"] if len(r["token_ids"]) > 1][: self.num_subjects]
         company = tuple(tuple(r["token_ids"]) for r in rows)
         return [
