@@ -12,23 +12,23 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import GREY
 from app.charts.gravity import pressure as charts
-from app.queries.gravity import View, remarks
+from app.queries import remarks
+from app.queries.gravity import View
 from app.queries.gravity import pressure as ask
 from app.queries.gravity import prompts as prompts_of
 from harness import stats
-from harness.commands import launch
 from harness.experiments.gravity import report
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.figures import FIGURES, gather
-from harness.experiments.gravity.remarks import lines
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import render, summarise
+from harness.experiments.remarks import lines
 from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
-from harness.settings import resolve
 from harness.store import Store, open_snapshot
-from tests import synthetic
+from tests import gravity, synthetic
 from tests.app.conftest import open_view, page_file
+from tests.gravity import resolve
 from tests.synthetic import HOSTILE, Shape
 
 PAGE = page_file("pressure")
@@ -202,7 +202,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     root = tmp_path_factory.mktemp("real") / "runs"
     flags = {"data.limit": "60", "runtime.seed": "42", "paths.runs": str(root), "runtime.device": "cpu",
              "experiment.stages": "psem,samples,detect,analysis"}  # fmt: skip
-    assert launch.run(resolve(flags, environ={})) == 0
+    assert gravity.run(resolve(flags, environ={})) == 0
     (folder,) = root.iterdir()
     return RunPaths(folder)
 
