@@ -15,8 +15,8 @@ import pandas as pd
 
 from app.selection import Selection
 from harness.errors import SettingsError
-from harness.experiments import registry
 from harness.experiments.experiment import Page
+from harness.experiments.registry import DEFAULT, get, names
 from harness.experiments.remarks import Remark, of_certificate
 from harness.run import RunEntry, RunPaths
 from harness.store import Reader, Schema
@@ -53,13 +53,13 @@ class Extras:
 
 def of_run(manifest: Mapping[str, Any]) -> str:
     """The name of a run's experiment; the default one's where the manifest is older than the question."""
-    return str(manifest.get("experiment") or registry.DEFAULT)
+    return str(manifest.get("experiment") or DEFAULT)
 
 
 def problem(name: str) -> str | None:
     """Why an experiment's runs cannot be opened; None where it is installed."""
     try:
-        registry.get(name)
+        get(name)
     except SettingsError as e:
         return f"its experiment {name!r} is not installed: {e}"
     return None
@@ -67,29 +67,29 @@ def problem(name: str) -> str | None:
 
 def schema_of(manifest: Mapping[str, Any]) -> Schema:
     """The tables of a run's experiment. Raises SettingsError where it is not installed."""
-    return registry.get(of_run(manifest)).schema
+    return get(of_run(manifest)).schema
 
 
 def planted_of(manifest: Mapping[str, Any]) -> str:
     """What is said above a run whose truth is planted; empty for any other."""
-    return registry.get(of_run(manifest)).planted if manifest.get("planted") else ""
+    return get(of_run(manifest)).planted if manifest.get("planted") else ""
 
 
 def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
     """What a run should say of itself."""
-    return [*registry.get(of_run(manifest)).remarks(reader, manifest), *of_certificate(reader, manifest)]
+    return [*get(of_run(manifest)).remarks(reader, manifest), *of_certificate(reader, manifest)]
 
 
 def pages_of(name: str) -> tuple[Page, ...]:
     """The pages of an experiment; none where it is not installed."""
     if problem(name) is not None:
         return ()
-    return tuple(replace(page, file=_VIEWS / page.file) for page in registry.get(name).pages)
+    return tuple(replace(page, file=_VIEWS / page.file) for page in get(name).pages)
 
 
 def page_of(file: Path) -> tuple[str, Page]:
     """The page that a file draws, and the name of its experiment. Raises SettingsError where nobody has such a page."""
-    for name in registry.names():
+    for name in names():
         for page in pages_of(name):
             if page.file.resolve() == file.resolve():
                 return name, page
@@ -110,18 +110,14 @@ def sections(entries: Sequence[RunEntry]) -> dict[str, dict[str, Page]]:
     """What the navigation offers: by title of a section its pages by address. First, without a title, those of the core;
     then those of the experiments that have a run, or of the default one where none has."""
     has_run = {of_run(entry.manifest) for entry in entries if entry.manifest is not None}
-    shown = [name for name in registry.names() if name in has_run and problem(name) is None] or list(
-        registry.names()[:1]
-    )
+    shown = [name for name in names() if name in has_run and problem(name) is None] or list(names()[:1])
     found: dict[str, dict[str, Page]] = {"": {page.name: page for page in CORE}}
     taken = {page.name for page in CORE}
-    for (
-        name
-    ) in registry.names():  # those not shown too: an address does not change when a first run of another one begins
+    for name in names():  # those not shown too: an address does not change when a first run of another one begins
         own = {f"{name}-{page.name}" if page.name in taken else page.name: page for page in pages_of(name)}
         taken |= own.keys()
         if name in shown and own:
-            title = registry.get(name).title
+            title = get(name).title
             found[f"{title} ({name})" if title in found else title] = own
     return found
 

@@ -233,7 +233,7 @@ _SWITCHES = ("--verbose", "--retry-failed", "--dry-run", "--list", "--safe", "--
 
 def _named(given: Sequence[str], is_of_one: bool) -> str | None:
     """The experiment whose settings the arguments may hold: the one that is named; else of a command about one the default,
-    and of another that of the flags (`--gravity.num_samples`), None where no flag is an experiment's."""
+    and of another that of the flags (such as `--toy.unit`), None where no flag is an experiment's."""
     known = registry.names()
     words, is_value = [], False
     for word in given[1:]:

@@ -21,10 +21,11 @@ _DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--
 _SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME")
 
 
-def code() -> dict[str, Any]:
+def code(outside: Path | None = None) -> dict[str, Any]:
     """Version, git commit and dirty flag of the code that runs; the image's label where there is no repository.
 
     `source_sha256` is of the package's own files: equal where the same code runs, cloned, installed or in an image.
+    `outside`: the folder of an installed experiment, whose files count with them.
     """
     commit = _git("rev-parse", "HEAD")
     diff = tree_diff()
@@ -33,14 +34,16 @@ def code() -> dict[str, Any]:
         "git_commit": commit or os.environ.get("HARNESS_IMAGE_REVISION"),
         "git_dirty": bool(diff) if commit else None,
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
-        "source_sha256": source_sha256(),
+        "source_sha256": source_sha256(*([outside] if outside else [])),
     }
 
 
-def source_sha256() -> str:
-    """One hash of every source file of the package, by its place in it."""
-    files = sorted(p for p in _PACKAGE.rglob("*") if p.suffix in (".py", ".j2", ".css"))
-    told = (f"{p.relative_to(_PACKAGE).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
+def source_sha256(*outside: Path) -> str:
+    """One hash of every source file of the package, and of the packages outside of it, by its place in each."""
+    told = []
+    for package in (_PACKAGE, *outside):
+        files = sorted(p for p in package.rglob("*") if p.suffix in (".py", ".j2", ".css"))
+        told += [f"{p.relative_to(package).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files]
     return hashlib.sha256("".join(told).encode()).hexdigest()
 
 

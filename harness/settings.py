@@ -15,7 +15,7 @@ import typing
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -275,10 +275,7 @@ class Fields:
     @cached_property
     def tree(self) -> type[Settings]:
         """What is built: the shared sections and the experiment's own."""
-        if self.own is None:
-            return Settings
-        section: Any = (self.own.type, self.own.type())
-        return create_model(f"{self.own.name.title()}Settings", __base__=Settings, **{self.own.name: section})
+        return Settings if self.own is None else _tree(self.own)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -319,6 +316,13 @@ class Fields:
         for part in parents:
             model = typing.cast(type[BaseModel], model.model_fields[part].annotation)
         return model.model_fields[last]
+
+
+@lru_cache
+def _tree(own: Own) -> type[Settings]:
+    """One type for each experiment: trees of the same values compare equal, and making it costs more than filling it."""
+    section: Any = (own.type, own.type())
+    return create_model(f"{own.name.title()}Settings", __base__=Settings, **{own.name: section})
 
 
 _Own = TypeVar("_Own", bound=ExperimentSettings)

@@ -22,6 +22,7 @@ from loguru import logger
 
 from harness.engine import Engine, Limits
 from harness.engine.executors import Executor, Host, Inline, Item, ItemResult, Outcome
+from harness.engine.plan import Budget, Plan, in_order
 from harness.engine.stop import StopSignal
 from harness.errors import EnvironmentFault, Stopped
 from harness.experiments.gravity.schema import SCHEMA
@@ -784,3 +785,57 @@ def test_an_item_that_is_tried_again_is_counted_and_not_among_the_sizes(tmp_path
     assert (report.sizes, report.retried) == ((4, 4), 0)
     (report,) = run_stages(tmp_path, Fake(lengths), retry_failed=True)
     assert (report.sizes, report.retried) == ((4, 4), 1)
+
+
+class CountingStore(Store):
+    """How often it was asked for a plan, and how many batches it handed out."""
+
+    plans = 0
+
+    def plan(self, stage: str) -> list[Batch]:
+        type(self).plans += 1
+        return super().plan(stage)
+
+
+@pytest.mark.parametrize("num_items", [40, 400])
+def test_the_store_is_asked_for_a_plan_once_a_stage_however_many_batches_there_are(
+    tmp_path: Path, num_items: int
+) -> None:
+    """Each plan is every key of every batch: asked for with each batch, a stage took the square of its length."""
+
+    class Counting(CountingStore):
+        pass
+
+    lengths = {f"k{i:03d}": float(200 + i) for i in range(num_items)}
+    (report,) = run_stages(
+        tmp_path, Fake(lengths), max_tokens=None, memory=Memory(per_token_s=0.001), open_store=Counting
+    )
+    assert report.num_items == num_items
+    assert Counting.plans == 1
+
+
+def test_a_ceiling_counts_for_batches_behind_the_one_that_taught_it_whichever_came_back_first() -> None:
+    plan = Plan([Batch("a", n, (f"{n}a", f"{n}b"), 40) for n in range(4)])
+    learned = Budget(40, None, plan, [])
+    learned.learn(plan[2], plan.place(plan[2]))
+    assert [learned.allows(batch, plan.place(batch)) for batch in plan] == [True, True, False, False]
+    # What an earlier one teaches, later, counts for all behind it; and a resume knows the same.
+    learned.learn(plan[1], plan.place(plan[1]))
+    resumed = Budget(40, None, plan, [1, 2])
+    for budget in (learned, resumed):
+        assert [budget.allows(batch, plan.place(batch)) for batch in plan] == [True, False, False, False]
+
+
+def test_a_budget_is_cut_for_the_weakest_worker() -> None:
+    """Control: where none is weaker the room of this process is used."""
+
+    def largest(heard: int | None) -> int:
+        plan = Plan([replace(Batch("a", n, (f"x{n}",), size), status="done", peak_bytes=1_000 + 10 * size)
+                     for n, size in enumerate((2_000, 8_000))])  # fmt: skip
+        budget = Budget(None, 1_000_000, plan, [])
+        budget.hear(heard)
+        items = in_order([Item(f"k{n:04d}", 100.0) for n in range(2_000)])
+        return max(b.padded_tokens for b in budget.cut(items, 2, "a"))
+
+    assert largest(None) == largest(2_000_000) == 84_900
+    assert largest(500_000) == 42_400

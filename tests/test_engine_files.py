@@ -1,17 +1,20 @@
 """What a batch may leave beside rows: artifacts, and rows that take the place of older ones."""
 
 import hashlib
+import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.engine.executors import Artifact, Item, ItemResult
+from harness.engine import Artifact, BatchOutput, Item, ItemResult
 from harness.errors import EnvironmentFault
+from harness.files import file_sha256
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Store
-from tests.fakes import Fake, events_of, rows_of, run_stages, same_lengths, score
+from tests.fakes import Fake, events_of, rows_of, run_stages, same_lengths, score, scored
 
 
 def content(key: str) -> bytes:
@@ -129,3 +132,100 @@ def test_a_failure_of_an_item_that_is_no_more_does_not_stay_for_good(tmp_path: P
     assert (report.status, report.num_failed) == ("failed", 1)
     (report,) = run_stages(tmp_path, Fake({"rates|b": 1.0}))
     assert (report.status, report.num_failed) == ("done", 0)
+
+
+# -- files of a batch, staged and streamed
+
+
+def shard(items: Sequence[Item], size: int = 1_000) -> Artifact:
+    """One file for the whole batch, named by its items and written piece by piece."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            for n in range(size):
+                file.write(bytes([n % 251]) * 1_000)
+
+    return Artifact(f"shards/{items[0].key}.bin", {"condition": "baseline"}, "shard", (size, 1_000), "uint8", write)
+
+
+def test_a_file_of_a_batch_is_streamed_to_disk_and_claimed_with_its_rows(tmp_path: Path) -> None:
+    """A hundred megabytes by a function that writes them: the most memory that Python takes is a small part of that.
+    Control: the same as bytes takes all of it."""
+
+    def streamed(items: Sequence[Item]) -> BatchOutput:
+        return BatchOutput(scored(items), (shard(items, 100_000),))
+
+    def whole(items: Sequence[Item]) -> BatchOutput:
+        return BatchOutput(scored(items), (replace(shard(items), content=bytes(100_000_000)),))
+
+    peaks = {}
+    for name, compute in (("streamed", streamed), ("whole", whole)):
+        tracemalloc.start()
+        run_stages(tmp_path / name, Fake(same_lengths(2), compute))
+        peaks[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        (row,) = rows_of(tmp_path / name, "artifacts")
+        written = RunPaths(tmp_path / name).artifacts / row["path"]
+        assert (row["sha256"], row["bytes"]) == (file_sha256(written), 100_000_000)
+        assert (row["kind"], row["prompt_id"], row["condition"]) == ("shard", None, "baseline")
+        assert not RunPaths(tmp_path / name).staged.exists(), "nothing is left aside"
+    assert peaks["streamed"] < 20_000_000
+    assert 100_000_000 < peaks["whole"] < 150_000_000, "once, not twice"
+
+
+def test_a_file_of_a_batch_that_fails_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    def nan(items: Sequence[Item]) -> BatchOutput:
+        row = {"prompt_id": items[0].key, "condition": "baseline", "p_sem": float("nan")}
+        return BatchOutput([ItemResult(i.key, {"psem": [row]}) for i in items], (shard(items, 1),))
+
+    run_stages(tmp_path, Fake(same_lengths(2), nan))
+    assert rows_of(tmp_path, "artifacts") == []
+    assert list(RunPaths(tmp_path).artifacts.rglob("*.bin")) == []
+    (why,) = events_of(tmp_path, "dropped_file").values()
+    assert why == "shards/k000.bin: all 2 items failed"
+
+
+def test_a_file_of_an_item_that_fails_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    run_stages(tmp_path, Fake(same_lengths(3), with_files))
+    told = events_of(tmp_path, "dropped_file")
+    assert list(told) == ["k001"]
+    assert "kind/k001.bin: psem.p_sem is not finite" in told["k001"]
+
+
+class DiesWhileStaged(Store):
+    """Killed when the files of the second batch are written aside and nothing is claimed."""
+
+    def event(self, *args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+
+def test_what_a_dead_run_left_aside_is_swept_and_no_claim_is_made_of_it(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run_stages(tmp_path, Fake(same_lengths(3), with_files), open_store=DiesWhileStaged)
+    paths = RunPaths(tmp_path)
+    assert len(list(paths.staged.rglob("*.bin"))) > 0
+    assert rows_of(tmp_path, "artifacts") == []
+    run_stages(tmp_path, Fake(same_lengths(3), with_files))
+    assert not paths.staged.exists()
+    assert "files of batches that were killed" in events_of(tmp_path, "swept_files")[None]
+    assert {r["path"] for r in rows_of(tmp_path, "artifacts")} == {"kind/k000.bin", "kind/k002.bin"}
+
+
+def test_files_count_where_room_on_the_disk_is_asked_for(tmp_path: Path) -> None:
+    """Control: rows alone would fit."""
+
+    class Large(Fake):
+        file_bytes = 10**15
+
+    with pytest.raises(EnvironmentFault, match="stage scores needs about"):
+        run_stages(tmp_path, Large(same_lengths(1)))
+    run_stages(tmp_path, Fake(same_lengths(1)))
+
+
+@pytest.mark.parametrize("path", ["../outside.bin", "/outside.bin", ""])
+def test_a_file_cannot_be_named_out_of_its_folder(tmp_path: Path, path: str) -> None:
+    def outside(items: Sequence[Item]) -> BatchOutput:
+        return BatchOutput(scored(items), (replace(shard(items, 1), path=path),))
+
+    run_stages(tmp_path, Fake(same_lengths(1), outside))
+    assert "leads out of its folder" in events_of(tmp_path, "failed_item")["k000"]

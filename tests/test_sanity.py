@@ -775,7 +775,9 @@ class Timed:
 
         monkeypatch.setattr(stage, "measure", measure)
 
-    def items(self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()) -> tuple[Certificate[Task, Bench], list[Item[Asked[Task]]]]:
+    def items(
+        self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()
+    ) -> tuple[Certificate[Task, Bench], list[Item[Asked[Task]]]]:
         made = replace(Sanity.build(self.plan.inputs), budget_s=budget_s, clock=self.clock)
         return made, made.items(Tables.of({**tables_of(self.plan.inputs, 2), "sanity_items": list(known)}))
 

@@ -15,24 +15,25 @@ from pydantic import ValidationError
 from harness.errors import SettingsError
 from harness.experiments.gravity.inputs import conditions_of
 from harness.experiments.gravity.settings import TemplateSettings
-from harness.settings import ALIASES, SHORT_FLAGS, Resolved, Settings
-from tests.gravity import FIELDS, resolve
+from harness.settings import ALIASES, Resolved
+from tests.gravity import FIELDS, own, resolve
 
 BAN = "Name no {category}.\nQuestion: {question}\nAnswer:"
 OTHER: dict[str, Any] = {  # a legal value that is not the default, for every setting; a test says when one is missing
     "model.name": "gpt2", "model.revision": "main", "model.dtype": "float64", "model.trust_remote_code": True,
-    "data.prompts": "mine.csv", "data.limit": 7,
+    "other.name": "gpt2", "other.revision": "main", "other.dtype": "float64", "other.trust_remote_code": True,
+    "data.prompts": "mine.csv", "data.limit": 7, "batching.max_tokens": 64, "batching.reserve_gb": 1.5,
+    "runtime.device": "cpu", "runtime.seed": 9, "runtime.threads": 1, "runtime.executor": "inline",
+    "runtime.reserve_disk_gb": 0.25,
+    "paths.runs": "there", "paths.data": "stuff", "paths.hf_home": "cache", "paths.cache": "kept",
+    "gravity.stages": ("psem", "greedy"), "gravity.sanity.num_prompts": 1, "gravity.sanity.budget": 7.5,
     "gravity.conditions": ("negative",), "gravity.templates": {"ban": {"text": BAN}}, "gravity.chat": True,
-    "gravity.stages": ("psem", "greedy"), "gravity.num_samples": 3, "gravity.sample_conditions": ("negative",),
+    "gravity.num_samples": 3, "gravity.sample_conditions": ("negative",),
     "gravity.temperature": 0.5, "gravity.top_p": 0.25, "gravity.max_new_tokens_greedy": 2,
     "gravity.max_new_tokens_samples": 3, "gravity.stop_at_newline": False, "gravity.select.min_p0": 0.5,
     "gravity.select.per_bin": 5, "gravity.select.max_categories": 1, "gravity.stored.prompts": ("a", "b"),
     "gravity.stored.max_per_category": 3, "gravity.patching.condition": "ban", "gravity.patching.min_p0": 0.5,
-    "gravity.patching.max_prompts": 4, "gravity.sanity.num_prompts": 1, "gravity.sanity.budget": 7.5,
-    "batching.max_tokens": 64,
-    "batching.reserve_gb": 1.5, "runtime.device": "cpu", "runtime.seed": 9, "runtime.threads": 1,
-    "runtime.executor": "inline", "runtime.reserve_disk_gb": 0.25, "paths.runs": "there", "paths.data": "stuff",
-    "paths.hf_home": "cache", "paths.cache": "kept",
+    "gravity.patching.max_prompts": 4,
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def refusal(
 
 def test_without_any_source_every_setting_is_its_default_and_says_so() -> None:
     resolved = resolve({}, None, {})
-    assert resolved.settings == Settings()
+    assert resolved.settings == FIELDS.tree()
     assert {source for _, _, source in resolved.rows()} == {"default"}
     assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names)
 
@@ -127,8 +128,8 @@ def test_the_table_of_other_values_names_every_setting() -> None:
 
 @pytest.mark.parametrize("by", ["flag", "env", "file"])
 @pytest.mark.parametrize(
-    "name", [name for name in OTHER if name != "model.trust_remote_code"]
-)  # a flag, beside --model
+    "name", [name for name in OTHER if not name.endswith(".trust_remote_code")]
+)  # a flag, beside --model or --other
 def test_every_setting_can_be_set_by_flag_variable_and_file(tmp_path: Path, name: str, by: str) -> None:
     value = OTHER[name]
     if by == "flag":
@@ -185,7 +186,7 @@ def test_two_names_of_one_setting_in_one_place_are_refused(tmp_path: Path) -> No
         refusal({}, config),
     ):
         assert "gravity.chat" in told
-        assert "gravity.chat" in told
+        assert "experiment.chat" in told
         assert "keep one" in told
         assert "\n" not in told
 
@@ -199,7 +200,7 @@ def test_what_a_container_says_of_itself_is_not_taken_for_a_setting() -> None:
 
 
 def test_other_programs_variables_are_left_alone() -> None:
-    assert resolve({}, None, {"PATH": "/bin", "MODEL": "x", "harness_model__name": "x"}).settings == Settings()
+    assert resolve({}, None, {"PATH": "/bin", "MODEL": "x", "harness_model__name": "x"}).settings == FIELDS.tree()
 
 
 def test_settings_are_frozen_all_the_way_down() -> None:
@@ -207,13 +208,13 @@ def test_settings_are_frozen_all_the_way_down() -> None:
     for part, name in ((tree, "model"), (tree.model, "name"), (tree.gravity.select, "min_p0")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, "changed")
-    assert tree == Settings()
+    assert tree == FIELDS.tree()
 
 
 def test_every_setting_whose_name_does_not_say_all_has_a_description() -> None:
     bare = [name for name in list(FIELDS.names) if not FIELDS.describe(name)]
     assert bare == ["gravity.temperature", "gravity.max_new_tokens_greedy", "gravity.max_new_tokens_samples"]
-    assert set(SHORT_FLAGS.values()) <= set(FIELDS.names)
+    assert set(FIELDS.short_flags.values()) <= set(FIELDS.names)
 
 
 # Unknown names
@@ -250,8 +251,8 @@ def test_a_plain_value_outside_any_table_of_the_file_is_refused(tmp_path: Path) 
 def test_an_unknown_key_of_a_condition_is_refused_by_its_name(tmp_path: Path, key: str) -> None:
     values = {"text": BAN, key: "x"} if key != "txt" else {"txt": BAN}
     for field in ("templates", "conditions"):
-        message = refusal(config=toml_file(tmp_path, {f"experiment.{field}": {"ban": values}}))
-        assert f"experiment.{field}" in message
+        message = refusal(config=toml_file(tmp_path, {f"gravity.{field}": {"ban": values}}))
+        assert f"gravity.{field}" in message
         assert re.search(rf"\b{key}\b.*(no such setting|not permitted)", message), message
         assert "valid tuple" not in message, "which speaks of the other way to write conditions"
 
@@ -328,19 +329,17 @@ def test_conditions_may_be_names_a_table_of_strings_or_a_table_of_tables(tmp_pat
     strings = resolve({}, toml_file(tmp_path, {"gravity.conditions": {"ban": BAN}}), {})
     tables = resolve({}, toml_file(tmp_path, {"gravity.conditions": table}), {})
     as_json = resolve({}, None, {"HARNESS_GRAVITY__CONDITIONS": json.dumps(table)})
-    assert list(conditions_of(names.settings)) == ["negative"]
-    assert list(conditions_of(strings.settings)) == ["baseline", "negative", "ban"], (
-        "own ones stand beside the built in"
-    )
-    assert conditions_of(strings.settings)["ban"].text == BAN
-    assert conditions_of(tables.settings)["ban"].negation == "Name no"
+    assert list(conditions_of(own(names))) == ["negative"]
+    assert list(conditions_of(own(strings))) == ["baseline", "negative", "ban"], "own ones stand beside the built in"
+    assert conditions_of(own(strings))["ban"].text == BAN
+    assert conditions_of(own(tables))["ban"].negation == "Name no"
     assert as_json.settings == tables.settings
 
 
 def test_own_templates_are_named_by_conditions(tmp_path: Path) -> None:
     config = toml_file(tmp_path, {"gravity.templates": {"ban": BAN}, "gravity.conditions": ["baseline", "ban"]})
-    assert list(conditions_of(resolve({}, config, {}).settings)) == ["baseline", "ban"]
-    assert list(conditions_of(resolve({"gravity.conditions": "ban"}, config, {}).settings)) == ["ban"]
+    assert list(conditions_of(own(resolve({}, config, {})))) == ["baseline", "ban"]
+    assert list(conditions_of(own(resolve({"gravity.conditions": "ban"}, config, {})))) == ["ban"]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +351,7 @@ def test_own_templates_are_named_by_conditions(tmp_path: Path) -> None:
 def test_conditions_that_cannot_be_rendered_are_refused(conditions: str, told: str) -> None:
     resolved = resolve({"gravity.conditions": conditions}, None, {})
     with pytest.raises(SettingsError) as caught:
-        conditions_of(resolved.settings)
+        conditions_of(own(resolved))
     assert told in str(caught.value)
 
 

@@ -71,7 +71,7 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     experiment = experiments[0]
     with open_snapshot(one, experiment.schema) as a, open_snapshot(other, experiment.schema) as b:
         drifts = compare_results(a, b)
-        log.print_out(*render_headlines(experiment, a, b), *render_results(drifts))
+        log.print_out(*render_headlines(experiment, (a, b), manifests), *render_results(drifts))
     grows = experiment.schema.grows if _source(manifests[0]) != _source(manifests[1]) else ()
     return 1 if ends_in_1 and not all(d.is_equal or (d.table in grows and not d.columns) for d in drifts) else 0
 
@@ -125,9 +125,14 @@ def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
     yield table
 
 
-def render_headlines(experiment: Experiment, one: Reader, other: Reader) -> Iterator[Table]:
+def render_headlines(
+    experiment: Experiment, readers: Sequence[Reader], manifests: Sequence[Mapping[str, Any]]
+) -> Iterator[Table]:
     """What the experiment calls its headlines, side by side, where any of them differs."""
-    a, b = ({(h.subject, h.measure): h for h in experiment.headlines(reader)} for reader in (one, other))
+    a, b = (
+        {(h.subject, h.measure): h for h in experiment.headlines(reader, manifest)}
+        for reader, manifest in zip(readers, manifests, strict=True)
+    )
     if a == b:
         return
     table = Table(title="Headline results, with their 95 % intervals", title_justify="left")

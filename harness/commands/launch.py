@@ -22,6 +22,7 @@ from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration,
 from harness.engine.executors import Accelerator, Executor, Host, executor_of
 from harness.engine.stop import StopNow, StopSignal
 from harness.errors import HarnessError, RunError, SettingsError, Stopped
+from harness.experiments import registry
 from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
 from harness.experiments.certificate import NAME as CERTIFICATE
 from harness.experiments.certificate import Certificate
@@ -179,7 +180,7 @@ def start(
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
-        log.print_out(*_headlines(plan, paths), _next_steps(paths.run_id, settings.paths.runs))
+        log.print_out(*_headlines(plan, paths), _next_steps(plan, paths.run_id, settings.paths.runs))
     if lost := log.lost_output():
         logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
     return Ended(paths, code)
@@ -266,9 +267,10 @@ def _execute(
         )
     if failed:
         logger.error(
-            "{} items failed; see `harness show {}`; `harness run --retry-failed` tries just those",
+            "{} items failed; see `harness show {}`; `{} --retry-failed` tries just those",
             failed,
             paths.run_id,
+            registry.run_command(plan.experiment.name),
         )
     last = ended(
         "finished",
@@ -419,7 +421,7 @@ def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
     threads = device.set_threads(resolved.settings.runtime.threads)
     numerics = device.be_exact()
     return {
-        "code": environment.code(),
+        "code": environment.code(registry.folder_outside(plan.experiment.name)),
         "packages": environment.packages(),
         "lock_sha256": environment.lock_sha256(resolved.settings.paths.data_folder),
         "machine": environment.machine(),
@@ -480,11 +482,12 @@ def _headlines(plan: Plan, paths: RunPaths) -> list[object]:
         return show.headlines(plan.experiment, reader, manifest)
 
 
-def _next_steps(run_id: str, runs: Path) -> str:
+def _next_steps(plan: Plan, run_id: str, runs: Path) -> str:
     """Where to look next, for somebody who has just seen a run end."""
     return (
         f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
-        f"`harness export {run_id} --to DIR --format parquet`, or another model: `harness run --model ID_OR_PATH`."
+        f"`harness export {run_id} --to DIR --format parquet`, or another model: "
+        f"`{registry.run_command(plan.experiment.name)} --model ID_OR_PATH`."
     )
 
 

@@ -54,7 +54,7 @@ def measured_again(
         return
     here = surroundings(plan, resolved)
     apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
-    tolerance = 0.0 if not apart else TOLERANCE[plan.inputs.identity.dtype].nats
+    tolerance = 0.0 if not apart else TOLERANCE[plan.models.identity.dtype].nats
     how = (
         "bit for bit"
         if not apart

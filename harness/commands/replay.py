@@ -10,6 +10,7 @@ from harness.commands import given
 from harness.commands.launch import Plan, prepare
 from harness.commands.recognise import experiment_of
 from harness.errors import HarnessError, RunError
+from harness.experiments import registry
 from harness.run.differences import Difference, differences, shortened
 from harness.settings import Resolved
 
@@ -53,7 +54,7 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
         plan = prepare(resolved, experiment_of(manifest))
     except HarnessError as e:
         raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
-    return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest)]
+    return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest, plan)]
 
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,8 +93,9 @@ def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
     return f" (prompts: {', '.join(counted)})" if was and counted else ""
 
 
-def _difference_of_code(manifest: Mapping[str, Any]) -> list[Difference]:
-    was, now = manifest.get("code") or {}, environment.code()
+def _difference_of_code(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
+    outside = registry.folder_outside(plan.experiment.name)
+    was, now = manifest.get("code") or {}, environment.code(outside)
     if was.get("source_sha256") == now["source_sha256"]:
         return []
     return [Difference("code", _code_told(was), _code_told(now))]

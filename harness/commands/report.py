@@ -107,8 +107,7 @@ def _facts(reader: Reader, manifest: Mapping[str, Any]) -> list[tuple[str, str]]
     return [
         ("status", status + (f" ({manifest['reason']})" if manifest.get("reason") else "")),
         ("model", f"{model.get('name')}, revision {model.get('revision')}, {model.get('dtype')}"),
-        ("prompts", f"{_count(prompts.get('used'))} of {_count(prompts.get('read'))} in {prompts.get('path')}"),
-        ("rejected prompts", _counts(prompts.get("rejected") or {})),
+        *_prompts_told(prompts),
         ("failed items", str(failed)),
         ("machine", f"{gpus or machine.get('cpu')}, device {manifest.get('device')}"),
         ("computed in", f"{manifest['seconds']:,.0f} s" if manifest.get("seconds") else "–"),
@@ -116,6 +115,13 @@ def _facts(reader: Reader, manifest: Mapping[str, Any]) -> list[tuple[str, str]]
         ("code", f"{code.get('version')}, commit {code.get('git_commit')}{' with changes' if code.get('git_dirty') else ''}"),
         ("results as of", f"{reader.age_s:,.0f} s before this page" if status == "running" else "the end of the run"),
     ]  # fmt: skip
+
+
+def _prompts_told(prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Nothing of an experiment that has none."""
+    if prompts:
+        yield "prompts", f"{_count(prompts.get('used'))} of {_count(prompts.get('read'))} in {prompts.get('path')}"
+        yield "rejected prompts", _counts(prompts.get("rejected") or {})
 
 
 def _sanity(reader: Reader) -> Table:

@@ -23,5 +23,6 @@ from harness.engine.stage import Chain as Chain
 from harness.engine.stage import Item as Item
 from harness.engine.stage import ItemResult as ItemResult
 from harness.engine.stage import Stage as Stage
+from harness.engine.tables import AnyTables as AnyTables
 from harness.engine.tables import FileHandle as FileHandle
 from harness.engine.tables import Tables as Tables

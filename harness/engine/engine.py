@@ -240,7 +240,6 @@ class _Course:
         """Items that are loaded, whose batches are next."""
         self._ended_at: str | None = None
         """The item that ended a loop."""
-        self._columns = {r["column_name"] for r in self._store.query("DESCRIBE artifacts")}
         self._states: States | None = None
         if self._kind != "map":
             rows = self._store.query("SELECT path, sha256, bytes FROM artifacts")
@@ -415,7 +414,7 @@ class _Course:
             if file.is_state and self._states is not None:
                 path = self._states.path(batch, path)
             claim(file, self._paths.artifacts / path)
-            row = _artifact_row(file, path, batch, self._columns)
+            row = _artifact_row(file, path, batch)
             result.rows.setdefault("artifacts", []).append(row)
             if file.is_state and self._states is not None:
                 state = {"path": path, "sha256": file.sha256, "bytes": file.bytes}
@@ -452,15 +451,21 @@ def _unforeseen(batch: Batch, outcome: Outcome, items: Mapping[str, Item[Any]]) 
     return next((f"{f.key}: {f.message}" for f in result.failures if f.key not in told), None)
 
 
-def _artifact_row(file: StagedFile, path: str, batch: Batch, columns: Collection[str]) -> Row:
-    """A file as the table `artifacts` tells of it, in the columns that this store has."""
+def _artifact_row(file: StagedFile, path: str, batch: Batch) -> Row:
+    """A file as the table `artifacts` tells of it."""
     artifact = file.artifact
-    told = dict(artifact.keys) | {
-        "path": path, "kind": artifact.kind, "sha256": file.sha256, "bytes": file.bytes, "shape": list(artifact.shape),
-        "dtype": artifact.dtype, "stage": batch.stage, "batch_id": batch.batch_id, "item_key": file.item,
-        "keys": list(artifact.keys.items()),
-    }  # fmt: skip
-    return {name: value for name, value in told.items() if name in columns}
+    return {
+        "path": path,
+        "kind": artifact.kind,
+        "sha256": file.sha256,
+        "bytes": file.bytes,
+        "shape": list(artifact.shape),
+        "dtype": artifact.dtype,
+        "stage": batch.stage,
+        "batch_id": batch.batch_id,
+        "item_key": file.item,
+        "keys": dict(artifact.keys),
+    }
 
 
 def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:

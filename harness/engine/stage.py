@@ -14,7 +14,6 @@ from harness.engine.tables import FileHandle, Tables
 Kind = Literal["map", "fold", "loop"]
 Keeps = Literal["all", "last"]
 Payload = TypeVar("Payload")
-_Needs = TypeVar("_Needs", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +117,23 @@ class _Described(Protocol):
 
 
 @runtime_checkable
-class Stage(_Described, Protocol[_Needs]):
+class Stage(_Described, Protocol[Payload]):
     """One step of an experiment: rows in, rows out. It opens no store and draws no progress."""
 
-    def run(self, context: Any, items: Sequence[Item[_Needs]]) -> Sequence[ItemResult] | BatchOutput:
+    def run(self, context: Any, items: Sequence[Item[Payload]]) -> Sequence[ItemResult] | BatchOutput:
         """One result per item. An exception fails the whole batch, which is then tried in halves."""
         ...
 
 
 @runtime_checkable
-class Chain(_Described, Protocol[_Needs]):
+class Chain(_Described, Protocol[Payload]):
     """A stage of kind `fold` or `loop`: a batch rests on what the one before it left.
 
     The state must follow from the state before and from the items that worked: an item that fails adds nothing to it.
     """
 
     def run(
-        self, context: Any, items: Sequence[Item[_Needs]], before: FileHandle | None
+        self, context: Any, items: Sequence[Item[Payload]], before: FileHandle | None
     ) -> Sequence[ItemResult] | BatchOutput:
         """As of a `Stage`; `before` is the state that the batch before left, None where there is none yet."""
         ...

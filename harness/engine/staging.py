@@ -39,7 +39,7 @@ def compute(stage: AnyStage, context: Any, job: Job) -> Computed:
 
 def _stage(artifact: Artifact, job: Job, item: str | None = None, aside: str = "files") -> StagedFile:
     parts = PurePosixPath(artifact.path).parts
-    is_inside = bool(parts) and not artifact.path.startswith("/") and ".." not in parts
+    is_inside = bool(parts) and parts[0] != "/" and ".." not in parts
     assert is_inside, f"{artifact.path}: leads out of its folder"
     assert job.staging is not None, f"{artifact.path}: nowhere to write files in this run"
     at = job.staging / aside / artifact.path

@@ -26,14 +26,16 @@ _CHUNK = 8_192
 class Source(Protocol):
     """Where rows come from: a run's store, or a snapshot of it. Rows come in the order of the table's key.
 
-    `columns`: those wanted; none named: all.
+    `columns`: those wanted; None: all.
     """
 
-    def table(self, name: str, columns: Sequence[str] = ()) -> list[Row]: ...
+    def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]: ...
 
-    def batches(self, name: str, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]: ...
+    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]: ...
 
-    def rows_with(self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> list[Row]:
+    def rows_with(
+        self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> list[Row]:
         """Rows that have the values of one of `keys`, all of which name the same columns."""
         ...
 
@@ -93,6 +95,10 @@ def _moment(number: int) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+AnyTables = Mapping[str, Sequence[Row]]
+"""`Tables`, or rows at hand by the name of their table."""
+
+
 class Tables(Mapping[str, list[Row]]):
     """The tables that a stage asked for, by name: `tables["prompts"]` is all rows of one.
 
@@ -104,12 +110,12 @@ class Tables(Mapping[str, list[Row]]):
         self._source, self._reads, self._artifacts = source, dict(reads), artifacts
 
     @classmethod
-    def of(cls, given: Mapping[str, Sequence[Row]]) -> "Tables":
+    def of(cls, given: AnyTables) -> "Tables":
         """Tables from rows at hand: for a stage that is used without a run."""
         return given if isinstance(given, Tables) else cls(_Given(given), dict.fromkeys(given, ()))
 
     def __getitem__(self, name: str) -> list[Row]:
-        return self._source.table(name, self._reads[name])
+        return self._source.table(name, self._reads[name] or None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reads)
@@ -137,10 +143,10 @@ class Tables(Mapping[str, list[Row]]):
             raise RunError(f"{path}: no such file among the run's artifacts")
         return FileHandle((self._artifacts / path).absolute(), rows[0]["sha256"], rows[0]["bytes"])
 
-    def _some(self, name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    def _some(self, name: str, columns: Sequence[str]) -> tuple[str, ...] | None:
         asked = self._reads[name]
         assert not asked or set(columns) <= set(asked), f"{name}: the stage did not ask for {set(columns) - set(asked)}"
-        return tuple(columns) or asked
+        return tuple(columns) or asked or None
 
 
 class _Given:
@@ -149,14 +155,16 @@ class _Given:
     def __init__(self, tables: Mapping[str, Sequence[Row]]):
         self._tables = tables
 
-    def table(self, name: str, columns: Sequence[str] = ()) -> list[Row]:
+    def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
         rows = self._tables[name]
         return [{c: row[c] for c in columns} for row in rows] if columns else list(rows)
 
-    def batches(self, name: str, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         yield from pa.Table.from_pylist(self.table(name, columns)).to_batches(_CHUNK)
 
-    def rows_with(self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> list[Row]:
+    def rows_with(
+        self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> list[Row]:
         names = tuple(keys[0])
         wanted = {tuple(key[n] for n in names) for key in keys}
         rows = [row for row in self._tables[name] if tuple(row[n] for n in names) in wanted]
@@ -177,18 +185,20 @@ class Asked:
         self._store = store
         self._orders: dict[str, str] = {}
 
-    def table(self, name: str, columns: Sequence[str] = ()) -> list[Row]:
-        return self._store.query(f"SELECT {', '.join(columns) or '*'} FROM {name} ORDER BY {self._order(name)}")
+    def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
+        return self._store.query(f"SELECT {', '.join(columns or ['*'])} FROM {name} ORDER BY {self._order(name)}")
 
-    def batches(self, name: str, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         rows = self.table(name, columns)
         for start in range(0, len(rows), _CHUNK):
             yield pa.RecordBatch.from_pylist(rows[start : start + _CHUNK])
 
-    def rows_with(self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> list[Row]:
+    def rows_with(
+        self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    ) -> list[Row]:
         names = tuple(keys[0])
         wanted = ", ".join(f"unnest(?) AS {n}" for n in names)
-        chosen = ", ".join(f"{name}.{c}" for c in columns) or f"{name}.*"
+        chosen = ", ".join(f"{name}.{c}" for c in columns or ["*"])
         return self._store.query(
             f"SELECT {chosen} FROM {name} SEMI JOIN (SELECT {wanted}) wanted USING ({', '.join(names)}) "
             f"ORDER BY {self._order(name)}",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.errors import HarnessError, ItemFailed
 from harness.settings import SanitySettings
 from harness.tolerance import HALF
@@ -156,7 +156,7 @@ class Checks(Protocol[T, B]):
         """Everything of its settings that decides what is compared, for the fingerprint."""
         ...
 
-    def tasks(self, tables: Tables) -> list[T]:
+    def tasks(self, tables: AnyTables) -> list[T]:
         """All there is to measure, in the order in which it is to be measured."""
         ...
 
@@ -278,7 +278,7 @@ class Certificate(Generic[T, B]):
     def params(self) -> dict[str, Any]:
         return self.checks.params()
 
-    def items(self, tables: Tables) -> list[Item[Asked[T]]]:
+    def items(self, tables: AnyTables) -> list[Item[Asked[T]]]:
         tasks = self.checks.tasks(tables)
         key_of = {(m, task.name): _key(task) for task in tasks for m in task.measurements}
         was: dict[str, Literal["measured", "left out"]] = {}

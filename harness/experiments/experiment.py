@@ -107,7 +107,7 @@ class Prepared:
     num_subjects: int
     """What the run's length grows with: prompts, where an experiment has them."""
     about: str
-    """In a few words, for the log: `250 prompts × 2 conditions (baseline, negative)`."""
+    """In a few words, for the log: `250 texts, in nats`."""
     facts: Mapping[str, Any]
     """For the manifest, by key."""
     some: Callable[[int, tuple[str, ...]], Any]
@@ -207,7 +207,7 @@ class Experiment(Protocol):
         """What the run should say of itself."""
         ...
 
-    def headlines(self, reader: Reader) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
         """The numbers that `harness diff` shows side by side."""
         ...
 

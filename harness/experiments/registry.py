@@ -7,16 +7,18 @@ A package that is installed adds an experiment by the entry-point group `harness
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
 from harness import experiments, settings
 from harness.errors import SettingsError, nearest
-from harness.experiments.experiment import Experiment
 from harness.settings import Fields, Own, Resolved
+
+if TYPE_CHECKING:  # it knows the store: `harness --help` should not wait for a database
+    from harness.experiments.experiment import Experiment
 
 DEFAULT = "gravity"
 """What `harness run` runs without a name."""
@@ -30,13 +32,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_places(), key=lambda name: (name != DEFAULT, name)))
 
 
-def get(name: str) -> Experiment:
+def get(name: str) -> "Experiment":
     """The experiment of this name. Raises SettingsError where there is none, or where it cannot be imported."""
     places = _places()
     if name not in places:
-        raise SettingsError(
-            f"no experiment {name[:80]!r}{nearest(name, list(places))}; there are: {', '.join(names())}"
-        )
+        # Who named none was given the default one.
+        told = "name an experiment" if name == DEFAULT else f"no experiment {name[:80]!r}{nearest(name, list(places))}"
+        raise SettingsError(f"{told}; there are: {', '.join(names())}")
     try:
         return _load(name)
     except SettingsError:
@@ -47,7 +49,7 @@ def get(name: str) -> Experiment:
         ) from e
 
 
-def every() -> tuple[Experiment, ...]:
+def every() -> "tuple[Experiment, ...]":
     """All that can be imported; a warning names each that cannot."""
     found = []
     for name in names():
@@ -82,6 +84,20 @@ def resolve(
     return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
 
 
+def run_command(name: str) -> str:
+    """What is typed to run an experiment."""
+    return "harness run" if name == DEFAULT else f"harness run {name}"
+
+
+def folder_outside(name: str) -> Path | None:
+    """The folder of an installed experiment's package; None for one that is part of harness, or a single file."""
+    if (Path(__file__).parent / name).is_dir():
+        return None
+    package = next((e.module.partition(".")[0] for e in _entry_points() if e.name == name), None)
+    spec = util.find_spec(package) if package else None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
 def _places() -> dict[str, str]:
     """Name -> where it comes from. A package beside this file stands before one that is installed under its name."""
     found = {e.name: f"installed by {e.dist.name if e.dist else 'an unnamed package'}" for e in _entry_points()}
@@ -89,12 +105,15 @@ def _places() -> dict[str, str]:
 
 
 @lru_cache
-def _load(name: str) -> Experiment:
+def _load(name: str) -> "Experiment":
     if (Path(__file__).parent / name / "__init__.py").exists():
         found = import_module(f"{experiments.__name__}.{name}").EXPERIMENT
     else:
         found = next(e for e in _entry_points() if e.name == name).load()
-    missing = [part for part in _PARTS if not hasattr(found, part)]
+    from harness.experiments.experiment import Experiment
+
+    parts = [part for part in vars(Experiment) if not part.startswith("_")]
+    missing = [part for part in parts if not hasattr(found, part)]
     if missing:
         raise SettingsError(
             f"experiment {name} ({_places()[name]}) gives no {', '.join(missing)}; see docs/experiments.md"
@@ -104,9 +123,6 @@ def _load(name: str) -> Experiment:
     if name in settings.Settings.model_fields:
         raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
     return found
-
-
-_PARTS = tuple(name for name in vars(Experiment) if not name.startswith("_"))
 
 
 def _entry_points() -> tuple[metadata.EntryPoint, ...]:

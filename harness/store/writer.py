@@ -352,7 +352,7 @@ class Store:
     def _spread(self, row: Row) -> Row:
         """A row of `artifacts` with those of its keys as columns that the table has columns for."""
         names = self._arrow_schema("artifacts").names
-        return {name: value for name, value in (row.get("keys") or {}).items() if name in names} | row
+        return {name: value for name, value in dict(row.get("keys") or ()).items() if name in names} | row
 
     def _update(self, table: str, rows: Sequence[Row]) -> None:
         """Set the given columns of the rows with the given keys."""

@@ -183,6 +183,8 @@ def test_a_filter_goes_along_and_a_copied_link_opens_the_same_view(tab: Tab, bro
     copied = Tab(browser, address)
     copied.page.goto(tab.page.url)
     copied.page.wait_for_selector("h1:has-text('Detections')", timeout=60_000)
+    # A busy machine draws the sidebar late.
+    copied.page.wait_for_selector("[data-testid=stSidebar] >> text='failure'", timeout=60_000)
     copied.settle()
     pressed = copied.page.locator(
         "[data-testid=stSidebar] button[aria-checked=true], [data-testid=stSidebar] button[kind$=Active]"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,12 @@ import pytest
 from safetensors.numpy import load
 
 from harness.engine import Stage
-from harness.engine.executors import Item, ItemResult
+from harness.engine.executors import Artifact, Item, ItemResult
 from harness.errors import ItemFailed, NotFinite
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.settings import StoredSettings
 from harness.experiments.gravity.stages import mechanism
-from harness.experiments.gravity.stages.mechanism import STEP_KINDS, Mechanism, probe_of, stored_prompts
+from harness.experiments.gravity.stages.mechanism import STEP_KINDS, Looked, Mechanism, probe_of, stored_prompts
 from harness.models.inside import View, look_inside
 from harness.models.load import LM
 from harness.models.measure import SPANS, attention_ratios
@@ -33,6 +34,15 @@ from tests.test_cli import DATA
 OF_PROBS = TOLERANCE["float32"].prob
 OF_NATS = 5e-5
 OWN_TABLES = ("attention", "lens", "decomposition", "activations")
+
+
+def content_of(artifact: Artifact) -> bytes:
+    """A file as it would come to lie on disk."""
+    if isinstance(artifact.content, bytes):
+        return artifact.content
+    with TemporaryDirectory() as folder:
+        artifact.content(Path(folder) / "file")
+        return (Path(folder) / "file").read_bytes()
 
 
 def stages_of(**flags: object) -> tuple[Stage, ...]:
@@ -248,7 +258,7 @@ def test_ratios_are_those_of_each_prompts_own_rows_and_are_null_where_a_span_is_
     attention = ran.rows("attention")
     spans = {(r["prompt_id"], r["condition"]): r["spans"] for r in rows_of(ran.folder, "contexts")}
     for item in list(ran.items.values())[::4]:
-        prompt_id, condition, probe = item.payload
+        prompt_id, condition, probe = item.payload.prompt_id, item.payload.condition, item.payload.probe
         (view,) = look_inside(ran.lm, [probe])
         assert isinstance(view, View)
         own = spans[prompt_id, condition]
@@ -284,19 +294,19 @@ def test_rows_have_an_entry_for_every_token_of_the_context(ran: Ran) -> None:
 
 def test_a_word_that_starts_later_in_an_answer_is_looked_at_there(ran: Ran) -> None:
     """The bundled model says its word at once or not at all, so here is an answer that takes two tokens first."""
-    item = next(i for i in ran.items.values() if i.payload[1] == "negative")
-    prompt_id, condition, probe = item.payload
+    item = next(i for i in ran.items.values() if i.payload.condition == "negative")
+    prompt_id, condition, probe = item.payload.prompt_id, item.payload.condition, item.payload.probe
     length = probe.at[0] + 1
     context = probe.tokens[:length]
     later = probe_of(context, [30, 31, probe.emitted[0], 32], 2, probe.targets, probe.spans, keep_whole=True)
-    (result,) = ran.stage.run(ran.lm, [Item(item.key, len(later.tokens), (prompt_id, condition, later))])
+    (result,) = ran.stage.run(ran.lm, [Item(item.key, len(later.tokens), Looked(prompt_id, condition, later))])
     assert result.error is None
     for table in ("attention", "lens", "decomposition"):
         assert {(r["step_kind"], r["step"]) for r in result.rows[table]} == {("first", 0), ("decision", 2)}
     for row in result.rows["attention"]:
         assert len(row["mean_row"]) == length + row["step"]
     assert {len(r["resid_norm"]) for r in result.rows["activations"]} == {length}, "the context's tokens alone"
-    files = {a.kind: load(a.content) for a in result.artifacts}
+    files = {a.kind: load(content_of(a)) for a in result.artifacts}
     assert [files["attention"][kind].shape[2] for kind in STEP_KINDS] == [length, length + 2]
     # The first step does not know what comes after it, and the decision is that of the longer context.
     (alone,) = ran.stage.run(ran.lm, [item])
@@ -330,10 +340,10 @@ def test_items_do_not_depend_on_the_order_of_rows(ran: Ran) -> None:
 
 def test_every_file_is_there_as_its_row_says_and_holds_what_was_seen(ran: Ran) -> None:
     rows = rows_of(ran.folder, "artifacts")
-    whole = {key: i for key, i in ran.items.items() if i.payload[2].keep_whole}
+    whole = {key: i for key, i in ran.items.items() if i.payload.probe.keep_whole}
     assert 0 < len(whole) < len(ran.items), "control: some are kept and some are not"
     assert {(r["kind"], r["prompt_id"], r["condition"]) for r in rows} == {
-        (kind, *i.payload[:2]) for i in whole.values() for kind in ("attention", "resid")
+        (kind, i.payload.prompt_id, i.payload.condition) for i in whole.values() for kind in ("attention", "resid")
     }
     on_disk = {p.relative_to(RunPaths(ran.folder).artifacts).as_posix() for p in
                RunPaths(ran.folder).artifacts.rglob("*") if p.is_file()}  # fmt: skip
@@ -347,7 +357,7 @@ def test_every_file_is_there_as_its_row_says_and_holds_what_was_seen(ran: Ran) -
         assert set(tensors) == set(STEP_KINDS)
         assert list(tensors["first"].shape) == row["shape"]
         assert str(tensors["first"].dtype) == row["dtype"] == "float32"
-        (view,) = look_inside(ran.lm, [whole[f"{row['prompt_id']}|{row['condition']}"].payload[2]])
+        (view,) = look_inside(ran.lm, [whole[f"{row['prompt_id']}|{row['condition']}"].payload.probe])
         assert isinstance(view, View)
         for kind, step in zip(STEP_KINDS, view.steps, strict=True):
             want = step.rows if row["kind"] == "attention" else step.resid
@@ -373,30 +383,30 @@ def test_a_file_says_of_which_prompt_and_condition_it_is(ran: Ran) -> None:
 def test_the_same_item_gives_the_same_file_to_the_last_byte(ran: Ran) -> None:
     """So that two runs can be compared by the hashes in their tables: safetensors writes several entries of metadata in
     an order that changes from call to call, and a sha256 with them."""
-    item = next(i for i in ran.items.values() if i.payload[2].keep_whole)
+    item = next(i for i in ran.items.values() if i.payload.probe.keep_whole)
     hashes = {
-        tuple(hashlib.sha256(a.content).hexdigest() for r in ran.stage.run(ran.lm, [item]) for a in r.artifacts)
+        tuple(hashlib.sha256(content_of(a)).hexdigest() for r in ran.stage.run(ran.lm, [item]) for a in r.artifacts)
         for _ in range(12)
     }
     assert len(hashes) == 1
 
 
 def test_paths_are_the_same_in_every_batch_and_differ_between_items(ran: Ran) -> None:
-    items = [i for i in ran.items.values() if i.payload[2].keep_whole]
+    items = [i for i in ran.items.values() if i.payload.probe.keep_whole]
     together = {a.path for r in ran.stage.run(ran.lm, items) for a in r.artifacts}
     alone = {a.path for i in items for r in ran.stage.run(ran.lm, [i]) for a in r.artifacts}
     assert together == alone == {r["path"] for r in rows_of(ran.folder, "artifacts")}
     assert len(together) == 2 * len(items)
     # A prompt's own id may hold anything; a path does not.
-    prompt_id, condition, probe = items[0].payload
+    prompt_id, condition, probe = items[0].payload.prompt_id, items[0].payload.condition, items[0].payload.probe
     odd = "../../odd|\0/" + "x" * 300
-    (result,) = ran.stage.run(ran.lm, [Item(f"{odd}|{condition}", 1, (odd, condition, probe))])
+    (result,) = ran.stage.run(ran.lm, [Item(f"{odd}|{condition}", 1, Looked(odd, condition, probe))])
     for artifact in result.artifacts:
         kind, name = artifact.path.split("/")
         assert kind == artifact.kind
         assert len(name) < 60
         assert name.removesuffix(".safetensors").isalnum()
-        assert artifact.prompt_id == odd != prompt_id
+        assert artifact.keys["prompt_id"] == odd != prompt_id
 
 
 class Failing(NamedTuple):
@@ -408,8 +418,8 @@ class Failing(NamedTuple):
 
 @pytest.fixture(scope="module")
 def failing(ran: Ran, upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Failing:
-    key = next(k for k, i in ran.items.items() if i.payload[2].keep_whole and i.payload[1] == "negative")
-    ill = ran.items[key].payload[2]
+    key = next(k for k, i in ran.items.items() if i.payload.probe.keep_whole and i.payload.condition == "negative")
+    ill = ran.items[key].payload.probe
     folder = Path(shutil.copytree(upstream, tmp_path_factory.mktemp("failing") / "run"))
 
     def overflowing(lm: LM, probes: Sequence[Any]) -> list[View | ItemFailed]:
@@ -458,7 +468,7 @@ def test_an_item_gives_the_same_alone_and_among_others(ran: Ran) -> None:
     for item, among in zip(some, together, strict=True):
         (alone,) = ran.stage.run(ran.lm, [item])
         assert isinstance(alone, ItemResult)
-        assert len(item.payload[2].tokens) == item.length
+        assert len(item.payload.probe.tokens) == item.length
         for table in OWN_TABLES:
             for a, b in zip(alone.rows[table], among.rows[table], strict=True):
                 assert near(a, b), table

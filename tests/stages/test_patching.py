@@ -221,7 +221,7 @@ class Ran(NamedTuple):
     def prompts(self) -> dict[str, list[Item]]:
         found: dict[str, list[Item]] = {}
         for item in self.items.values():
-            found.setdefault(item.payload[0].prompt_id, []).append(item)
+            found.setdefault(item.payload.subject.prompt_id, []).append(item)
         return found
 
 
@@ -283,7 +283,7 @@ def test_the_last_layers_residual_brings_the_baselines_own_first_token(ran: Ran)
     pressure = {r["prompt_id"]: r for r in rows_of(ran.folder, "psem") if r["condition"] == "baseline"}
     num_outside = 0
     for prompt_id, items in ran.prompts.items():
-        subject, base = items[0].payload[0], pressure[prompt_id]
+        subject, base = items[0].payload.subject, pressure[prompt_id]
         whole = sum(np.exp(lp) for s, lp in zip(base["sequences"], base["logprobs"], strict=True) if len(s) == 1)
         p = plain.next_logits(ran.lm, subject.pair.source)[-1].double().softmax(-1)
         begun = float(p[sorted({s[0] for s in subject.trie.sequences})].sum())
@@ -306,13 +306,13 @@ def test_flipped_is_a_change_of_the_detectors_verdict(ran: Ran) -> None:
 def test_the_untouched_row_is_the_greedy_answer_and_each_row_is_the_plain_references(ran: Ran) -> None:
     answers = {c["prompt_id"]: c for c in rows_of(ran.folder, "completions") if c["condition"] == "negative"}
     for prompt_id, items in ran.prompts.items():
-        subject = items[0].payload[0]
+        subject = items[0].payload.subject
         (row,) = sweep(ran.lm, subject.pair, [], subject.trie, ran.stage.max_new_tokens, ran.stage.stop_at_newline)
         assert isinstance(row, Patched)
         assert row.continuation.token_ids == answers[prompt_id]["token_ids"]
     # Of the last prompt, at the layers on both ends and in the middle.
     prompt_id, items = list(ran.prompts.items())[-1]
-    subject = items[0].payload[0]
+    subject = items[0].payload.subject
     assert ran.stage.stop_at_newline
     for patch in PATCHES:
         for layer in (0, 2, ran.stage.identity.num_layers - 1):
@@ -339,7 +339,7 @@ def test_rows_say_how_much_of_its_span_a_patch_covers(ran: Ran) -> None:
             assert row["num_patched"] == row["num_span"], patch
     some = next(iter(ran.prompts))
     text = ran.lm.codec.decode
-    pair = ran.prompts[some][0].payload[0].pair
+    pair = ran.prompts[some][0].payload.subject.pair
     assert "Do not use the word" in text(pair.target[slice(*pair.prohibition)])
     assert "Question" not in text(pair.target[slice(*pair.prohibition)])
 
@@ -451,7 +451,7 @@ def test_a_patch_that_cannot_be_made_fails_with_its_reason_and_the_others_are_ma
 def test_a_patch_whose_numbers_are_not_finite_fails_and_leaves_no_row_of_any_layer(ran: Ran) -> None:
     """The baseline overflows in its last blocks: what is taken there, or behind, is not known."""
     items = next(iter(ran.prompts.values()))
-    pair, late = items[0].payload[0].pair, ran.stage.identity.num_layers - 1
+    pair, late = items[0].payload.subject.pair, ran.stage.identity.num_layers - 1
     length, behind = len(pair.source), len(pair.target) - 1
     # Tokens of the forward of all texts, the source as often as it is moved and then the target: how many are the source's.
     together = {k * length + behind: k * length for k in (1, 2, 3)}
@@ -476,7 +476,7 @@ def test_a_patch_whose_numbers_are_not_finite_fails_and_leaves_no_row_of_any_lay
 
 def test_a_context_too_long_for_the_model_fails_every_patch_of_its_prompt_and_no_other(ran: Ran) -> None:
     def needed(item: Item) -> int:
-        return len(item.payload[0].pair.target) + ran.stage.max_new_tokens
+        return len(item.payload.subject.pair.target) + ran.stage.max_new_tokens
 
     longest = max(map(needed, ran.items.values()))
     shorter = replace(ran.lm, max_positions=longest - 1)
@@ -504,7 +504,7 @@ def test_a_word_that_cannot_be_traced_in_a_continuation_fails_its_patch(
 
         def decode(self, token_ids: Sequence[int]) -> str:
             whole = super().decode(token_ids)
-            return f" {items[0].payload[0].target}" if len(token_ids) > 1 else whole and "x"
+            return f" {items[0].payload.subject.target}" if len(token_ids) > 1 else whole and "x"
 
     assert detect([1, 2], "yes", lambda ids: "yes"[: 2 * len(ids)]).word_present, "control: said a part a token"
     (result,) = ran.stage.run(replace(ran.lm, codec=Odd()), items[:1])

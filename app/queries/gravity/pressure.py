@@ -115,7 +115,7 @@ def _curve(fit: pd.DataFrame, rates: pd.DataFrame, seed: int) -> pd.DataFrame | 
     def pressed() -> Pressed:
         return Pressed(*(rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples")))
 
-    found = curve_of(fit.to_dict("records"), pressed, seed)
+    found = curve_of([{str(k): v for k, v in row.items()} for row in fit.to_dict("records")], pressed, seed)
     return None if found is None else pd.DataFrame(found._asdict())
 
 

@@ -70,7 +70,7 @@ class Gravity:
 
         return remarks_of(reader, manifest)
 
-    def headlines(self, reader: Reader) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
         from harness.experiments.gravity.summary import headlines
 
         return headlines(reader)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from harness.engine import Tables
+from harness.engine import AnyTables, Tables
 from harness.errors import ItemFailed
 from harness.experiments.certificate import NAME, Certificate, Gap, Verdict
 from harness.experiments.gravity.inputs import Inputs
@@ -440,10 +440,10 @@ class GravityChecks:
     def params(self) -> dict[str, Any]:
         return {"num_prompts": self.num_subjects, "sampling": asdict(self.sampler)}
 
-    def tasks(self, tables: Tables) -> list[Task]:
-        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
-        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"][: self.num_subjects]}
-        rows = tables.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
+    def tasks(self, tables: AnyTables) -> list[Task]:
+        codec, given = load_codec(self.model, self.identity), Tables.of(tables)
+        targets = {p["prompt_id"]: p["target"] for p in given["prompts"][: self.num_subjects]}
+        rows = given.rows_with("contexts", [{"prompt_id": prompt_id} for prompt_id in targets])
         return tasks_of(subjects_of(rows, targets, codec, self.seed), self.identity.num_layers)
 
     def bench(self, is_full: bool) -> Bench:

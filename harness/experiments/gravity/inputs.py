@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from harness.engine import Tables
 from harness.engine.estimate import spread
@@ -157,22 +157,8 @@ def _hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-@runtime_checkable
-class InContext(Protocol):
-    """Something that is measured in one context."""
-
-    @property
-    def prompt_id(self) -> str: ...
-
-    @property
-    def condition(self) -> str: ...
-
-
-def contexts_of(tables: Tables, wanted: Iterable[InContext]) -> dict[tuple[str, str], tuple[int, ...]]:
+def contexts_of(tables: Tables, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, ...]]:
     """The token ids of contexts, by prompt and condition."""
-    keys = [
-        {"prompt_id": prompt_id, "condition": condition}
-        for prompt_id, condition in dict.fromkeys((w.prompt_id, w.condition) for w in wanted)
-    ]
+    keys = [{"prompt_id": prompt_id, "condition": condition} for prompt_id, condition in dict.fromkeys(wanted)]
     rows = tables.rows_with("contexts", keys, ("prompt_id", "condition", "token_ids"))
     return {(row["prompt_id"], row["condition"]): tuple(row["token_ids"]) for row in rows}

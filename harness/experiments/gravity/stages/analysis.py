@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.fit import curve_rows
 from harness.experiments.gravity.inputs import Inputs, item_key
@@ -34,8 +34,6 @@ from harness.stats import (
 )
 
 Row = dict[str, Any]
-UsedTables = Mapping[str, list[Row]]
-"""By table, the rows that an analysis rests on."""
 Values = Mapping[str, float]
 """One number a prompt."""
 Cell = tuple[Any, ...]
@@ -115,7 +113,7 @@ class Analysis:
     def params(self) -> dict[str, Any]:
         return {"patched": self.patched, "num_bootstraps": self.num_bootstraps}
 
-    def items(self, tables: Tables) -> list[Item[Used]]:
+    def items(self, tables: AnyTables) -> list[Item[Used]]:
         return [_item(name, uses, tables) for name, uses in _USES.items()]
 
     def most_items(self, num_subjects: int) -> int:
@@ -128,8 +126,8 @@ class Analysis:
         return [self._one(item) for item in items]
 
     def _one(self, item: Item[Used]) -> ItemResult:
-        name, tables = item.payload.analysis, item.payload.tables
-        rows = [_complete(name, row) for row in _COMPUTE[name](self, tables)]
+        name = item.payload.analysis
+        rows = [_complete(name, row) for row in _COMPUTE[name](self, item.payload.tables)]
         return ItemResult(item.key, {"statistics": rows}, replaces={"statistics": {"analysis": name}})
 
     def _means(self, values: Float[np.ndarray, "N M"]) -> Intervals:
@@ -150,7 +148,7 @@ class Analysis:
         )
 
 
-def _item(name: str, uses: Mapping[str, Sequence[str]], tables: Tables) -> Item[Used]:
+def _item(name: str, uses: Mapping[str, Sequence[str]], tables: AnyTables) -> Item[Used]:
     """An analysis with all it uses, in an order of its own, and a key that follows from that and nothing else."""
     used, digest = {}, blake2b(digest_size=8)
     for table, columns in uses.items():
@@ -283,7 +281,7 @@ def _outcomes(rows: Iterable[Row]) -> dict[str, set[str]]:
     return found
 
 
-def _rates(given: Analysis, tables: UsedTables) -> Iterator[Row]:
+def _rates(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     categories: dict[str, set[str]] = defaultdict(set)
     for prompt in tables["prompts"]:
         categories[f"category:{prompt['category']}"].add(prompt["prompt_id"])
@@ -294,7 +292,7 @@ def _rates(given: Analysis, tables: UsedTables) -> Iterator[Row]:
         yield from _over_groups(given, [(cell, rates)], {"all": set(rates), **bins, **dict(sorted(categories.items()))})
 
 
-def _suppression(given: Analysis, tables: UsedTables) -> Iterator[Row]:
+def _suppression(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     outcomes = _by_condition(tables["outcomes"])
     for condition, rows in _by_condition(tables["suppression"]).items():
         cells = [({"condition": condition, "measure": m}, _values(rows, m)) for m in ("delta", "relative", "log")]
@@ -304,7 +302,7 @@ def _suppression(given: Analysis, tables: UsedTables) -> Iterator[Row]:
         yield from _corrected(_over_outcomes(given, cells, by_outcome), _by_measure)
 
 
-def _patching(given: Analysis, tables: UsedTables) -> Iterator[Row]:
+def _patching(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     if not tables["patching"]:
         return
     by_cell: dict[tuple[str, int], list[Row]] = defaultdict(list)
@@ -328,7 +326,7 @@ def _patching(given: Analysis, tables: UsedTables) -> Iterator[Row]:
 # ---- the fit --------------------------------------------------------------------------------------------------
 
 
-def _fit(given: Analysis, tables: UsedTables) -> Iterator[Row]:
+def _fit(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     p0 = _p0(tables["psem"])
     for condition, rows in _by_condition(tables["violation"]).items():
         pressed = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows if r["prompt_id"] in p0]
@@ -374,10 +372,10 @@ def _fitted(
 # ---- what the views have added up -----------------------------------------------------------------------------
 
 
-def _mechanism(table: str) -> Callable[[Analysis, Tables], list[Row]]:
+def _mechanism(table: str) -> Callable[[Analysis, AnyTables], list[Row]]:
     """Success against failure by layer, and by head where there are heads, from a view of moments."""
 
-    def compute(given: Analysis, tables: UsedTables) -> list[Row]:
+    def compute(given: Analysis, tables: AnyTables) -> list[Row]:
         sides: dict[str, dict[Cell, tuple[float, float, float]]] = {"success": {}, "failure": {}}
         for row in tables[table]:
             if row["mean"] is not None:
@@ -422,7 +420,7 @@ def _from_moments(
 # ---- phrasings, and kinds of failure --------------------------------------------------------------------------
 
 
-def _phrasing(given: Analysis, tables: UsedTables) -> list[Row]:
+def _phrasing(given: Analysis, tables: AnyTables) -> list[Row]:
     others = [c for c in given.conditions if c != _BASELINE]
     if not others:
         return []
@@ -446,7 +444,7 @@ def _phrasing(given: Analysis, tables: UsedTables) -> list[Row]:
     return _corrected(rows, lambda row: "phrasing")
 
 
-def _taxonomy(given: Analysis, tables: UsedTables) -> Iterator[Row]:
+def _taxonomy(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     for condition, rows in _by_condition(tables["outcomes"]).items():
         failures = [row for row in rows if row["outcome"] == "failure"]
         counts = Counter(row["taxonomy"] or "unknown" for row in failures)
@@ -455,7 +453,7 @@ def _taxonomy(given: Analysis, tables: UsedTables) -> Iterator[Row]:
                    "n": len(failures), "method": rows[0]["taxonomy_rule"]}  # fmt: skip
 
 
-_COMPUTE: dict[str, Callable[[Analysis, UsedTables], Iterable[Row]]] = {
+_COMPUTE: dict[str, Callable[[Analysis, AnyTables], Iterable[Row]]] = {
     "rates": _rates,
     "fit": _fit,
     "suppression": _suppression,

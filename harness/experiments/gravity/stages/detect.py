@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
@@ -57,7 +57,7 @@ class Detect:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[Completed]]:
+    def items(self, tables: AnyTables) -> list[Item[Completed]]:
         return [
             Item(item_key(*(row[c] for c in _KEY)), _LENGTH, Completed(Which(**row)))
             for row in Tables.of(tables).streamed("completions", _KEY)

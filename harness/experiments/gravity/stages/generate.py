@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, item_key
 from harness.models.decode import Completion, Request, Sampling, decode
@@ -58,11 +58,11 @@ class Generate:
             "only_single_token": self.admitted.single_token, "only_selected": self.admitted.selected,
         }  # fmt: skip
 
-    def items(self, tables: Tables) -> list[Item[Answer]]:
-        tables = Tables.of(tables)
-        admitted = {p["prompt_id"] for p in tables["prompts"] if self.admitted(p)}
+    def items(self, tables: AnyTables) -> list[Item[Answer]]:
+        given = Tables.of(tables)
+        admitted = {p["prompt_id"] for p in given["prompts"] if self.admitted(p)}
         found = []
-        for row in tables.streamed("contexts"):
+        for row in given.streamed("contexts"):
             prompt_id, condition = row["prompt_id"], row["condition"]
             if prompt_id not in admitted or condition not in self.conditions:
                 continue
@@ -77,7 +77,7 @@ class Generate:
         return found
 
     def load(self, tables: Tables, items: Sequence[Item[Answer]]) -> list[Item[Answer]]:
-        token_ids = contexts_of(tables, [i.payload for i in items])
+        token_ids = contexts_of(tables, ((i.payload.prompt_id, i.payload.condition) for i in items))
         return [
             replace(i, payload=replace(i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition]))
             for i in items

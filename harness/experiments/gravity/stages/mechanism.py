@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from harness.engine import Artifact, Item, ItemResult, Tables
+from harness.engine import AnyTables, Artifact, Item, ItemResult
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.settings import StoredSettings
@@ -63,7 +63,7 @@ class Mechanism:
     def params(self) -> dict[str, Any]:
         return {"stored": self.stored.model_dump(mode="json")}
 
-    def items(self, tables: Tables) -> list[Item[Looked]]:
+    def items(self, tables: AnyTables) -> list[Item[Looked]]:
         codec = load_codec(self.model, self.identity)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
         answers = {(a["prompt_id"], a["condition"]): a for a in tables["greedy_answers"]}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Inputs, item_key
 from harness.experiments.gravity.settings import PatchingSettings
@@ -79,7 +79,7 @@ class Patching:
             "max_new_tokens": self.max_new_tokens, "stop_at_newline": self.stop_at_newline,
         }  # fmt: skip
 
-    def items(self, tables: Tables) -> list[Item[Patch]]:
+    def items(self, tables: AnyTables) -> list[Item[Patch]]:
         codec = load_codec(self.model, self.identity)
         targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
         contexts = {(c["prompt_id"], c["condition"]): c for c in tables["contexts"]}

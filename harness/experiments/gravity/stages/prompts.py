@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.conditions import Spans, Template, token_span
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
@@ -35,7 +35,7 @@ class Prompts:
     def params(self) -> dict[str, Any]:
         return {"chat": self.chat}
 
-    def items(self, tables: Tables) -> list[Item[Prompt]]:
+    def items(self, tables: AnyTables) -> list[Item[Prompt]]:
         return [Item(p.prompt_id, _LENGTH, p) for p in self.prompts]
 
     def setup(self) -> Codec:

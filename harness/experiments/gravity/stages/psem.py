@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.gravity.inputs import Admitted, Inputs, contexts_of, item_key
 from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, load_codec, shared
@@ -62,21 +62,24 @@ class Psem:
     def params(self) -> dict[str, Any]:
         return {"only_single_token": self.admitted.single_token}
 
-    def items(self, tables: Tables) -> list[Item[Context]]:
-        codec, tables = load_codec(self.model, self.identity), Tables.of(tables)
-        targets = {p["prompt_id"]: p["target"] for p in tables["prompts"] if self.admitted(p)}
+    def items(self, tables: AnyTables) -> list[Item[Context]]:
+        codec, given = load_codec(self.model, self.identity), Tables.of(tables)
+        targets = {p["prompt_id"]: p["target"] for p in given["prompts"] if self.admitted(p)}
         return [
             Item(
                 item_key(row["prompt_id"], row["condition"]),
                 row_length(row["token_ids"], _forms(codec, target).trie),
                 Context(row["prompt_id"], row["condition"], target),
             )
-            for row in tables.streamed("contexts")
+            for row in given.streamed("contexts")
             if (target := targets.get(row["prompt_id"])) is not None
         ]
 
     def load(self, tables: Tables, items: Sequence[Item[Context]]) -> list[Item[Context]]:
-        codec, token_ids = load_codec(self.model, self.identity), contexts_of(tables, [i.payload for i in items])
+        codec, token_ids = (
+            load_codec(self.model, self.identity),
+            contexts_of(tables, ((i.payload.prompt_id, i.payload.condition) for i in items)),
+        )
         return [
             replace(i, payload=replace(
                 i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition], forms=_forms(codec, i.payload.target)
@@ -99,9 +102,8 @@ class Psem:
             return ItemResult.failed(
                 item.key, "no tokenisation of the target decodes back to it; the tokenizer cannot spell it"
             )
-        row: dict[str, Any] = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition} | measures(
-            forms, scores
-        )
+        row: dict[str, Any] = {"prompt_id": item.payload.prompt_id, "condition": item.payload.condition}
+        row |= measures(forms, scores)
         if row["p_sem"] > 1 + _ROUNDING:
             return ItemResult.failed(item.key, f"p_sem is {row['p_sem']:.6f}: disjoint events cannot exceed 1")
         return ItemResult(item.key, {"psem": [row]})

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.bins import bin_of
 from harness.experiments.gravity.inputs import Admitted, Inputs
 from harness.experiments.gravity.settings import SelectSettings
@@ -63,7 +63,7 @@ class Select:
     def params(self) -> dict[str, Any]:
         return self.rules.model_dump()
 
-    def items(self, tables: Tables) -> list[Item[Candidates]]:
+    def items(self, tables: AnyTables) -> list[Item[Candidates]]:
         p0 = {row["prompt_id"]: row["p_sem"] for row in tables["psem"] if row["condition"] == "baseline"}
         candidates = [
             Candidate(p["prompt_id"], p["category"], letters(p["target"]), p0[p["prompt_id"]])

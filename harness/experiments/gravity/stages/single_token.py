@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Artifact, Item, ItemResult, Tables
+from harness.engine import AnyTables, Artifact, Item, ItemResult
 from harness.experiments.gravity.inputs import Inputs
 
 _FIELDS = ("prompt_id", "category", "question", "target", "source", "style", "alternatives")
@@ -41,7 +41,7 @@ class SingleToken:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[Category]]:
+    def items(self, tables: AnyTables) -> list[Item[Category]]:
         by_category: dict[str, list[dict[str, Any]]] = {}
         for row in tables["prompts"]:
             by_category.setdefault(row["category"], []).append(row)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from harness.engine import Item, ItemResult, Tables
+from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.text.words import token_texts
@@ -29,7 +29,7 @@ class TokenTexts:
     def params(self) -> dict[str, Any]:
         return {}
 
-    def items(self, tables: Tables) -> list[Item[None]]:
+    def items(self, tables: AnyTables) -> list[Item[None]]:
         return [Item("tokens", 1)]
 
     def most_items(self, num_subjects: int) -> int:
