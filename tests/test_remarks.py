@@ -11,8 +11,8 @@ import pytest
 
 from harness.experiments import remarks as shared
 from harness.experiments.gravity import remarks
-from harness.experiments.remarks import Remark, lines, of_certificate
 from harness.experiments.gravity.schema import SCHEMA
+from harness.experiments.remarks import Remark, lines, of_certificate
 from harness.store import Reader, Row, Store
 from tests.fakes import older_store
 from tests.gravity import EXPERIMENT, FIELDS

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from harness.errors import EnvironmentFault, RunError
 from harness.commands import report as command
+from harness.errors import EnvironmentFault, RunError
 from harness.experiments.gravity import method, report
 from harness.experiments.gravity.figures import FIGURES
 from harness.experiments.gravity.report import Segment, token_segments
