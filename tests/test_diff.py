@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.commands.diff import DERIVED, RANKS, TOLERANCE, ColumnDrift, TableDrift, joined, table_drift, verdict
+from harness.commands.diff import TOLERANCE, ColumnDrift, TableDrift, joined, table_drift, verdict
+from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.run.differences import environment_differences
 from harness.store import Aligned
@@ -148,12 +149,12 @@ def drifted(table: str = "psem", column: str = "p_sem", scaled: float = 0.0, onl
 def test_rounding_ends_at_the_tolerance_of_the_dtype(dtype: str) -> None:
     edge = TOLERANCE[dtype].nats
     same = drifted()
-    assert verdict([], dtype) == verdict([same, same], dtype) == "identical"
-    assert verdict([same, drifted(scaled=edge)], dtype) == "rounding"
-    assert verdict([same, drifted(scaled=math.nextafter(edge, 1))], dtype) == "apart"
-    assert verdict([drifted(scaled=math.inf)], dtype) == "apart"
-    assert verdict([drifted(only=1)], dtype) == "apart"
-    assert verdict([drifted()], dtype) == "identical"
+    assert verdict([], dtype, SCHEMA) == verdict([same, same], dtype, SCHEMA) == "identical"
+    assert verdict([same, drifted(scaled=edge)], dtype, SCHEMA) == "rounding"
+    assert verdict([same, drifted(scaled=math.nextafter(edge, 1))], dtype, SCHEMA) == "apart"
+    assert verdict([drifted(scaled=math.inf)], dtype, SCHEMA) == "apart"
+    assert verdict([drifted(only=1)], dtype, SCHEMA) == "apart"
+    assert verdict([drifted()], dtype, SCHEMA) == "identical"
 
 
 def test_half_precision_is_let_more_room_than_single() -> None:
@@ -161,16 +162,16 @@ def test_half_precision_is_let_more_room_than_single() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "column"), [*((t, "value") for t in DERIVED), *(("lens", c) for c in RANKS)], ids=lambda v: str(v)
+    ("table", "column"), [*((t, "value") for t in SCHEMA.derived), *(("lens", c) for c in SCHEMA.ranks)], ids=lambda v: str(v)
 )  # fmt: skip
 def test_ranks_and_tables_that_rest_on_others_are_left_out_of_the_verdict_and_not_of_what_is_identical(
     table: str, column: str
 ) -> None:
     drift = drifted(table, column, scaled=math.inf)
-    assert verdict([drift, drifted()], "float32") == "rounding"
-    assert verdict([drift, drifted("psem", "text", math.inf)], "float32") == "apart", "the control"
-    if table in DERIVED:
-        assert verdict([drifted(table, only=1)], "float32") == "rounding"
+    assert verdict([drift, drifted()], "float32", SCHEMA) == "rounding"
+    assert verdict([drift, drifted("psem", "text", math.inf)], "float32", SCHEMA) == "apart", "the control"
+    if table in SCHEMA.derived:
+        assert verdict([drifted(table, only=1)], "float32", SCHEMA) == "rounding"
 
 
 # What explains other bits
