@@ -572,10 +572,8 @@ def change(tables: dict[str, list[Row]], table: str, column: str, to: Callable[[
     """The analyses whose item is a new one when one value has changed."""
     changed = copy.deepcopy(tables)
     changed[table][0][column] = to(changed[table][0][column])
-    return {
-        k.split("|")[0]
-        for k in {i.key for i in STAGE.items(Tables.of(changed))} - {i.key for i in STAGE.items(Tables.of(tables))}
-    }
+    keys = [{i.key for i in STAGE.items(Tables.of(t))} for t in (changed, tables)]
+    return {key.split("|")[0] for key in keys[0] - keys[1]}
 
 
 def test_a_key_follows_from_what_the_analysis_uses_and_from_nothing_else(large: Path) -> None:
