@@ -4,6 +4,7 @@ A package that is installed adds an experiment by the entry-point group `harness
 `experiment.Experiment` describes it. Nothing is imported until an experiment is asked for.
 """
 
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
@@ -113,7 +114,7 @@ def _load(name: str) -> "Experiment":
     from harness.experiments.experiment import Experiment
 
     parts = [part for part in vars(Experiment) if not part.startswith("_")]
-    missing = [part for part in parts if not hasattr(found, part)]
+    missing = [part for part in parts if not _gives(found, part)]
     if missing:
         raise SettingsError(
             f"experiment {name} ({_places()[name]}) gives no {', '.join(missing)}; see docs/experiments.md"
@@ -123,6 +124,14 @@ def _load(name: str) -> "Experiment":
     if name in settings.Settings.model_fields:
         raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
     return found
+
+
+def _gives(found: object, part: str) -> bool:
+    """Whether it has this part, which is not made to find out: stages and benches load torch."""
+    return inspect.getattr_static(found, part, _NOTHING) is not _NOTHING or hasattr(found, part)
+
+
+_NOTHING = object()
 
 
 def _entry_points() -> tuple[metadata.EntryPoint, ...]:
