@@ -176,7 +176,7 @@ def test_headline_and_tables_hold_the_numbers_of_the_store(page: Page, paths: Ru
         assert f"{value} [{low}, {high}]" in page.text
     for told in (
         "reframed",
-        "Planted answers.",
+        f"Planted. {EXPERIMENT.planted}",
         "2601.08070",
         "Benjamini–Hochberg",
         "priming where delta < 0 or pi > 0",
@@ -229,7 +229,8 @@ def test_an_empty_run_says_that_nothing_was_measured(tmp_path: Path) -> None:
     assert page.text.count("not measured") >= 8
     assert "not checked in this run" in page.text
     assert "No failure to show" in page.text
-    assert "Planted answers." not in page.text
+    assert "Planted." not in page.text
+    assert EXPERIMENT.planted not in page.text
 
 
 def test_a_run_with_only_a_baseline_is_reported(tmp_path: Path) -> None:

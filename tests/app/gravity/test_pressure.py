@@ -52,6 +52,7 @@ def small(tmp_path: Path) -> RunPaths:
 def _run(root: Path, fill: Callable[[Store], None]) -> RunPaths:
     paths = RunPaths(root / "20260101-000000-x-0")
     paths.folder.mkdir()
+    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
     with Store(paths.results, SCHEMA) as store:
         fill(store)
         store.publish(paths.live)
