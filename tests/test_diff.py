@@ -157,12 +157,12 @@ def drifted(table: str = "psem", column: str = "p_sem", scaled: float = 0.0, onl
 def test_rounding_ends_at_the_tolerance_of_the_dtype(dtype: str) -> None:
     edge = TOLERANCE[dtype].nats
     same = drifted()
-    assert verdict([], dtype, SCHEMA) == verdict([same, same], dtype, SCHEMA) == "identical"
-    assert verdict([same, drifted(scaled=edge)], dtype, SCHEMA) == "rounding"
-    assert verdict([same, drifted(scaled=math.nextafter(edge, 1))], dtype, SCHEMA) == "apart"
-    assert verdict([drifted(scaled=math.inf)], dtype, SCHEMA) == "apart"
-    assert verdict([drifted(only=1)], dtype, SCHEMA) == "apart"
-    assert verdict([drifted()], dtype, SCHEMA) == "identical"
+    assert verdict([], dtype) == verdict([same, same], dtype) == "identical"
+    assert verdict([same, drifted(scaled=edge)], dtype) == "rounding"
+    assert verdict([same, drifted(scaled=math.nextafter(edge, 1))], dtype) == "apart"
+    assert verdict([drifted(scaled=math.inf)], dtype) == "apart"
+    assert verdict([drifted(only=1)], dtype) == "apart"
+    assert verdict([drifted()], dtype) == "identical"
 
 
 def test_half_precision_is_let_more_room_than_single() -> None:

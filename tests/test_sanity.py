@@ -871,7 +871,9 @@ def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for
     if known is not None:  # the run is long enough for an estimate
         made = made.within(known)
     assert made.budget_s == budget_s
-    assert plan.fingerprint == gravity.prepare(resolve({"data.limit": "2"}, None, {})).fingerprint, "it decides no number"
+    assert plan.fingerprint == gravity.prepare(resolve({"data.limit": "2"}, None, {})).fingerprint, (
+        "it decides no number"
+    )
 
 
 def test_full_depth_compares_every_spelling_and_sweeps_each_patch_alone(
