@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from app import experiments
 from app.experiments import CORE, Extras, Page
 from app.queries import runs as asked
 from harness.errors import SettingsError
+from harness.experiments.remarks import Remark
 from harness.run import RunEntry, RunPaths, list_runs
+from harness.store import Reader, Schema, Store
 from tests import synthetic
 from tests.app.conftest import PAGES, open_file, open_view, page_file
 from tests.synthetic import Shape
@@ -34,11 +36,9 @@ if selected:
 '''
 EXTRAS = """
 import streamlit as st
-from app.experiments import Extras, Remark
+from app.experiments import Extras
 
 EXTRAS = Extras(
-    planted="These marbles are painted.",
-    remarks=lambda entry: [Remark("heap", "a heap", "Too many marbles.")],
     examples={"Marbles": "SELECT 7 AS marbles"},
     compare=lambda selected, entry, other: st.text("marbles side by side"),
 )
@@ -47,10 +47,15 @@ EXTRAS = Extras(
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+TOO_MANY = "Too many marbles. Take some away."
+
+
 class Toy:
-    """An experiment from outside: two pages, one at an address that is taken."""
+    """An experiment from outside: a table of its own, and two pages, one at an address that is taken."""
 
     name, title = "toy", "Marbles"
+    planted = "These marbles are painted."
+    schema = Schema("toy", ("CREATE TABLE marbles (marble INTEGER PRIMARY KEY)",))
 
     def __init__(self, folder: Path):
         pages = (("marbles", "Heap", ("heap",)), ("prompt", "One marble", ()))
@@ -58,6 +63,10 @@ class Toy:
             (folder / f"{name}.py").write_text(PAGE)
         (folder / "extras.py").write_text(EXTRAS)
         self.pages = tuple(Page(name, title, folder / f"{name}.py", ("stages",), kinds) for name, title, kinds in pages)
+
+    def remarks(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+        assert "marbles" in reader.tables()
+        return [Remark("heap", None, 3, 3, "Too many marbles.", "Take some away.", "a heap")]
 
 
 @pytest.fixture
@@ -82,7 +91,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (root / name).mkdir()
         (root / name / "manifest.json").write_text(json.dumps(manifest | told | {"run_id": name}))
-        (root / name / "live.duckdb").write_bytes(paths.live.read_bytes())
+        if told["experiment"] == "toy":
+            with Store(root / name / "results.duckdb", Toy.schema) as store:
+                store.publish(root / name / "live.duckdb")
+        else:
+            (root / name / "live.duckdb").write_bytes(paths.live.read_bytes())
     return root
 
 
@@ -141,11 +154,11 @@ def test_a_page_from_outside_is_drawn_of_runs_of_its_experiment_and_no_other(toy
     assert test.title[0].value == "Heap"
     assert list(runs_offered(test)) == ["20990102-000000-toy-0", "20990101-000000-toy-0"]
     assert "20990102-000000-toy-0 has 4 marbles" in [t.value for t in test.text]
-    assert "Too many marbles." in [t.value for t in test.text]
+    assert TOO_MANY in [t.value for t in test.text]
     assert not test.warning
     test = open_file(toy.pages[1].file, run="20990101-000000-toy-0")
     assert [w.value for w in test.warning] == ["These marbles are painted."]
-    assert "Too many marbles." not in [t.value for t in test.text], "the page does not concern that kind of remark"
+    assert TOO_MANY not in [t.value for t in test.text], "the page does not concern that kind of remark"
     assert list(runs_offered(open_view("pressure"))) == [list_runs(_root())[-1].paths.run_id]
 
 
@@ -221,4 +234,4 @@ def test_a_row_chooses_what_it_names() -> None:
 def test_a_file_of_no_experiment_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no installed experiment has this page"):
         experiments.page_of(tmp_path / "page.py")
-    assert experiments.page_of(PAGES["pressure"].file)[1] is PAGES["pressure"]
+    assert experiments.page_of(PAGES["pressure"].file)[1] == PAGES["pressure"]

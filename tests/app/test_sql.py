@@ -227,8 +227,7 @@ def test_csv_and_parquet_can_be_read_back(paths: RunPaths, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_every_example_is_answered(title: str, paths: RunPaths) -> None:
-    assert ask_locked(paths.live, SCHEMA, asked.EXAMPLES[title]).rows.num_columns > 1
-    assert ask_locked(paths.live, EXAMPLES[title]).rows.num_columns > 1
+    assert ask_locked(paths.live, SCHEMA, EXAMPLES[title]).rows.num_columns > 1
 
 
 # -- the page
