@@ -109,14 +109,13 @@ def steps_of(folder: Path, *, is_cpu: bool, model: str) -> list[Step]:
 
 def _lacks(model: str) -> str:
     """Why the real model cannot be run here; nothing where it can."""
-    from harness.commands import launch
     from harness.errors import HarnessError
-    from harness.models.load import identify
+    from harness.experiments.weights import Models
     from tests.gravity import resolve
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # a check of the machine fetches nothing
     try:
-        identify(launch.model_spec(resolve({"model.name": model}).settings, "cpu"))
+        _ = Models(resolve({"model.name": model}).settings, "cpu").identity
     except HarnessError as e:
         return str(e)
     return ""
@@ -212,7 +211,11 @@ def cramp(more_mb: int, arguments: Sequence[str]) -> int:
     else:
         import resource
 
+        from harness.commands import launch  # imports take memory too
+        from harness.experiments.gravity import contents
+
         assert launch
+        assert contents
         torch.ones(64, 64) @ torch.ones(64, 64)  # and so do the threads of the first product
         status = Path("/proc/self/status").read_text()
         now = 1024 * int(re.findall(r"^VmData:\s*(\d+) kB", status, re.MULTILINE)[0])

@@ -15,20 +15,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import cli
+from harness.commands import bench as command
 from harness.errors import SettingsError
+from harness.experiments import timing
 from harness.experiments.gravity import bench, least
-from harness.experiments.gravity.bench import (
-    Course,
-    Figure,
-    Subject,
-    Way,
-    disagreements,
-    in_turn,
-    law_apart,
-    operations,
-)
+from harness.experiments.gravity.bench import Subject, law_apart
+from harness.experiments.timing import Course, Figure, Grounds, Way, disagreements, in_turn, operations
 from harness.models import peers
 from harness.models.decode import Completion, Sampling
+from harness.models.load import shared
 from harness.models.patch import Pair, Patched
 from harness.models.score import TreeScores
 from harness.text.prompts import Prompt
@@ -163,7 +158,7 @@ def test_samples_of_another_law_are_many_standard_errors_apart() -> None:
         sampling = replace(Sampling(4, 1.0, 0.9), **changes)
         return peers.generate(peers.twin(LM, "sdpa"), CONTEXTS, 64, sampling, [256], seed)
 
-    most = bench.MOST_APART["standard errors"]
+    most = timing.MOST_APART["standard errors"]
     assert law_apart(LM, CONTEXTS, made(1), made(2)).value < most
     assert law_apart(LM, CONTEXTS, made(1), made(2, temperature=0.6)).value > most
     assert law_apart(LM, CONTEXTS, made(1), made(2, top_p=0.5)).value > most
@@ -286,7 +281,7 @@ def test_any_model_can_be_timed_and_the_figures_are_kept(tmp_path: Path) -> None
 
 def test_a_shape_is_taken_before_a_model_from_elsewhere_and_both_as_flags_are_refused() -> None:
     def name(shape: str | None, flags: dict[str, str], environ: dict[str, str]) -> str:
-        return bench._with_model(resolve(flags, environ=environ), shape).settings.model.name
+        return command._with_model(resolve(flags, environ=environ), shape).settings.model.name
 
     assert name(None, {}, {}) == "random:llama-40m"
     assert name("tiny-llama", {}, {"MODEL_PATH": "x/y"}) == "random:tiny-llama"
@@ -336,7 +331,11 @@ def test_an_experiment_forwards_no_less_than_the_least_and_small_batches_more(tm
             {"model.name": "random:tiny-llama", "data.limit": "3", "gravity.num_samples": "3", "runtime.device": "cpu",
              "gravity.stages": "psem,greedy,samples,detect,mechanism,patching", **flags}, environ={},
         )  # fmt: skip
-        return least.measure(gravity.prepare(resolved), resolved)
+        plan = gravity.prepare(resolved)
+        at = Course(shared(plan.models.spec, plan.models.identity), 1.0)
+        return least.measure(
+            Grounds(at, plan.prepared, 1, plan.stages, lambda stages: command._run_aside(plan, resolved, stages))
+        )
 
     # One batch a stage: beginnings are shared within a batch, not between two.
     whole, cut = (account(**{"batching.max_tokens": n}) for n in ("1000000", "64"))

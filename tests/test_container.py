@@ -501,7 +501,7 @@ def test_a_run_here_and_one_in_a_container_give_the_same_bits_or_what_differs_is
         assert apart, f"other results, and nothing says why: {found}"
         assert all(d.key.split(".")[-1] in found.out for d in apart), found
     with Reader(ours / "live.duckdb", SCHEMA) as a, Reader(theirs / "live.duckdb", SCHEMA) as b:
-        assert verdict(compare_results(a, b), "float32") in ("identical", "rounding")
+        assert verdict(compare_results(a, b), "float32", SCHEMA) in ("identical", "rounding")
 
 
 def test_the_stage_that_writes_prompt_files_writes_them_into_its_run(image: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 from loguru import logger
 
 from harness import cli, log
-from harness.engine.executors import Host, Inline, Item
+from harness.engine import Item
+from harness.engine.executors import Host, Inline, Job
 from harness.errors import EnvironmentFault, StoreError, machine_fault
 from tests.test_cli import harness
 
@@ -61,7 +62,7 @@ def test_a_batch_for_which_torch_finds_no_memory_is_out_of_memory_and_another_er
         def batch(*_: object):
             raise error
 
-        (outcome,) = Inline(Host()).map(lambda: None, batch, [("token", [Item("a", 1)])])
+        (outcome,) = Inline(Host()).map(lambda: None, batch, [Job("token", [Item("a", 1)])])
         return outcome
 
     said = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."

@@ -31,10 +31,6 @@ STATUS = {"finished": "finished", "interrupted": "interrupted", "killed": "stopp
 QUICK = ("schema1-finished", "schema7-finished", "schema7-killed")
 """Of commands that take seconds, the others are for the slow tests."""
 PAGES = ("runs", "pressure", "prompt")
-NO_REPORT = [
-    pytest.mark.slow,
-    pytest.mark.xfail(raises=KeyError, strict=True, reason="it asks for a column of schema 4"),
-]
 
 
 def some_slow(name: str) -> Any:
@@ -154,14 +150,29 @@ def test_a_run_with_the_stages_of_today_gives_the_same_numbers_again(runs: dict[
 
 
 @pytest.mark.parametrize("name", [some_slow(n) for n in OLDER])
-def test_an_older_run_that_cannot_be_measured_again_says_which_stage_is_another(
+def test_a_stage_that_is_another_now_is_left_out_with_its_reason_and_the_others_give_the_same_numbers(
     runs: dict[str, Path], name: str
 ) -> None:
     run = runs[name]
     told = harness("verify", run.name, "--sample", 1, "--paths.runs", run.parent)
+    assert (told.code, failing(told)) == (0, set()), told.out
+    why = dict(re.findall(r"^skip again (\S+) +(.*)", told.out, re.MULTILINE))
+    another = "this is not the stage that was run: stages.sanity.version: was 1, is "
+    assert why["sanity"].startswith("the run has no such stage" if name == "schema1-finished" else another)
+    planned = {stage["name"] for stage in manifest(run)["fingerprint_parts"]["stages"]}
+    assert {stage for stage, reason in why.items() if reason == "the run has no such stage"}.isdisjoint(planned)
+    measured = set(re.findall(r"^ok +again (\S+) +batch .*: the same rows", told.out, re.MULTILINE))
+    assert {"prompts", "psem"} <= measured
+    assert measured == planned - {"sanity"} or name not in FINISHED
+
+
+def test_an_older_run_of_another_seed_is_not_measured_again_at_all(runs: dict[str, Path]) -> None:
+    """The control of the test above: what no stage is alone in fails as a whole."""
+    run = runs["schema1-finished"]
+    told = harness("verify", run.name, "--runtime.seed", 5, "--paths.runs", run.parent)
     assert (told.code, failing(told)) == (1, {"again"}), told.out
-    assert "this is not what was measured" in told.out
-    assert f"stages.sanity.version: was {'(absent)' if name == 'schema1-finished' else 1}, is " in told.out
+    assert re.search(r"^FAIL again +this is not what was measured: seed: was \d+, is 5$", told.out, re.MULTILINE)
+    assert not re.search("^(ok|skip) +again", told.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", [some_slow(n) for n in NAMES])
@@ -180,7 +191,7 @@ def test_an_old_run_is_exported_with_as_many_rows_as_its_manifest_counts(
     assert manifest(tmp_path) == manifest(run)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NO_REPORT) if n[6] < "4" else some_slow(n) for n in NAMES])
+@pytest.mark.parametrize("name", [some_slow(n) for n in NAMES])
 def test_an_old_run_has_a_report(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     run = runs[name]
     told = harness("report", run.name, "--to", tmp_path, "--paths.runs", run.parent)

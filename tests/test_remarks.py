@@ -9,12 +9,13 @@ from typing import Any
 import duckdb
 import pytest
 
+from harness.experiments import remarks as shared
 from harness.experiments.gravity import remarks
-from harness.experiments.gravity.remarks import Remark, lines, remarks_of
 from harness.experiments.gravity.schema import SCHEMA
+from harness.experiments.remarks import Remark, lines, of_certificate
 from harness.store import Reader, Row, Store
 from tests.fakes import older_store
-from tests.gravity import FIELDS
+from tests.gravity import EXPERIMENT, FIELDS
 
 CHAT: dict[str, Any] = {"model": {"chat_template_sha256": "ab", "dtype": "float32"}}
 RAW: dict[str, Any] = {"model": {"chat_template_sha256": None, "dtype": "float32"}}
@@ -31,6 +32,11 @@ def said_of(tmp_path: Path) -> Callable[..., list[Remark]]:
     return say
 
 
+def remarks_of(reader: Reader, manifest: dict[str, Any]) -> list[Remark]:
+    """The experiment's, and those of every certificate, as terminal, report and app join them."""
+    return [*EXPERIMENT.remarks(reader, manifest), *of_certificate(reader, manifest)]
+
+
 @contextmanager
 def reading(folder: Path, tables: dict[str, list[Row]]) -> Iterator[Reader]:
     with Store(folder / "results.duckdb", SCHEMA) as store:
@@ -44,7 +50,10 @@ def reading(folder: Path, tables: dict[str, list[Row]]) -> Iterator[Reader]:
 
 
 def settings(**values: Any) -> dict[str, Any]:
-    return {"settings": {name.replace("__", "."): {"value": value} for name, value in values.items()}}
+    return {
+        "experiment": "gravity",
+        "settings": {name.replace("__", "."): {"value": value} for name, value in values.items()},
+    }
 
 
 def answers(texts: list[str], condition: str = "baseline", mode: str = "greedy", ends: str = "stop") -> list[Row]:
@@ -95,8 +104,10 @@ def test_empty_answers_are_told_by_condition_and_mode_and_chat_is_advised_where_
     assert found[0].share == 0.2
     assert found[0].sentence == "Under baseline, 3 of 10 greedy answers (30 %) and 1 of 10 samples (10 %) are empty."
     assert "--gravity.chat true" in found[0].advice
-    wrapped = said_of({"completions": rows}, CHAT | settings(experiment__chat=True))
+    wrapped = said_of({"completions": rows}, CHAT | settings(gravity__chat=True))
     assert "chat" not in wrapped[0].advice
+    older = {"settings": {"experiment.chat": {"value": True}}}  # before experiments had names
+    assert said_of({"completions": rows}, CHAT | older) == wrapped
     assert "chat" not in said_of({"completions": rows}, RAW)[0].advice
     assert [r.sentence for r in wrapped] == [r.sentence for r in found]
 
@@ -133,7 +144,7 @@ def test_four_answers_are_too_few_to_speak_of_a_share(said_of) -> None:
 def test_cut_answers_name_the_setting_to_raise_and_an_answer_with_a_newline_is_whole(said_of) -> None:
     rows = answers(["one two"] * 5 + ["one\ntwo"] * 5, ends="length")
     rows += answers(["one"] * 10, mode="sample")
-    limits = settings(experiment__max_new_tokens_greedy=8, experiment__max_new_tokens_samples=10)
+    limits = settings(gravity__max_new_tokens_greedy=8, gravity__max_new_tokens_samples=10)
     (found,) = said_of({"completions": rows}, limits)
     assert kinds([found]) == [("cut", "baseline", 5, 10)]
     assert "`--gravity.max_new_tokens_greedy 16`" in found.advice
@@ -254,7 +265,7 @@ def with_certificate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_a_measurement_over_half_of_its_tolerance_is_near_and_one_beyond_it_is_not_called_near(
     said_of, with_certificate
 ) -> None:
-    assert remarks.NEAR == 0.5
+    assert shared.NEAR == 0.5
     with_certificate(certified([9e-6, 5.1e-6, 4.9e-6, 0.0]))
     found = said_of({})
     assert kinds(found) == [("certificate", None, 2, 4)]
@@ -312,7 +323,7 @@ def test_conditions_with_the_same_advice_share_it(said_of) -> None:
 
 
 def test_what_is_to_be_typed_is_there_to_be_typed(said_of) -> None:
-    source = Path(remarks.__file__).read_text("utf-8")
+    source = "".join(Path(module.__file__).read_text("utf-8") for module in (remarks, shared))
     typed = {flag.removeprefix("--") for flag in re.findall(r"`(--[\w.]+)", source) if "{" not in flag}
-    ours = {"gravity.chat"}  # an alias of gravity.chat
-    assert typed - ours <= {*list(FIELDS.names), "limit", "prompts", "stages", "gravity.max_new_tokens_"}
+    assert {"gravity.chat", "model.dtype"} <= typed, "of either module"
+    assert typed <= {*list(FIELDS.names), "limit", "prompts", "stages", "gravity.max_new_tokens_"}

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from harness.commands import report as command
 from harness.errors import EnvironmentFault, RunError
-from harness.experiments.gravity import figures, method, report
+from harness.experiments.gravity import method, report
 from harness.experiments.gravity.figures import FIGURES
 from harness.experiments.gravity.report import Segment, token_segments
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths, read_manifest
 from harness.store import Reader, Store, open_snapshot
 from tests import synthetic
+from tests.gravity import EXPERIMENT
 from tests.synthetic import Shape
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +52,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 
 @pytest.fixture(scope="module")
 def page(paths: RunPaths) -> Page:
-    return Page(report.write(paths).read_text("utf-8"))
+    return Page(command.write(paths).read_text("utf-8"))
 
 
 def run_of(folder: Path, fill: Callable[[Store], Any], **manifest: Any) -> RunPaths:
@@ -65,22 +67,23 @@ def run_of(folder: Path, fill: Callable[[Store], Any], **manifest: Any) -> RunPa
 
 
 def written(paths: RunPaths) -> Page:
-    return Page(report.write(paths).read_text("utf-8"))
+    return Page(command.write(paths).read_text("utf-8"))
 
 
 def rendered(paths: RunPaths) -> Page:
     """The page with empty figures, which take most of the time that a report takes."""
     none = {name: {"title": name, "caption": "", "source": "data:,"} for name in FIGURES}
     with open_snapshot(paths, SCHEMA) as reader:
-        content = report._content(reader, read_manifest(paths), figures.gather(reader))
-    return Page(report._render({**content, "figures": none}))
+        manifest = read_manifest(paths)
+        content = command._content(EXPERIMENT, reader, manifest, EXPERIMENT.report(reader, manifest))
+    return Page(command._render({**content, "figures": none}))
 
 
 def test_page_and_figures_are_written_where_the_run_is_or_where_asked_and_are_the_same(
     page: Page, paths: RunPaths, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "a" / "b"
-    assert report.write(paths, elsewhere) == elsewhere / "report.html"
+    assert command.write(paths, elsewhere) == elsewhere / "report.html"
     wanted = {f"figures/{name}.{form}" for name in FIGURES for form in ("png", "svg")}
     for folder in (paths.report, elsewhere):
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -173,7 +176,7 @@ def test_headline_and_tables_hold_the_numbers_of_the_store(page: Page, paths: Ru
         assert f"{value} [{low}, {high}]" in page.text
     for told in (
         "reframed",
-        "Planted answers.",
+        f"Planted. {EXPERIMENT.planted}",
         "2601.08070",
         "Benjamini–Hochberg",
         "priming where delta < 0 or pi > 0",
@@ -226,7 +229,8 @@ def test_an_empty_run_says_that_nothing_was_measured(tmp_path: Path) -> None:
     assert page.text.count("not measured") >= 8
     assert "not checked in this run" in page.text
     assert "No failure to show" in page.text
-    assert "Planted answers." not in page.text
+    assert "Planted." not in page.text
+    assert EXPERIMENT.planted not in page.text
 
 
 def test_a_run_with_only_a_baseline_is_reported(tmp_path: Path) -> None:
@@ -359,18 +363,18 @@ def test_numbers_are_written_for_readers(value: float | None, text: str) -> None
 def test_what_cannot_be_read_or_written_is_said(paths: RunPaths, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="cannot be written"):
-        report.write(paths, tmp_path / "file")
+        command.write(paths, tmp_path / "file")
     with pytest.raises(RunError, match="no run"):
-        report.write(RunPaths(tmp_path / "nothing"))
+        command.write(RunPaths(tmp_path / "nothing"))
 
 
 def test_writing_a_report_loads_no_torch(paths: RunPaths, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom harness.experiments.gravity import report\nfrom harness.run import RunPaths\n"
+        "import sys\nfrom pathlib import Path\nfrom harness.commands import report\nfrom harness.run import RunPaths\n"
         "report.write(RunPaths(Path(sys.argv[1])), Path(sys.argv[2]))\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )
-    command = [sys.executable, "-c", code, str(paths.folder), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    args = [sys.executable, "-c", code, str(paths.folder), str(tmp_path)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['matplotlib']"

@@ -866,12 +866,14 @@ def test_a_run_that_goes_on_keeps_what_it_measured_and_what_it_left_out(
 def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for(
     setting: str, known: float | None, budget_s: float | None
 ) -> None:
-    plan = gravity.prepare(resolve({"gravity.sanity.budget": setting}, None, {}))
+    plan = gravity.prepare(resolve({"gravity.sanity.budget": setting, "data.limit": "2"}, None, {}))
     made = Sanity.build(plan.inputs)
     if known is not None:  # the run is long enough for an estimate
         made = made.within(known)
     assert made.budget_s == budget_s
-    assert plan.fingerprint == gravity.prepare(resolve({}, None, {})).fingerprint, "it decides no number"
+    assert plan.fingerprint == gravity.prepare(resolve({"data.limit": "2"}, None, {})).fingerprint, (
+        "it decides no number"
+    )
 
 
 def test_full_depth_compares_every_spelling_and_sweeps_each_patch_alone(

@@ -12,7 +12,19 @@ import pytest
 
 from harness.errors import StoreError
 from harness.experiments.gravity.schema import SCHEMA
-from harness.store import AlteredStore, Batch, BatchResult, Reader, Row, Schema, Store, TableFacts, ask_locked, schema
+from harness.store import (
+    AlteredStore,
+    Batch,
+    BatchResult,
+    Reader,
+    Row,
+    Schema,
+    Store,
+    TableFacts,
+    ask_locked,
+    rows,
+    schema,
+)
 from tests.fakes import later, older_store
 
 TOY = Schema(
@@ -29,8 +41,8 @@ CORE_TABLES = ("artifacts", "sanity_items", "stages", "batches", "events")
 def applied(path: Path) -> dict[str, list[int]]:
     """What a store records, by whose it is."""
     with duckdb.connect(str(path), read_only=True) as con:
-        rows = con.execute("SELECT experiment, list(number ORDER BY number) FROM migrations GROUP BY 1").fetchall()
-    return dict(rows)
+        found = con.execute("SELECT experiment, list(number ORDER BY number) FROM migrations GROUP BY 1").fetchall()
+    return dict(found)
 
 
 def change(path: Path, sql: str) -> None:
@@ -72,11 +84,13 @@ def test_the_machinerys_tables_are_the_same_for_every_experiment(tmp_path: Path)
     found = []
     for of in (SCHEMA, TOY):
         with Store(tmp_path / f"{of.experiment}.duckdb", of) as store:
-            rows = store.query(
+            found_here = store.query(
                 "SELECT table_name, column_name, data_type, column_default FROM information_schema.columns "
                 "WHERE table_catalog = 'run' AND NOT starts_with(table_name, 'duckdb')"
             )
-            found.append({tuple(r.values()) for r in rows if r["table_name"] in (*CORE_TABLES, "sanity", "migrations")})
+            found.append(
+                {tuple(r.values()) for r in found_here if r["table_name"] in (*CORE_TABLES, "sanity", "migrations")}
+            )
     assert found[0] - found[1] == {("artifacts", c, "VARCHAR", None) for c in ("prompt_id", "condition")}
     assert not found[1] - found[0]
 
@@ -270,23 +284,27 @@ def test_keys_of_a_file_stand_in_columns_of_their_name_too(tmp_path: Path) -> No
 # -- rows without holding a table
 
 
-@pytest.fixture(params=["writer", "reader"])
-def handle(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store | Reader]:
-    """A store of 300 rows that were written in another order than that of their key."""
+@pytest.fixture(params=["writer", "reader", "writer, in ranges", "reader, in ranges"])
+def handle(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store | Reader]:
+    """A store of 300 rows that were written in another order than that of their key; a large one is cut into ranges."""
+    if "ranges" in request.param:
+        monkeypatch.setattr(rows, "RANGE_ROWS", 100)
     things = [{"thing": f"t{n % 60:02d}", "place": n // 60, "weight": n / 7, "colour": "red"} for n in range(300)]
     with Store(tmp_path / "results.duckdb", TOY) as store:
         for part in range(3):
             store.commit(Batch("s", part, (), 0), BatchResult(rows={"things": things[part::3][::-1]}))
         store.publish(tmp_path / "live.duckdb")
-        if request.param == "writer":
+        assert len(rows.ranges(store._con, "things")) == (3 if "ranges" in request.param else 1)
+        assert rows.ranges(store._con, "heavy") == ["true"], "a view has no key"
+        if request.param.startswith("writer"):
             yield store
         else:
             with Reader(tmp_path / "live.duckdb", TOY) as reader:
                 yield reader
 
 
-def keys_of(rows: list[Row]) -> list[tuple[str, int]]:
-    return [(r["thing"], r["place"]) for r in rows]
+def keys_of(found: list[Row]) -> list[tuple[str, int]]:
+    return [(r["thing"], r["place"]) for r in found]
 
 
 def test_batches_are_the_table_a_piece_at_a_time_in_the_order_of_its_key(handle: Store | Reader) -> None:
@@ -308,8 +326,8 @@ def test_batches_are_the_table_a_piece_at_a_time_in_the_order_of_its_key(handle:
 
 def test_the_store_answers_and_writes_while_a_stream_of_it_is_read(tmp_path: Path) -> None:
     with Store(tmp_path / "results.duckdb", TOY) as store:
-        rows = [{"thing": f"{n:05d}", "place": 0, "weight": 1.0} for n in range(5_000)]
-        store.commit(Batch("s", 0, (), 0), BatchResult(rows={"things": rows}))
+        given = [{"thing": f"{n:05d}", "place": 0, "weight": 1.0} for n in range(5_000)]
+        store.commit(Batch("s", 0, (), 0), BatchResult(rows={"things": given}))
         seen, streams = 0, (store.batches("things", rows=512), store.batches("things", rows=2048))
         for n, piece in enumerate(streams[0]):
             seen += piece.num_rows
@@ -321,6 +339,35 @@ def test_the_store_answers_and_writes_while_a_stream_of_it_is_read(tmp_path: Pat
         assert sum(piece.num_rows for piece in streams[1]) == 5_000
         assert sum(piece.num_rows for piece in store.batches("things")) > 5_000, "the control: a new one sees the new"
         store.seal(tmp_path / "seal.parquet")
+
+
+@pytest.mark.parametrize("first", ["VARCHAR", "INTEGER", "DOUBLE"])
+def test_ranges_lose_no_row_whatever_a_key_begins_with(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "RANGE_ROWS", 7)
+    toy = Schema("toy", (f"CREATE TABLE t (a {first}, b INTEGER, PRIMARY KEY (a, b))",))
+    texts = ["", "'", "it's", "a", "a ", "Ä", "\U0001f600", "b'", '"', "%"]
+    values = texts if first == "VARCHAR" else [n - 5 if first == "INTEGER" else n / 3 - 1 for n in range(10)]
+    given = [{"a": a, "b": b} for a in values for b in range(9 if a == values[3] else 3)]
+    with Store(tmp_path / "results.duckdb", toy) as store:
+        store.commit(Batch("s", 0, (), 0), BatchResult(rows={"t": given[::-1]}))
+        assert [r for piece in store.batches("t") for r in piece.to_pylist()] == store.table("t")
+        assert len(store.table("t")) == len(given)
+        assert (len(rows.ranges(store._con, "t")) > 2) == (first != "DOUBLE")
+
+
+def test_a_stream_in_ranges_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RANGE_ROWS", 10)
+    with Store(tmp_path / "results.duckdb", TOY) as store:
+        given = [{"thing": f"{n:03d}", "place": 0, "weight": 1.0} for n in range(50)]
+        store.commit(Batch("s", 0, (), 0), BatchResult(rows={"things": given}))
+        stream = store.batches("things")
+        assert next(stream).num_rows == 10
+        more = [{"thing": f"{n:03d}", "place": 1, "weight": 1.0} for n in range(50)]
+        store.commit(Batch("s", 1, (), 0), BatchResult(rows={"things": more}))
+        assert sum(piece.num_rows for piece in stream) == 40
+        assert sum(piece.num_rows for piece in store.batches("things")) == 100, "the control"
 
 
 def test_rows_with_gives_the_rows_of_these_keys_and_no_others(handle: Store | Reader) -> None:

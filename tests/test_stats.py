@@ -2,9 +2,9 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from rich.console import Console
 from scipy.optimize import minimize
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
+from harness.commands import launch, show
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES, bin_of
 from harness.experiments.gravity.schema import SCHEMA
-from harness.experiments.gravity.summary import next_steps, render, summarise
+from harness.experiments.gravity.summary import summarise
 from harness.stats import (
     Estimate,
     Intervals,
@@ -37,6 +38,7 @@ from harness.stats import (
     welch,
 )
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store
+from tests.gravity import EXPERIMENT
 
 patient = settings(deadline=None)  # a busy machine is no failure
 INTERCEPT, SLOPE = -2.4, 2.27  # the paper's, arXiv 2601.08070
@@ -600,18 +602,18 @@ def test_before_the_analysis_a_summary_resamples_with_the_runs_seed(reader_of, s
 
 def test_what_has_not_been_measured_is_none_and_no_condition_is_made_up(reader_of) -> None:
     with reader_of({"psem": measured()["psem"]}) as reader:
-        result = summarise(reader, {})
+        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
     for one in result.conditions:
         assert (one.greedy_rate, one.sample_rate, one.format_rate, one.fit) == (None, None, None, None)
         assert one.by_bin == (None,) * 5
-    assert "–" in shown(result, {"run_id": "r"})
+    assert "–" in text
 
 
 def test_an_empty_run_has_an_empty_summary_that_can_be_shown(reader_of) -> None:
     with reader_of({}) as reader:
-        result = summarise(reader, {})
+        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
     assert (result.conditions, result.num_failed, result.bin_counts) == ((), 0, (0,) * 5)
-    assert "Run r" in shown(result, {"run_id": "r"})
+    assert "Run r" in text
 
 
 def test_a_shown_summary_keeps_its_brackets_and_says_when_answers_were_planted(reader_of) -> None:
@@ -621,7 +623,8 @@ def test_a_shown_summary_keeps_its_brackets_and_says_when_answers_were_planted(r
         row["condition"] = row["condition"].replace("negative", "ban[/b]")
     with reader_of(rows, num_failed=3) as reader:
         result = summarise(reader, {})
-    text = shown(result, {"run_id": "r", "planted": True})
+        text = shown(reader, {"run_id": "r", "planted": True})
+        unplanted = shown(reader, {"run_id": "r"})
     for name in BIN_NAMES:
         assert name in text
     rate = result.conditions[0].sample_rate
@@ -630,7 +633,7 @@ def test_a_shown_summary_keeps_its_brackets_and_says_when_answers_were_planted(r
     assert "ban[/b]" in text
     assert "planted" in text
     assert "3 items failed" in text
-    assert "planted" not in shown(result, {"run_id": "r"})
+    assert "planted" not in unplanted
 
 
 def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
@@ -640,17 +643,16 @@ def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
             for i, p in enumerate(p0.tolist()) for c in ("baseline", "negative")]  # fmt: skip
     found = [detection(f"p{i}", "negative", "sample", s, s < k) for i, k in enumerate(violations) for s in range(4)]
     with reader_of({"psem": psem, "detections": found}) as reader:
-        result = summarise(reader, {})
+        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
     fit = result.conditions[1].fit
     assert isinstance(fit, LogisticFit)
     assert fit.slope_interval[0] < SLOPE < fit.slope_interval[1]
-    text = shown(result, {"run_id": "r"})
     assert f"σ({fit.intercept:+.2f} {fit.slope:+.2f}·P0)" in text
     assert f"[{fit.slope_interval[0]:.2f}, {fit.slope_interval[1]:.2f}]" in text
     assert f"60 prompts with P0 from {p0.min():.2f} to {p0.max():.2f}" in text
 
 
-def test_a_shown_summary_says_what_to_know_of_the_run_and_a_sound_one_says_nothing(reader_of) -> None:
+def test_a_shown_summary_says_what_to_know_of_the_run(reader_of) -> None:
     rows = {
         "completions": [
             {"prompt_id": f"p{n}", "condition": "ban[/b]", "mode": "greedy", "sample_id": 0, "token_ids": [], "text": "",
@@ -659,22 +661,25 @@ def test_a_shown_summary_says_what_to_know_of_the_run_and_a_sound_one_says_nothi
         ]
     }  # fmt: skip
     with reader_of(rows) as reader:
-        result = summarise(reader, {"model": {"chat_template_sha256": "ab"}})
-    assert "Note: Under ban[/b], 6 of 6 greedy answers (100 %) are empty. Try `--gravity.chat true`" in shown(
-        result, {"run_id": "r"}
-    )
-    assert "Note" not in shown(replace(result, remarks=()), {"run_id": "r"})
+        text = shown(reader, {"run_id": "r", "model": {"chat_template_sha256": "ab"}})
+    assert "Note: Under ban[/b], 6 of 6 greedy answers (100 %) are empty. Try `--gravity.chat true`" in text
+
+
+def test_a_sound_run_has_no_note(reader_of) -> None:
+    with reader_of(measured()) as reader:
+        assert "Note" not in shown(reader, {"run_id": "r"})
 
 
 def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
-    text = next_steps("20260101-demo", tmp_path)
+    text = launch._next_steps("20260101-demo", tmp_path)
     assert str(tmp_path / "20260101-demo") in text
     assert "harness report 20260101-demo" in text
 
 
-def shown(result, manifest) -> str:
+def shown(reader: Reader, manifest: dict[str, Any]) -> str:
+    """What `harness show` and the end of a run print of the results."""
     file = io.StringIO()
     console = Console(markup=False, file=file, width=300)
-    for one in render(result, manifest):
+    for one in show.headlines(EXPERIMENT, reader, manifest):
         console.print(one)
     return file.getvalue()

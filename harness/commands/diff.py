@@ -84,7 +84,11 @@ def _source(manifest: Mapping[str, Any]) -> str | None:
 def compare_results(one: Reader, other: Reader) -> list[TableDrift]:
     """Every measured table that both runs have."""
     there = set(one.tables()) & set(other.tables())
-    return [table_drift(name, one.aligned(other, name)) for name in one.schema.measured if name in there]
+    return [
+        joined([table_drift(name, piece) for piece in one.aligned(other, name)])
+        for name in one.schema.measured
+        if name in there
+    ]
 
 
 def table_drift(table: str, rows: Aligned) -> TableDrift:
@@ -95,6 +99,38 @@ def table_drift(table: str, rows: Aligned) -> TableDrift:
         if column not in (*rows.key, *CLOCKED) and (drift := _column_drift(column, rows)) is not None
     ]
     return TableDrift(table, len(rows.one), rows.only_one, rows.only_other, tuple(drifts))
+
+
+def joined(pieces: Sequence[TableDrift]) -> TableDrift:
+    """One table's drift from those of its pieces, in the order of its key."""
+    first, *rest = pieces
+    columns = {c.column: c for c in first.columns}
+    for c in (c for piece in rest for c in piece.columns):
+        was = columns.get(c.column)
+        columns[c.column] = c if was is None else _both(was, c)
+    return TableDrift(
+        first.table,
+        sum(p.num_rows for p in pieces),
+        sum(p.only_one for p in pieces),
+        sum(p.only_other for p in pieces),
+        tuple(columns.values()),
+    )
+
+
+def _both(one: ColumnDrift, other: ColumnDrift) -> ColumnDrift:
+    worst = other if other.scaled > one.scaled else one
+    return ColumnDrift(
+        one.column,
+        one.num_rows + other.num_rows,
+        _larger(one.max_abs, other.max_abs),
+        _larger(one.max_rel, other.max_rel),
+        worst.scaled,
+        worst.worst,
+    )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)
 
 
 def verdict(drifts: Sequence[TableDrift], dtype: str, schema: Schema) -> Verdict:

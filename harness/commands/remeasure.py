@@ -1,7 +1,7 @@
 """Whether a run's numbers come out again: some of its batches computed once more, and compared with what it keeps."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from harness.engine.staging import compute, drop_folder
 from harness.errors import HarnessError
 from harness.models import device
 from harness.run import RunPaths
-from harness.run.differences import environment_differences, shortened, told
+from harness.run.differences import ABSENT, Difference, environment_differences, shortened, told
 from harness.settings import Resolved
 from harness.store import Batch, BatchResult, Reader, Row, Schema
 from harness.tolerance import TOLERANCE
@@ -47,7 +47,8 @@ def measured_again(
     except HarnessError as e:
         yield Check("skip", "again", str(e))
         return
-    decisive = [d for d in changes if d.key != "code"]
+    altered, others = _by_stage(changes)
+    decisive = [d for d in others if d.key != "code"]
     if decisive:
         yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
         return
@@ -60,13 +61,40 @@ def measured_again(
         else f"within {tolerance:g}, since here is not as there: {shortened(told(apart), 200)}"
     )
     yield Check("ok", "again", f"up to {num_batches} batches a stage, sample {seed}; rows must agree {how}")
+    for name in sorted(altered.keys() - {stage.name for stage in plan.stages}):
+        yield _altered(name, altered[name])
     for stage in plan.stages:
+        if stage.name in altered:
+            yield _altered(stage.name, altered[stage.name])
+            continue
         try:
             yield from _stage_again(
                 stage, plan, resolved, reader, num_batches, random.Random(f"{seed} {stage.name}"), tolerance
             )
         except HarnessError as e:
             yield Check("FAIL", f"again {stage.name}", str(e))
+
+
+def _by_stage(changes: Sequence[Difference]) -> tuple[dict[str, list[Difference]], list[Difference]]:
+    """What is another stage than the one that was run, by its name, and every other difference."""
+    altered: dict[str, list[Difference]] = {}
+    others = []
+    for change in changes:
+        part, _, rest = change.key.partition(".")
+        if part == "stages" and rest:
+            altered.setdefault(rest.partition(".")[0], []).append(change)
+        else:
+            others.append(change)
+    return altered, others
+
+
+def _altered(stage: str, changes: Sequence[Difference]) -> Check:
+    name = next((d for d in changes if d.key == f"stages.{stage}.name"), None)
+    if name is None:
+        why = f"this is not the stage that was run: {told(changes)}"
+    else:
+        why = "the run has no such stage" if name.old == ABSENT else "there is no such stage any more"
+    return Check("skip", f"again {stage}", why)
 
 
 def _stage_again(
@@ -79,7 +107,7 @@ def _stage_again(
     tolerance: float,
 ) -> Iterator[Check]:
     """Some of a stage's batches, computed as the run computed them, each beside its rows."""
-    told_of = reader.query("SELECT num_rows FROM stages WHERE stage = ?", [stage.name])
+    told_of = reader.query("SELECT * FROM stages WHERE stage = ?", [stage.name])
     batches = Batches(
         [
             Batch(
@@ -92,7 +120,7 @@ def _stage_again(
     done = [b for b in batches if b.status == "done"]
     if not told_of or not done:
         return  # it was not reached
-    if not told_of[0]["num_rows"]:
+    if told_of[0].get("num_rows") == 0:  # an older store does not count them
         yield Check("skip", f"again {stage.name}", "it wrote no rows to compare with")
         return
     artifacts = RunPaths(reader.path.parent).artifacts

@@ -127,5 +127,13 @@ def _load(name: str) -> "Experiment":
     return found
 
 
+def _gives(found: object, part: str) -> bool:
+    """Whether it has this part, which is not made to find out: stages and benches load torch."""
+    return inspect.getattr_static(found, part, _NOTHING) is not _NOTHING or hasattr(found, part)
+
+
+_NOTHING = object()
+
+
 def _entry_points() -> tuple[metadata.EntryPoint, ...]:
     return tuple(metadata.entry_points(group=GROUP))

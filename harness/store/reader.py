@@ -20,7 +20,7 @@ import pyarrow as pa
 from harness.errors import StoreError
 from harness.files import open_regular, replacing
 from harness.store import bench
-from harness.store.rows import BATCH_ROWS, in_order, rows_with, stored_rows, streamed
+from harness.store.rows import BATCH_ROWS, in_order, ranges, rows_with, stored_rows, streamed
 from harness.store.schema import (
     DATABASE,
     EMPTY,
@@ -206,23 +206,33 @@ class Reader:
         return broken + [Broken(*row) for row in found]
 
     def same_rows(self, table: str, rows: Sequence[Row]) -> Aligned:
-        """These rows beside those of the table with the same keys, in the columns given; as the table would hold them."""
+        """These rows beside those of the table with the same keys, in the columns given; as the table would hold them. Of
+        the table's own no other is looked at: none is counted as missing."""
         schema = self._arrow(f"SELECT * FROM {table} LIMIT 0").schema
         given = [f.name for f in schema if f.name in rows[0]]
-        again = pa.Table.from_pylist(list(rows), schema=schema)
-        return self._aligned(table, again, given)
+        again = pa.Table.from_pylist(list(rows), schema=schema).select(given)
+        using = ", ".join(map(identifier, self.key_of(table)))
+        try:
+            self._con.register("again", again)
+            mine = self._arrow(f"SELECT {_list(given)} FROM {table} SEMI JOIN again USING ({using})")
+            self._con.unregister("again")
+        except duckdb.Error as e:
+            raise StoreError(f"{self.path}: {one_line(e)}") from e
+        return self._aligned(table, mine, again)
 
-    def aligned(self, other: "Reader", table: str) -> Aligned:
-        """The same table of two runs; `one` is this run's. Raises StoreError where one has no such table."""
+    def aligned(self, other: "Reader", table: str) -> Iterator[Aligned]:
+        """The same table of two runs, a range of its key at a time; `one` is this run's. Raises StoreError where one has no
+        such table."""
         names = [name for name, _ in other._columns(table)]
         shared = [name for name, _ in self._columns(table) if name in names]
-        return self._aligned(table, other._arrow(f"SELECT * FROM {table}"), shared)
+        for cut in ranges(self._con, table):
+            query = f"SELECT {_list(shared)} FROM {table} WHERE {cut}"
+            yield self._aligned(table, self._arrow(query), other._arrow(query))
 
-    def _aligned(self, table: str, other: pa.Table, columns: Sequence[str]) -> Aligned:
+    def _aligned(self, table: str, mine: pa.Table, other: pa.Table) -> Aligned:
         key = self.key_of(table)
-        mine = self._arrow(f"SELECT {', '.join(map(identifier, columns))} FROM {table}")
         try:
-            return Aligned(tuple(key), *bench.align(mine, other.select(list(columns)), key, columns))
+            return Aligned(tuple(key), *bench.align(mine, other, key, mine.column_names))
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 
@@ -303,6 +313,10 @@ _BEFORE = (
 # Once the snapshot is attached. A file that is attached already stays readable with external access off, and its path
 # writable for a COPY inside a WITH: that is why the file system goes as well. Locked, none of it can be taken back.
 _AFTER = ("enable_external_access = false", "disabled_filesystems = 'LocalFileSystem'", "lock_configuration = true")
+
+
+def _list(columns: Sequence[str]) -> str:
+    return ", ".join(map(identifier, columns))
 
 
 def _moment(path: Path) -> tuple[int, int, int] | None:

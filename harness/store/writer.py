@@ -236,11 +236,14 @@ class Store:
                  result.padding_tokens, batch.stage, batch.batch_id],
             )  # fmt: skip
             done = len(batch.keys) - len(failed) - len(result.dropped)
+            # To count them is to read every event; most batches change nothing in it.
+            has_news = bool(failed or result.dropped or batch.attempt > 1)
             self._con.execute(
-                "UPDATE stages SET num_done = num_done + ?, num_failed = ?, seconds = seconds + ?, tokens = tokens + ?, "
+                "UPDATE stages SET num_done = num_done + ?, num_failed = coalesce(?, num_failed), seconds = seconds + ?, "
+                "tokens = tokens + ?, "
                 "prefill_tokens = prefill_tokens + ?, padding_tokens = padding_tokens + ?, num_rows = num_rows + ? "
                 "WHERE stage = ?",
-                [done, len(self._failed(batch.stage)), result.seconds, result.tokens, result.prefill_tokens,
+                [done, len(self._failed(batch.stage)) if has_news else None, result.seconds, result.tokens, result.prefill_tokens,
                  result.padding_tokens, num_rows, batch.stage],
             )  # fmt: skip
 
@@ -297,7 +300,7 @@ class Store:
         self._publish_cost_s = time.perf_counter() - start
         self._published = time.perf_counter()
 
-    def publish_if_due(self, live: Path, every_s: float = 2.0, share: float = 0.03) -> None:
+    def publish_if_due(self, live: Path, every_s: float = 2.0, share: float = 0.015) -> None:
         """Publish when the snapshot is older than `every_s` and publishing stays under `share` of the wall time."""
         age = time.perf_counter() - self._published
         if age >= max(every_s, self._publish_cost_s / share):

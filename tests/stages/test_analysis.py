@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, ttest_ind, ttest_rel
 
-from harness.engine import StageReport
-from harness.engine.executors import Item, ItemResult
+from harness.engine import Item, ItemResult, StageReport, Tables
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.fit import BEYOND, CURVE
 from harness.experiments.gravity.inputs import Inputs
@@ -59,7 +58,7 @@ def values(folder: Path, **cell: object) -> dict[tuple[Any, ...], float]:
 
 def statistics(tables: Mapping[str, list[Row]], stage: Analysis = STAGE) -> dict[str, list[Row]]:
     """Rows by item key, without a store."""
-    whole = {name: [] for name in stage.reads} | dict(tables)
+    whole = Tables.of({name: [] for name in stage.reads} | dict(tables))
     return {i.key: stage.run(None, [i])[0].rows["statistics"] for i in stage.items(whole)}
 
 
@@ -521,13 +520,13 @@ class Keeping:
     def params(self) -> dict[str, Any]:
         return self.inner.params()
 
-    def items(self, tables: Mapping[str, list[Row]]) -> list[Item]:
+    def items(self, tables: Tables) -> list[Item[Any]]:
         return self.inner.items(tables)
 
     def setup(self) -> None:
         return None
 
-    def run(self, context: None, items: Sequence[Item]) -> list[ItemResult]:
+    def run(self, context: None, items: Sequence[Item[Any]]) -> list[ItemResult]:
         return [replace(result, replaces=None) for result in self.inner.run(context, items)]
 
 
@@ -573,7 +572,8 @@ def change(tables: dict[str, list[Row]], table: str, column: str, to: Callable[[
     """The analyses whose item is a new one when one value has changed."""
     changed = copy.deepcopy(tables)
     changed[table][0][column] = to(changed[table][0][column])
-    return {k.split("|")[0] for k in {i.key for i in STAGE.items(changed)} - {i.key for i in STAGE.items(tables)}}
+    keys = [{i.key for i in STAGE.items(Tables.of(t))} for t in (changed, tables)]
+    return {key.split("|")[0] for key in keys[0] - keys[1]}
 
 
 def test_a_key_follows_from_what_the_analysis_uses_and_from_nothing_else(large: Path) -> None:
@@ -602,15 +602,13 @@ def test_a_seed_gives_the_same_rows_and_another_seed_other_intervals(large: Path
 
 def test_the_stage_is_built_from_the_settings() -> None:
     given = Inputs(
-        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), GravitySettings(), (), 7,
-        Path(),
-        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), ExperimentSettings(), (), 7
-    )  # fmt: skip
+        (), {}, ModelSpec("demo"), ModelIdentity("demo", "", "", "", "", "float32", None, {}), GravitySettings(), (), 7
+    )
     built = Analysis.build(given)
     assert built == Analysis((), "negative", 7)
     other = GravitySettings.model_validate({"patching": {"condition": "gentle"}})
-    assert Analysis.build(replace(given, experiment=other)).patched == "gentle"
-    assert built.params() != Analysis.build(replace(given, experiment=other)).params()
+    assert Analysis.build(replace(given, settings=other)).patched == "gentle"
+    assert built.params() != Analysis.build(replace(given, settings=other)).params()
     assert set(built.reads) == {
         "prompts", "psem", "suppression", "violation", "outcomes", "attention_moments", "lens_moments",
         "decomposition_moments", "patching",

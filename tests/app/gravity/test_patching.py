@@ -35,6 +35,7 @@ def store_of(folder: Path, fill: Callable[[Store], Any]) -> RunPaths:
     """A published snapshot with what `fill` puts in its store."""
     paths = RunPaths(folder / "20260101-000000-x-0")
     paths.folder.mkdir()
+    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
     with Store(paths.results, SCHEMA) as store:
         fill(store)
         store.publish(paths.live)

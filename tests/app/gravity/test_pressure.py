@@ -12,23 +12,23 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import GREY
 from app.charts.gravity import pressure as charts
-from app.queries.gravity import View, remarks
+from app.queries import remarks
+from app.queries.gravity import View
 from app.queries.gravity import pressure as ask
 from app.queries.gravity import prompts as prompts_of
 from harness import stats
-from harness.commands import launch
-from harness.experiments.gravity import report
+from harness.commands import report
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.figures import FIGURES, gather
-from harness.experiments.gravity.remarks import lines
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import render, summarise
+from harness.experiments.remarks import lines
 from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
-from harness.settings import resolve
 from harness.store import Store, open_snapshot
-from tests import synthetic
+from tests import gravity, synthetic
 from tests.app.conftest import open_view, page_file
+from tests.gravity import resolve
 from tests.synthetic import HOSTILE, Shape
 
 PAGE = page_file("pressure")
@@ -52,6 +52,7 @@ def small(tmp_path: Path) -> RunPaths:
 def _run(root: Path, fill: Callable[[Store], None]) -> RunPaths:
     paths = RunPaths(root / "20260101-000000-x-0")
     paths.folder.mkdir()
+    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
     with Store(paths.results, SCHEMA) as store:
         fill(store)
         store.publish(paths.live)
@@ -174,7 +175,8 @@ def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
     manifest = read_manifest(whole)
     with open_snapshot(whole, SCHEMA) as reader:
         result = summarise(reader, manifest)
-        content = report._content(reader, manifest, gather(reader, seed_of(manifest)))
+        told = gravity.EXPERIMENT.report(reader, manifest)
+        content = report._content(gravity.EXPERIMENT, reader, manifest, told)
     (negative,) = (c for c in result.conditions if c.condition == "negative")
     assert negative.fit is not None
     slope = stored.loc["slope"]
@@ -188,7 +190,7 @@ def test_terminal_report_and_app_give_the_same_numbers(whole: RunPaths) -> None:
     assert [row[2] for t in section.tables if t.title.startswith("Fit") for row in t.rows if row[0] == "negative"] == [
         told
     ]
-    assert content["remarks"] == lines(result.remarks) == [r.text for r in remarks(RunEntry(whole, manifest, None))]
+    assert content["remarks"] == lines(result.remarks) == lines(remarks(RunEntry(whole, manifest, None)))
     rates = ask.rates(_view(whole), "negative")
     data = (rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
     other = stats.fit_violations(*data, seed=1, num_bootstraps=300)
@@ -201,8 +203,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     """A run of sixty prompts with a seed of its own: terminal and store once gave two values of its numbers."""
     root = tmp_path_factory.mktemp("real") / "runs"
     flags = {"data.limit": "60", "runtime.seed": "42", "paths.runs": str(root), "runtime.device": "cpu",
-             "experiment.stages": "psem,samples,detect,analysis"}  # fmt: skip
-    assert launch.run(resolve(flags, environ={})) == 0
+             "gravity.stages": "psem,samples,detect,analysis"}  # fmt: skip
+    assert gravity.run(resolve(flags, environ={})) == 0
     (folder,) = root.iterdir()
     return RunPaths(folder)
 
@@ -212,10 +214,11 @@ def test_terminal_store_report_and_app_say_one_number_to_the_last_digit_and_none
 ) -> None:
     monkeypatch.setattr(stats, "_lines_of_draws", _refuse)
     manifest = read_manifest(real)
-    with open_snapshot(real) as reader:
+    with open_snapshot(real, SCHEMA) as reader:
         summary = summarise(reader, manifest)
         data = gather(reader, seed_of(manifest))
-        content = report._content(reader, manifest, data)
+        told = gravity.EXPERIMENT.report(reader, manifest)
+        content = report._content(gravity.EXPERIMENT, reader, manifest, told)
         drawn = FIGURES["violation"](data)
         stored = {
             (r["analysis"], r["measure"], r["grouping"]): (r["value"], r["low"], r["high"])
