@@ -19,7 +19,7 @@ from harness.errors import RunError
 from harness.experiments.gravity.schema import SCHEMA
 from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
-from harness.store import Reader, Store, open_copy, reader, seal
+from harness.store import Reader, Store, open_copy, reader, seal, snapshot
 from tests import gravity
 from tests.test_cli import ROWS, harness, only_run, prompt_file, refused
 from tests.test_verify import copied, hashes
@@ -373,7 +373,7 @@ def _resolved(folder: Path):
 def test_a_command_that_reads_a_finished_run_opens_its_snapshot_and_copies_nothing(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "open_copy", lambda *_, **__: pytest.fail("a finished run has published its last row"))
+    monkeypatch.setattr(snapshot, "open_copy", lambda *_, **__: pytest.fail("a finished run has published its last row"))
     assert harness("show", "latest", "--paths.runs", made / "runs").code == 0
     assert "no run" in refused(harness("show", "latest", "--paths.runs", made / "nowhere"))
 

@@ -9,12 +9,13 @@ from typing import get_args
 
 import pytest
 
-from harness.commands import launch
 from harness.engine import executors
 from harness.engine.executors import Accelerator, Computed, Inline, Item, ItemResult, Job, Outcome
 from harness.errors import EnvironmentFault, ItemFailed
-from harness.settings import RuntimeSettings, resolve
+from harness.settings import RuntimeSettings
+from tests import gravity
 from tests.fakes import Memory, OutOfRoom, scored
+from tests.gravity import resolve
 
 ITEMS = [Item("a", 3.0), Item("b", 2.0)]
 
@@ -164,9 +165,9 @@ def test_batches_are_computed_by_the_executor_that_the_settings_name(
         return Inline(accelerator)
 
     monkeypatch.setitem(executors.EXECUTORS, "inline", make)
-    flags = {"data.limit": "2", "experiment.stages": "prompts", "paths.runs": str(tmp_path), "runtime.device": "cpu"}
-    assert launch.run(resolve(flags, environ={})) == 0
+    flags = {"data.limit": "2", "gravity.stages": "prompts", "paths.runs": str(tmp_path), "runtime.device": "cpu"}
+    assert gravity.run(resolve(flags, environ={})) == 0
     assert len(made) == 1
     monkeypatch.delitem(executors.EXECUTORS, "inline")
     with pytest.raises(KeyError):  # the control: there is no other
-        launch.run(resolve(flags, environ={}), resume="new")
+        gravity.run(resolve(flags, environ={}), resume="new")

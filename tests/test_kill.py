@@ -25,7 +25,7 @@ from harness.engine.executors import Host, Inline, Item, ItemResult
 from harness.engine.stop import StopSignal
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import Manifest, RunPaths, locked, read_manifest
-from harness.store import Batch, BatchResult, Reader, Row, Store
+from harness.store import Batch, BatchResult, Reader, Row, Schema, Store
 from tests.fakes import Watcher, measured, plan_of, score
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ class TwoCommits(EagerStore):
                 self._update(table, rows)
 
 
-def live_once(folder: Path, open_store: Callable[[Path], Store]) -> None:
+def live_once(folder: Path, open_store: Callable[[Path, Schema], Store]) -> None:
     """One life of the run, put together as `harness.commands.launch` does."""
     paths = RunPaths(folder)
     reports: dict[str, Any] = {}
@@ -204,7 +204,7 @@ class Lives:
 
     def end(self) -> str:
         """What the lives wrote to stderr."""
-        return self._process.communicate(timeout=30)[1]
+        return self._process.communicate(timeout=300)[1]
 
 
 class Hammer:

@@ -328,7 +328,7 @@ def test_what_is_not_as_it_was_is_refused_by_name_and_nothing_is_written(
 def test_other_code_is_refused_by_commit_and_hash_and_goes_on_where_it_is_accepted(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr(environment, "source_sha256", lambda *_: "f" * 64)
     file = recorded.run / "manifest.json"
     message = refused(reproduce(file, tmp_path / "runs"))
     assert re.search(r"code: was commit \w+.*, sources \w{12}, is commit \w+.*, sources ffffffffffff", message)

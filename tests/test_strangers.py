@@ -156,13 +156,13 @@ def test_a_run_made_by_this_user_is_measured_again_without_naming_its_paths_and_
 
 
 def test_the_key_that_tells_own_runs_is_this_users_alone_and_a_mark_holds_for_its_paths_only(tmp_path: Path) -> None:
-    given = {"model.name": "/models/a", "data.prompts": "/b.csv"}
-    mark = given.mark(given, tmp_path)
+    paths = {"model.name": "/models/a", "data.prompts": "/b.csv"}
+    mark = given.mark(paths, tmp_path)
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    assert given.is_own(given, mark, tmp_path)
-    assert not given.is_own({**given, "model.name": "/models/other"}, mark, tmp_path)
+    assert given.is_own(paths, mark, tmp_path)
+    assert not given.is_own({**paths, "model.name": "/models/other"}, mark, tmp_path)
     for wrong in (None, 3, "", "é", mark[:-1] if mark else ""):
-        assert not given.is_own(given, wrong, tmp_path)
+        assert not given.is_own(paths, wrong, tmp_path)
     assert given.mark({"model.name": "demo", "data.prompts": "bundled"}, tmp_path) is None
     assert given.recorded_paths({"model.name": "Qwen/Qwen2.5-7B-Instruct", "data.prompts": "bundled"}) == {}
     assert given.recorded_paths({"model.name": "random:qwen2.5-7b"}) == {}

@@ -152,6 +152,7 @@ def kind_of(call: Call) -> str:
 
 def put_in_split_store() -> None:
     """The control, in this process: the mark that a batch is done is committed first, then its rows."""
+    from harness.commands import launch
 
     class TwoCommits(Store):
         def commit(self, batch: Batch, result: BatchResult) -> None:
@@ -162,4 +163,4 @@ def put_in_split_store() -> None:
                 for table, rows in result.updates.items():
                     self._update(table, rows)
 
-    run.Store = TwoCommits
+    launch.Store = TwoCommits
