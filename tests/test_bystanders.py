@@ -373,7 +373,9 @@ def _resolved(folder: Path):
 def test_a_command_that_reads_a_finished_run_opens_its_snapshot_and_copies_nothing(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "open_copy", lambda *_, **__: pytest.fail("a finished run has published its last row"))
+    monkeypatch.setattr(
+        snapshot, "open_copy", lambda *_, **__: pytest.fail("a finished run has published its last row")
+    )
     assert harness("show", "latest", "--paths.runs", made / "runs").code == 0
     assert "no run" in refused(harness("show", "latest", "--paths.runs", made / "nowhere"))
 

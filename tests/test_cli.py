@@ -194,7 +194,10 @@ def test_what_is_not_known_is_one_line_and_exit_2_and_no_run(
 
 def test_an_unknown_variable_is_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_GRAVITY__TOPP", "1")
-    assert "did you mean 'HARNESS_GRAVITY__TOP_P'" in refused(harness("runs"))
+    assert "did you mean 'HARNESS_GRAVITY__TOP_P'" in refused(harness("run"))
+    assert harness("runs").code == 0, "a command about no experiment leaves its variables to it"
+    monkeypatch.setenv("HARNESS_DATA__LIMT", "1")
+    assert "did you mean 'HARNESS_DATA__LIMIT'" in refused(harness("runs"))
 
 
 def test_chat_with_a_model_that_has_no_template_is_refused_before_anything_is_run(tmp_path: Path) -> None:
@@ -545,7 +548,7 @@ def test_doctor_tells_each_thing_that_is_wrong_and_exits_4(tmp_path: Path) -> No
     )
     assert told.code == 4
     wrong = {line.split()[1] for line in told.out.splitlines() if line.startswith("FAIL")}
-    assert {"runs", "data", "model"} <= wrong
+    assert {"runs", "input", "model"} <= wrong
     assert "Traceback" not in told.err
 
 
@@ -901,9 +904,9 @@ def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_papers_settings_are_the_papers(tmp_path: Path) -> None:
-    settings = resolve({}, DATA / "settings" / "paper.toml", {}).settings
-    assert settings.model.name == "Qwen/Qwen2.5-7B-Instruct"
-    e = settings.experiment
+    resolved = resolve({}, DATA / "settings" / "paper.toml", {})
+    assert resolved.settings.model.name == "Qwen/Qwen2.5-7B-Instruct"
+    e = own(resolved)
     assert (e.num_samples, e.temperature, e.top_p, e.max_new_tokens_greedy, e.max_new_tokens_samples) == (
         16,
         1,
@@ -955,8 +958,8 @@ def test_a_signal_before_the_work_begins_ends_any_command_with_exit_3_and_no_tra
     module, name = where.split(".")
     code = (
         "import sys, time\nfrom harness.cli import main\n"
-        f"from harness import {module}\n"
-        "def hang(*args, **kwargs):\n    print('begun', flush=True)\n    time.sleep(60)\n"
+        f"from harness.commands import {module}\n"
+        "def hang(*args, **kwargs):\n    print('begun', flush=True)\n    time.sleep(600)\n"
         f"{module}.{name} = hang\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -967,7 +970,7 @@ def test_a_signal_before_the_work_begins_ends_any_command_with_exit_3_and_no_tra
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert err.splitlines()[-1] == "harness: stopped; nothing is lost, type the same command again"
     assert "Traceback" not in err + out

@@ -253,7 +253,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import shutil
-from harness import fetch
+from harness.models import fetch
 moment, cache, wheel = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 fetch.FETCHABLE = {"tiny": fetch.Fetchable(**eval(sys.argv[4]))}
 def die(*_):
@@ -304,7 +304,7 @@ def test_on_a_terminal_pips_own_progress_is_seen_and_stdout_holds_the_result_alo
     index: Index, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; from harness import fetch; from harness.cli import main\n"
+        "import sys; from harness.models import fetch; from harness.cli import main\n"
         f"fetch.FETCHABLE = {{'tiny': fetch.Fetchable(**{vars(index.model)!r})}}\n"
         f"sys.exit(main(['fetch', 'tiny', '--paths.cache', {str(tmp_path / 'cache')!r}]))"
     )
@@ -363,7 +363,7 @@ def test_a_signal_while_pip_works_ends_pip_too(index: Index, tmp_path: Path, mon
     slow.write_text(f'#!/bin/sh\necho $$ > "{started}.new" && mv "{started}.new" "{started}"\nexec sleep 600\n')
     slow.chmod(0o755)
     script = (
-        "import sys; from harness import fetch; from harness.cli import main\n"
+        "import sys; from harness.models import fetch; from harness.cli import main\n"
         f"fetch.FETCHABLE = {{'tiny': fetch.Fetchable(**{vars(index.model)!r})}}\n"
         f"sys.executable = {str(slow)!r}\n"
         f"sys.exit(main(['fetch', 'tiny', '--paths.cache', {str(tmp_path / 'cache')!r}]))"

@@ -61,10 +61,10 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     Rows of an analysis that only one version of the code makes are counted in what is printed, and differ from nothing.
     """
     manifests = [read_manifest(paths) for paths in (one, other)]
+    experiments = [experiment_of(manifest) for manifest in manifests]
     for name, paths, manifest in zip("AB", (one, other), manifests, strict=True):
         log.print_out(f"{name} = {paths.run_id} ({state(manifest)})")
     log.print_out(*render_manifests(*manifests))
-    experiments = [experiment_of(manifest) for manifest in manifests]
     if experiments[0].name != experiments[1].name:
         log.print_out(f"A is a run of {experiments[0].name}, B of {experiments[1].name}: no table of theirs compares.")
         return 1 if ends_in_1 else 0

@@ -27,7 +27,7 @@ def command(resolved: Resolved, experiment: Experiment, num_subjects: int, *, is
     plan = launch.prepare(_of(resolved, num_subjects), experiment)
     stage = next((s for s in plan.stages if isinstance(s, Certificate)), None)
     if stage is None:
-        raise SettingsError(f"experiment {experiment.name} has no stage {NAME!r} among those of this command")
+        raise SettingsError(f"experiment {experiment.name} has no certificate: its stage {NAME!r} is none")
     if is_full or auto:
         stage = replace(stage, budget_s=None if is_full else MOST_S)
     tables = Tables.of({**experiment.certify(plan.prepared, num_subjects), "sanity_items": []})
@@ -58,10 +58,10 @@ def command(resolved: Resolved, experiment: Experiment, num_subjects: int, *, is
 
 
 def _of(resolved: Resolved, num_subjects: int) -> Resolved:
-    """The settings with a certificate of so many subjects."""
+    """The settings with a certificate of so many subjects and no other measurement, whatever stages a run would have."""
     own = resolved.own(ExperimentSettings)
     sanity = own.sanity.model_copy(update={"num_prompts": num_subjects})
-    return resolved.with_own(own.model_copy(update={"sanity": sanity}))
+    return resolved.with_own(own.model_copy(update={"sanity": sanity, "stages": (NAME,)}))
 
 
 def render(verdicts: Sequence[Mapping[str, Any]], title: str) -> Table:
