@@ -135,8 +135,9 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
         text: str,
         *,
         is_of_one: bool = False,
+        is_again: bool = False,
     ) -> argparse.ArgumentParser:
-        """`is_of_one`: the command is about one experiment, which its arguments may name."""
+        """`is_of_one`: the command is about one experiment, which its arguments may name; `is_again`: about that of a run."""
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(act=act, parser=sub)
         sub.add_argument("--verbose", action="store_true", help="show debug lines")
@@ -147,6 +148,10 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
             named = _named(given, is_of_one)
             sub.set_defaults(settings_of=named)
             _add_settings(sub, registry.fields(named))
+            if is_again and named is None:
+                sub.add_argument(
+                    "--stages", dest=f"set:{_STAGES}", metavar="VALUE", help="stages, in place of the run's"
+                )
         return sub
 
     run = command("run", _run, "run an experiment, or go on with one that was stopped", is_of_one=True)
@@ -174,7 +179,10 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="with csv: an apostrophe before text that a spreadsheet would take for a formula",
     )
     verify = command(
-        "verify", _verify, "whether a run is still what it was, and gives the same numbers again; exit 1 where not"
+        "verify",
+        _verify,
+        "whether a run is still what it was, and gives the same numbers again; exit 1 where not",
+        is_again=True,
     )
     verify.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     verify.add_argument(
@@ -182,7 +190,10 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     verify.add_argument("--sample", type=int, metavar="SEED", help="which batches (default: other ones each time)")
     reproduce = command(
-        "reproduce", _reproduce, "a new run from a run's manifest, in the same batches; then how the results compare"
+        "reproduce",
+        _reproduce,
+        "a new run from a run's manifest, in the same batches; then how the results compare",
+        is_again=True,
     )
     reproduce.add_argument("run", help="a run_id, a unique prefix of one, latest, or the file of a manifest")
     reproduce.add_argument(
@@ -262,12 +273,20 @@ def _add_settings(parser: argparse.ArgumentParser, fields: Fields) -> None:
             group.add_argument(f"--{old}.{rest}", dest=f"set:{old}.{rest}", help=argparse.SUPPRESS)
 
 
-def _flags(args: argparse.Namespace) -> dict[str, str]:
-    return {k.removeprefix("set:"): v for k, v in vars(args).items() if k.startswith("set:") and v is not None}
+_STAGES = "stages"
+"""The setting `--stages` before it is known whose stages they are."""
+
+
+def _flags(args: argparse.Namespace, experiment: str | None) -> dict[str, str]:
+    """Settings given as flags, for a command about this experiment, or none."""
+    found = {k.removeprefix("set:"): v for k, v in vars(args).items() if k.startswith("set:") and v is not None}
+    if (stages := found.pop(_STAGES, None)) is not None and experiment is not None:
+        found[f"{experiment}.{_STAGES}"] = stages
+    return found
 
 
 def _resolved(args: argparse.Namespace) -> Resolved:
-    resolved = registry.resolve(_flags(args), args.config, experiment=args.settings_of)
+    resolved = registry.resolve(_flags(args, args.settings_of), args.config, experiment=args.settings_of)
     if resolved.settings.paths.hf_home is not None:  # read by huggingface_hub when it is first imported
         os.environ["HF_HOME"] = str(resolved.settings.paths.hf_home)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -345,7 +364,8 @@ def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
 
     recorded = settings_of(manifest, PathSettings().state_folder)
     experiment, by = experiment_of(manifest).name, f"run {manifest['run_id']}"
-    resolved = registry.resolve(_flags(args), args.config, recorded=recorded, recorded_by=by, experiment=experiment)
+    flags = _flags(args, experiment)
+    resolved = registry.resolve(flags, args.config, recorded=recorded, recorded_by=by, experiment=experiment)
     _say_notes(resolved)
     return resolved
 
