@@ -93,6 +93,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name / "manifest.json").write_text(json.dumps(manifest | told | {"run_id": name}))
         if told["experiment"] == "toy":
             with Store(root / name / "results.duckdb", Toy.schema) as store:
+                store.start_stage("marbles", 1, 1)
                 store.publish(root / name / "live.duckdb")
         else:
             (root / name / "live.duckdb").write_bytes(paths.live.read_bytes())
