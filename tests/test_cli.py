@@ -30,7 +30,7 @@ from harness.experiments.gravity.stages import psem
 from harness.experiments.gravity.stages.select import Candidate, choose
 from harness.experiments.gravity.stages.single_token import SingleToken
 from harness.text.prompts import read_prompts
-from tests.gravity import FIELDS, resolve
+from tests.gravity import FIELDS, own, resolve
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 Row = dict[str, Any]
@@ -777,8 +777,10 @@ def test_conditions_of_ones_own_flow_through_every_table(tmp_path: Path) -> None
         for name, table in tables.items()
     ))  # fmt: skip
     root = tmp_path / "runs"
-    told = harness("run", "--config", config, "--prompts", prompt_file(tmp_path), "--paths.runs", root,
-                   "--gravity.num_samples", 2)  # fmt: skip
+    prompt_file(tmp_path)
+    typed = ("run", "--config", config, "--prompts", tmp_path / "prompts.jsonl", "--paths.runs", root)
+    few = ("--gravity.num_samples", 2, "--gravity.sanity.num_prompts", 1)
+    told = harness(*typed, *few)
     assert told.code == 0, told.err
     run = only_run(root)
     everyone = {"baseline", "negative", "kind_ban", "reframe"}
@@ -796,9 +798,7 @@ def test_conditions_of_ones_own_flow_through_every_table(tmp_path: Path) -> None
     assert spans["baseline"]["negation"] is None
     (text,) = query(run, "SELECT text FROM contexts WHERE prompt_id = 'milk' AND condition = 'kind_ban'")[0]
     assert text == BAN.format(category="idioms", question=ROWS[0]["question"])
-    same = harness("run", "--config", config, "--prompts", tmp_path / "prompts.jsonl", "--paths.runs", root,
-                   "--gravity.num_samples", 2)  # fmt: skip
-    assert "finished already" in same.out
+    assert "finished already" in harness(*typed, *few).out
 
 
 # As a process
@@ -919,7 +919,7 @@ def test_the_papers_settings_are_the_papers(tmp_path: Path) -> None:
 
 def test_the_shipped_phrasings_run_and_are_compared_with_the_ban(tmp_path: Path) -> None:
     told = harness("run", "--config", DATA / "settings" / "phrasings.toml", "--limit", 8, "--gravity.num_samples", 2,
-                   "--paths.runs", tmp_path)  # fmt: skip
+                   "--gravity.sanity.num_prompts", 1, "--paths.runs", tmp_path)  # fmt: skip
     assert told.code == 0, told.err
     run = only_run(tmp_path)
     compared = "SELECT DISTINCT condition, measured FROM statistics WHERE analysis = 'phrasing' ORDER BY ALL"

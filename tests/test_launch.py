@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.commands.recognise import open_run
@@ -168,18 +170,23 @@ DECIDES_NOTHING = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def usual(workplace: Path) -> str:
+    """The fingerprint without a change."""
+    return fingerprint(workplace, {})
+
+
 @pytest.mark.parametrize("name", DECIDES)
-def test_what_decides_results_changes_the_fingerprint(workplace: Path, name: str) -> None:
-    assert fingerprint(workplace, {name: DECIDES[name]}) != fingerprint(workplace, {})
+def test_what_decides_results_changes_the_fingerprint(workplace: Path, usual: str, name: str) -> None:
+    assert fingerprint(workplace, {name: DECIDES[name]}) != usual
 
 
 @pytest.mark.parametrize("name", DECIDES_NOTHING)
-def test_what_decides_nothing_leaves_the_fingerprint(workplace: Path, name: str) -> None:
-    assert fingerprint(workplace, {name: DECIDES_NOTHING[name]}) == fingerprint(workplace, {})
+def test_what_decides_nothing_leaves_the_fingerprint(workplace: Path, usual: str, name: str) -> None:
+    assert fingerprint(workplace, {name: DECIDES_NOTHING[name]}) == usual
 
 
-def test_changed_weights_or_tokenizer_files_change_the_fingerprint(workplace: Path, tmp_path: Path) -> None:
-    before = fingerprint(workplace, {})
+def test_changed_weights_or_tokenizer_files_change_the_fingerprint(workplace: Path, usual: str, tmp_path: Path) -> None:
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         data = tmp_path / name
         shutil.copytree(workplace / "data", data)
@@ -191,7 +198,7 @@ def test_changed_weights_or_tokenizer_files_change_the_fingerprint(workplace: Pa
             path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         else:
             path.write_bytes(path.read_bytes() + b" ")
-        assert fingerprint(workplace, {"paths.data": str(data)}) != before, name
+        assert fingerprint(workplace, {"paths.data": str(data)}) != usual, name
 
 
 def test_every_setting_is_known_to_decide_results_or_not() -> None:
@@ -227,7 +234,7 @@ def wait_for(process: subprocess.Popen[str], root: Path, text: str, seconds: flo
     return False
 
 
-SMALL_BATCHES = ("--gravity.sanity.num_prompts", 1, "--limit", 12, "--batching.max_tokens", 64)
+SMALL_BATCHES = ("--gravity.sanity.num_prompts", 1, "--limit", 6, "--batching.max_tokens", 64)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(tmp_path: Path) -> None:

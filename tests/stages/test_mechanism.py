@@ -311,7 +311,7 @@ def test_a_word_that_starts_later_in_an_answer_is_looked_at_there(ran: Ran) -> N
     # The first step does not know what comes after it, and the decision is that of the longer context.
     (alone,) = ran.stage.run(ran.lm, [item])
     longer = probe_of((*context, 30, 31), [probe.emitted[0], 32], 0, probe.targets, probe.spans)
-    (behind,) = ran.stage.run(ran.lm, [Item(item.key, len(longer.tokens), (prompt_id, condition, longer))])
+    (behind,) = ran.stage.run(ran.lm, [Item(item.key, len(longer.tokens), Looked(prompt_id, condition, longer))])
 
     def pressures(got: ItemResult, kind: str) -> list[float]:
         return [r["p_target"] for r in got.rows["lens"] if r["step_kind"] == kind]
