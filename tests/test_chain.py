@@ -17,6 +17,7 @@ from harness.engine.executors import Host, Outcome
 from harness.engine.stage import Keeps, Kind
 from harness.engine.stop import StopSignal
 from harness.errors import RunError, Stopped
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Store
 from tests.fakes import Fake, Watcher, events_of, measured, plan_of, rows_of, run_stages, score, scored
@@ -199,7 +200,7 @@ def test_an_executor_that_takes_several_jobs_gets_those_of_a_fold_one_by_one(tmp
     def run(folder: Path, stage: Any) -> None:
         folder.mkdir()
         paths = RunPaths(folder)
-        with Store(paths.results) as store:
+        with Store(paths.results, SCHEMA) as store:
             Engine(store, paths, Greedy(), Limits(40, 0), Watcher(), StopSignal()).run([stage], lambda report: None)
 
     run(tmp_path / "fold", Chained(MIXED))

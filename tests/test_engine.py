@@ -27,7 +27,7 @@ from harness.engine.stop import StopSignal
 from harness.errors import EnvironmentFault, Stopped
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
-from harness.store import BatchResult, Row, Store
+from harness.store import Batch, BatchResult, Row, Store
 from tests.fakes import (
     Fake,
     Followers,

@@ -393,7 +393,7 @@ PROMPTS = tuple(range(20, 220))
 def estimated(token_s: float = 0.004) -> tuple[Estimate, Clock, list[int]]:
     clock, asked = Clock(), []
 
-    def build(number: int, folder: Path) -> list[Costly]:
+    def build(number: int) -> list[Costly]:
         asked.append(number)
         return costly_stages(clock, spread(PROMPTS, number, float), token_s)
 
@@ -426,7 +426,7 @@ def test_an_estimate_is_near_what_the_run_takes_stage_by_stage(tmp_path: Path) -
 def test_what_one_prompt_says_is_short_is_tried_on_no_more() -> None:
     clock, asked = Clock(), []
 
-    def build(number: int, folder: Path) -> list[Costly]:
+    def build(number: int) -> list[Costly]:
         asked.append(number)
         return costly_stages(clock, spread(PROMPTS, number, float), 1e-5)[2:]
 

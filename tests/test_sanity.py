@@ -21,11 +21,10 @@ from harness.experiments.gravity.certificate import (
     Bench,
     GravityChecks,
     Sampler,
-    Sanity,
     Subject,
     Task,
+    certificate_of,
     check,
-    make_subjects,
     subjects_of,
     tables_of,
     tasks_of,
@@ -82,7 +81,10 @@ def demo() -> LM:
 @pytest.fixture(scope="module")
 def demo_subjects() -> list[Subject]:
     """Two prompts of different lengths, in both conditions."""
-    return make_subjects(gravity.prepare(resolve({"data.limit": "2"}, None, {})).inputs, 2)
+    given = gravity.prepare(resolve({"data.limit": "2"}, None, {})).inputs
+    tables, codec = tables_of(given, 2), load_codec(given.model, given.identity)
+    targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
+    return subjects_of(tables["contexts"], targets, codec, given.seed)
 
 
 @pytest.fixture(scope="module")
@@ -778,7 +780,7 @@ class Timed:
     def items(
         self, budget_s: float | None, known: Sequence[dict[str, Any]] = ()
     ) -> tuple[Certificate[Task, Bench], list[Item[Asked[Task]]]]:
-        made = replace(Sanity.build(self.plan.inputs), budget_s=budget_s, clock=self.clock)
+        made = replace(certificate_of(self.plan.inputs), budget_s=budget_s, clock=self.clock)
         return made, made.items(Tables.of({**tables_of(self.plan.inputs, 2), "sanity_items": list(known)}))
 
     def rows(
@@ -867,7 +869,7 @@ def test_the_budget_is_a_share_of_the_run_a_minute_at_most_or_what_was_asked_for
     setting: str, known: float | None, budget_s: float | None
 ) -> None:
     plan = gravity.prepare(resolve({"gravity.sanity.budget": setting, "data.limit": "2"}, None, {}))
-    made = Sanity.build(plan.inputs)
+    made = certificate_of(plan.inputs)
     if known is not None:  # the run is long enough for an estimate
         made = made.within(known)
     assert made.budget_s == budget_s

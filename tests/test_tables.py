@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from harness.engine import Artifact, Item, ItemResult
 from harness.engine.tables import FileHandle, Tables
 from harness.errors import RunError
+from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Store
 from tests.fakes import Fake, run_stages, same_lengths, score, scored
@@ -34,7 +35,7 @@ def with_tensors(items: Sequence[Item]) -> list[ItemResult]:
 def tables(tmp_path: Path) -> Iterator[Tables]:
     run_stages(tmp_path, Fake(same_lengths(5), with_tensors))
     paths = RunPaths(tmp_path)
-    with Store(paths.results) as store:
+    with Store(paths.results, SCHEMA) as store:
         yield Tables(store, READS, paths.artifacts)
 
 

@@ -366,7 +366,7 @@ def test_a_setting_that_it_does_not_have_is_refused() -> None:
 def test_a_package_that_cannot_be_imported_is_named_and_hinders_no_other(whole: Path) -> None:
     line = refused(harness("run", "broken"))
     assert "experiment broken (installed by harness-broken) cannot be imported: RuntimeError: no such luck" in line
-    assert [e.name for e in registry.every()] == ["gravity", "toy"]
+    assert registry.names() == ("gravity", "broken", "toy")
     told = harness("doctor", "toy", "--paths.runs", whole.parent, "--runtime.device", "cpu")
     assert told.code == 4
     (failed,) = [line for line in told.out.splitlines() if line.startswith("FAIL")]

@@ -729,7 +729,7 @@ def test_a_changed_checkpoint_or_prompt_is_not_what_was_measured_and_an_absent_o
         left = verify(run, batches=1)
         assert failures(left) == []
         assert [line for line in lines_of(left, "skip") if "cannot be measured again here" in line], left.out
-        assert left.out.endswith("Every check holds (1 left out).\n")
+        assert left.out.endswith("Every check holds (1 left out). Nothing was measured again.\n")
         file.write_bytes(content)
     moved = prompts.rename(prompts.with_name("moved.jsonl"))
     told_moved = verify(run, "--prompts", moved, batches=1)

@@ -25,7 +25,7 @@ from harness.errors import HarnessError, RunError, SettingsError, Stopped
 from harness.experiments import registry
 from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
 from harness.experiments.certificate import NAME as CERTIFICATE
-from harness.experiments.certificate import Certificate
+from harness.experiments.certificate import Certificate, agrees
 from harness.experiments.experiment import Contents, Experiment, Prepared
 from harness.experiments.weights import Models, slug_of, told_of
 from harness.files import replacing
@@ -142,7 +142,7 @@ def estimate_table(whole: Estimate) -> Iterator[object]:
         table.add_row(name, items, tokens, duration(s.seconds), f"{s.seconds / (whole.seconds or 1):.0%}")
     yield table
     yield (
-        f"{duration(whole.seconds)} in all, as {whole.num_subjects} of {whole.of_subjects} prompts say, which took "
+        f"{duration(whole.seconds)} in all, as {whole.num_subjects} of {whole.of_subjects} subjects say, which took "
         f"{duration(whole.cost_s)}. What rests on results that are not there yet is an upper bound."
     )
 
@@ -180,7 +180,7 @@ def start(
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
-        log.print_out(*_headlines(plan, paths), _next_steps(plan, paths.run_id, settings.paths.runs))
+        log.print_out(*_headlines(plan, paths), _next_steps(plan.experiment.name, paths.run_id, settings.paths.runs))
     if lost := log.lost_output():
         logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
     return Ended(paths, code)
@@ -281,12 +281,7 @@ def _execute(
     )
     seal.write(paths, plan.experiment.schema, tables, manifest.with_changes(**last))
     manifest.update(**last)
-    return 1 if failed or not _agrees(certificate) else 0
-
-
-def _agrees(certificate: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every measurement was made and agrees."""
-    return all(v["ok"] for v in certificate)
+    return 1 if failed or not agrees(certificate) else 0
 
 
 def _limits(settings: Settings) -> Limits:
@@ -319,7 +314,7 @@ def _estimate_once(
     manifest.update(estimate=whole.record())
     longest = sorted(whole.stages.items(), key=lambda item: -item[1].seconds)[:_TOLD]
     logger.info(
-        "about {} in all: {}; tried on {} of {} prompts in {}",
+        "about {} in all: {}; tried on {} of {} subjects in {}",
         duration(whole.seconds),
         ", ".join(f"{name} {duration(s.seconds)}" for name, s in longest),
         whole.num_subjects,
@@ -335,10 +330,10 @@ def _estimated(plan: Plan, settings: Settings, stop: StopSignal) -> Estimate:
     asked = [s.name for s in plan.stages if s.name not in (*contents.optional, CERTIFICATE)]
     names = contents.wanted(asked) if asked else ()
 
-    def build(number: int, folder: Path) -> tuple[AnyStage, ...]:
+    def build(number: int) -> tuple[AnyStage, ...]:
         return contents.build(prepared.some(number, names), names)
 
-    logger.info("trying every stage on a few prompts, to say how long the run takes…")
+    logger.info("trying every stage on a few subjects, to say how long the run takes…")
     logger.disable("harness.engine")  # an item that fails is told of when its turn comes
     try:
         with log.ConsoleProgress() as shown:
@@ -412,8 +407,9 @@ def _report_finished(plan: Plan, paths: RunPaths) -> int:
     log.print_out(*_headlines(plan, paths))
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
-        log.print_out(f"{failed} items failed; --retry-failed tries just those.")
-    return 1 if failed or not _agrees(manifest.get("sanity") or []) else 0
+        retry = f"{registry.run_command(plan.experiment.name)} --retry-failed"
+        log.print_out(f"{failed} items failed; `{retry}` tries just those.")
+    return 1 if failed or not agrees(manifest.get("sanity") or []) else 0
 
 
 def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
@@ -482,12 +478,12 @@ def _headlines(plan: Plan, paths: RunPaths) -> list[object]:
         return show.headlines(plan.experiment, reader, manifest)
 
 
-def _next_steps(plan: Plan, run_id: str, runs: Path) -> str:
+def _next_steps(experiment: str, run_id: str, runs: Path) -> str:
     """Where to look next, for somebody who has just seen a run end."""
     return (
         f"Results are in {runs / run_id}. Next: `harness report {run_id}` (one page with every figure), "
         f"`harness export {run_id} --to DIR --format parquet`, or another model: "
-        f"`{registry.run_command(plan.experiment.name)} --model ID_OR_PATH`."
+        f"`{registry.run_command(experiment)} --model ID_OR_PATH`."
     )
 
 

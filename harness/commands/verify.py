@@ -29,7 +29,9 @@ def command(
     shown = print_checks(examine(paths, again, num_batches, seed))
     failed, skipped = (sum(check.verdict == verdict for check in shown) for verdict in ("FAIL", "skip"))
     left_out = f" ({skipped} left out)" if skipped else ""
-    log.print_out(f"{failed} checks failed{left_out}." if failed else f"Every check holds{left_out}.")
+    nothing_again = num_batches > 0 and not any(c.name.startswith("again ") and c.verdict != "skip" for c in shown)
+    unmeasured = " Nothing was measured again." if nothing_again else ""
+    log.print_out((f"{failed} checks failed{left_out}." if failed else f"Every check holds{left_out}.") + unmeasured)
     if failed and _moment(paths) != was:
         raise Stopped(
             f"run {paths.run_id} went on while it was verified, so these findings mean nothing; type it again"

@@ -323,7 +323,7 @@ class _Course:
             return
         at = self._ended_at or "an item that failed before"
         message = f"{self._stage.name} ended at {at}, which failed: {self.num_untried} items after it were not tried"
-        logger.error("{}; `harness run --retry-failed` goes on from there", message)
+        logger.error("{}; the same command with --retry-failed goes on from there", message)
         if self._ended_at is not None:
             with self._stop.shield():
                 self._store.event("error", "chain_ended", message, self._stage.name, self._ended_at)

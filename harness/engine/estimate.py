@@ -92,7 +92,7 @@ class Estimate:
 
 
 def measure(
-    build: Callable[[int, Path], Sequence[AnyStage]],
+    build: Callable[[int], Sequence[AnyStage]],
     schema: Schema,
     num_subjects: int,
     executor: Executor,
@@ -103,7 +103,7 @@ def measure(
 ) -> Estimate:
     """Run the stages on a few subjects, in a folder that is thrown away, and say what all `num_subjects` will take.
 
-    `build` gives the stages for that many of the subjects (see `spread`), which write nothing outside of the folder. First
+    `build` gives the stages for that many of the subjects (see `spread`). First
     one subject; what that says will be long is measured again on more, whose batches are nearer to those of the run. Raises
     what the stages raise where nothing can be run at all; an item that fails is left out.
     """
@@ -114,7 +114,7 @@ def measure(
         paths = RunPaths(Path(name))
         engine = Engine(store, paths, executor, limits, watch, stop)
         for num in (1, most):
-            stages, reports = build(num, paths.folder), dict[str, StageReport]()
+            stages, reports = build(num), dict[str, StageReport]()
             engine.run(stages, lambda report, reports=reports: reports.__setitem__(report.name, report))
             for stage in stages:
                 _say_failed(store, reports[stage.name])

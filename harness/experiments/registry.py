@@ -12,8 +12,6 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loguru import logger
-
 from harness import experiments, settings
 from harness.errors import SettingsError, nearest
 from harness.settings import Fields, Own, Resolved
@@ -48,17 +46,6 @@ def get(name: str) -> "Experiment":
         raise SettingsError(
             f"experiment {name} ({places[name]}) cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         ) from e
-
-
-def every() -> "tuple[Experiment, ...]":
-    """All that can be imported; a warning names each that cannot."""
-    found = []
-    for name in names():
-        try:
-            found.append(get(name))
-        except SettingsError as e:
-            logger.warning("{}", e)
-    return tuple(found)
 
 
 def fields(experiment: str | None) -> Fields:
@@ -125,14 +112,6 @@ def _load(name: str) -> "Experiment":
     if name in settings.Settings.model_fields:
         raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
     return found
-
-
-def _gives(found: object, part: str) -> bool:
-    """Whether it has this part, which is not made to find out: stages and benches load torch."""
-    return inspect.getattr_static(found, part, _NOTHING) is not _NOTHING or hasattr(found, part)
-
-
-_NOTHING = object()
 
 
 def _entry_points() -> tuple[metadata.EntryPoint, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.engine import AnyTables, Tables
 from harness.errors import ItemFailed
-from harness.experiments.certificate import NAME, Certificate, Gap, Verdict
+from harness.experiments.certificate import Certificate, Gap, Verdict
 from harness.experiments.gravity.inputs import Inputs
 from harness.experiments.gravity.settings import GravitySettings
 from harness.experiments.gravity.stages.mechanism import probe_of
@@ -460,17 +460,11 @@ class GravityChecks:
         return left_out(bench, task)
 
 
-class Sanity:
-    """Table-of-contents entry: the certificate of a run of semantic gravity."""
-
-    name = NAME
-
-    @staticmethod
-    def build(given: Inputs) -> Certificate[Task, Bench]:
-        """Of as many prompts as the settings say."""
-        own = given.settings
-        checks = GravityChecks(given.model, given.identity, Sampler.of(own), own.sanity.num_prompts, given.seed)
-        return Certificate.of(checks, own.sanity)
+def certificate_of(given: Inputs) -> Certificate[Task, Bench]:
+    """The stage, of as many prompts as the settings say."""
+    own = given.settings
+    checks = GravityChecks(given.model, given.identity, Sampler.of(own), own.sanity.num_prompts, given.seed)
+    return Certificate.of(checks, own.sanity)
 
 
 def tables_of(given: Inputs, num_prompts: int) -> dict[str, list[dict[str, Any]]]:
@@ -484,14 +478,6 @@ def tables_of(given: Inputs, num_prompts: int) -> dict[str, list[dict[str, Any]]
     ]
     told = [{"prompt_id": p.prompt_id, "target": p.target} for p in prompts]
     return {"prompts": told, "contexts": contexts, "sanity_items": []}
-
-
-def make_subjects(given: Inputs, num_prompts: int) -> list[Subject]:
-    """The first prompts in all their conditions."""
-    tables = tables_of(given, num_prompts)
-    codec = load_codec(given.model, given.identity)
-    targets = {p["prompt_id"]: p["target"] for p in tables["prompts"]}
-    return subjects_of(tables["contexts"], targets, codec, given.seed)
 
 
 def _good(result: _T | ItemFailed) -> _T:

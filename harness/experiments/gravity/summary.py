@@ -8,10 +8,8 @@ import numpy as np
 from rich.table import Table
 
 from harness.experiments.experiment import Headline
-from harness.experiments.gravity import remarks
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.fit import Pressed, fit_of
-from harness.experiments.gravity.remarks import Remark
 from harness.run.differences import seed_of
 from harness.stats import Estimate, LogisticFit, estimate_of
 from harness.store import Reader, Row
@@ -34,21 +32,14 @@ class ConditionSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to: one entry a condition, failed items, and prompts per pressure bin."""
+    """What a run came to: one entry a condition, and prompts per pressure bin."""
 
     conditions: tuple[ConditionSummary, ...]
-    num_failed: int
     bin_counts: tuple[int, ...]
-    certificate: Mapping[str, bool | None]
-    """Measurement -> whether the fast path agrees with the plain reference; empty where that was not checked, None where
-    there was no time for any of it."""
     taxonomy: Mapping[str, Mapping[str, int]]
     """Condition -> kind of failure -> greedy answers."""
     strongest_patches: tuple[Mapping[str, Any], ...]
     """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
-    remarks: tuple[Remark, ...]
-    num_left_out: int = 0
-    """Comparisons of the certificate that its budget left out."""
 
 
 def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
@@ -88,7 +79,6 @@ def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
             )
         )  # fmt: skip
     counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
-    failed = reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"]
     taxonomy: dict[str, dict[str, int]] = {}
     for row in reader.query(
         "SELECT condition, coalesce(taxonomy, 'unknown') AS kind, count(*) AS n FROM outcomes WHERE outcome = 'failure' "
@@ -100,12 +90,7 @@ def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
         "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
         "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
     ) if not is_older else []  # fmt: skip
-    certificate = reader.query("SELECT * FROM sanity ORDER BY measurement") if not is_older else []
-    return Summary(
-        tuple(conditions), int(failed), tuple(int(c) for c in counts), {r["measurement"]: r["ok"] for r in certificate},
-        taxonomy, tuple(strongest), tuple(remarks.remarks_of(reader, manifest)),
-        sum(r.get("num_left_out") or 0 for r in certificate),
-    )  # fmt: skip
+    return Summary(tuple(conditions), tuple(int(c) for c in counts), taxonomy, tuple(strongest))
 
 
 def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:

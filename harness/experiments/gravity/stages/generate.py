@@ -66,10 +66,8 @@ class Generate:
             prompt_id, condition = row["prompt_id"], row["condition"]
             if prompt_id not in admitted or condition not in self.conditions:
                 continue
-            length, group = (
-                len(row["token_ids"]) / self.num_samples + self.sampling.max_new_tokens,
-                item_key(prompt_id, condition),
-            )
+            length = len(row["token_ids"]) / self.num_samples + self.sampling.max_new_tokens
+            group = item_key(prompt_id, condition)
             found += [
                 Item(item_key(prompt_id, condition, self.mode, n), length, Answer(prompt_id, condition, n), group)
                 for n in range(self.num_samples)
@@ -107,35 +105,23 @@ class Generate:
         return ItemResult(item.key, {"completions": [row]})
 
 
-class Greedy:
-    """Table-of-contents entry: one greedy completion a prompt and condition."""
-
-    name = "greedy"
-
-    @staticmethod
-    def build(given: Inputs) -> Generate:
-        """One completion of every context."""
-        e = given.settings
-        sampling = Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline)
-        return Generate(
-            given.model, given.identity, _admitted(given), "greedy", tuple(given.conditions), 1, sampling, given.seed
-        )
+def greedy(given: Inputs) -> Generate:
+    """One completion of every context, its tokens the likeliest."""
+    e = given.settings
+    sampling = Sampling(e.max_new_tokens_greedy, 0.0, 1.0, e.stop_at_newline)
+    return Generate(
+        given.model, given.identity, _admitted(given), "greedy", tuple(given.conditions), 1, sampling, given.seed
+    )
 
 
-class Samples:
-    """Table-of-contents entry: `num_samples` sampled completions a prompt and condition asked for."""
-
-    name = "samples"
-
-    @staticmethod
-    def build(given: Inputs) -> Generate:
-        """As many completions as the settings say, under the conditions they name."""
-        e = given.settings
-        sampling = Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)
-        conditions = e.sample_conditions or tuple(given.conditions)
-        return Generate(
-            given.model, given.identity, _admitted(given), "sample", conditions, e.num_samples, sampling, given.seed
-        )
+def samples(given: Inputs) -> Generate:
+    """As many drawn completions as the settings say, under the conditions they name."""
+    e = given.settings
+    sampling = Sampling(e.max_new_tokens_samples, e.temperature, e.top_p, e.stop_at_newline)
+    conditions = e.sample_conditions or tuple(given.conditions)
+    return Generate(
+        given.model, given.identity, _admitted(given), "sample", conditions, e.num_samples, sampling, given.seed
+    )
 
 
 def _admitted(given: Inputs) -> Admitted:
