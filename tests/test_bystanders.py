@@ -21,7 +21,7 @@ from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
 from harness.store import Reader, Store, open_copy, reader, seal, snapshot
 from tests import gravity
-from tests.test_cli import ROWS, harness, only_run, prompt_file, refused
+from tests.commands import ROWS, harness, only_run, prompt_file, refused
 from tests.test_verify import copied, hashes
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from harness.commands.diff import compare_results, verdict
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run.differences import environment_differences
 from harness.store import Reader
-from tests.test_cli import ROWS, harness, manifest, run_folders
+from tests.commands import ROWS, harness, manifest, run_folders
 from tests.test_launch import MEASURED
 
 ROOT = Path(__file__).parents[1]

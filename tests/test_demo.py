@@ -15,7 +15,7 @@ from harness.models.score import TreeScores, score_trees
 from harness.stats import fit_violations
 from harness.text.prompts import PromptSet, read_prompts
 from harness.text.words import word_forms
-from tests.test_cli import DATA, harness, only_run, query
+from tests.commands import DATA, harness, only_run, query
 
 DEMO = DATA / "models" / "demo"
 RELATIONS = {"UsedFor", "MadeOf", "HasProperty", "HasPart", "AtLocation", "CapableOf", "UsedBy", "Requires", "Contains",

@@ -24,8 +24,8 @@ from harness.run.differences import environment_differences
 from harness.store import Aligned
 from harness.tolerance import TOLERANCE
 from tests.app.conftest import _older_schema
+from tests.commands import ROWS, Told, harness, manifest, prompt_file, run_folders
 from tests.gravity import EXPERIMENT
-from tests.test_cli import ROWS, Told, harness, manifest, prompt_file, run_folders
 
 # One table against a plain loop
 

@@ -16,7 +16,7 @@ import torch
 
 from harness import environment
 from harness.models import noise
-from tests.test_cli import SECRET, harness, manifest, only_run, prompt_file
+from tests.commands import SECRET, harness, manifest, only_run, prompt_file
 
 IMAGE = {"REVISION": "abc123", "VERSION": "1.2.3", "CREATED": "2026-01-01", "SOURCE": "https://example.org/x",
          "DIGEST": "sha256:" + "d" * 64, "SBOM_SHA256": "e" * 64}  # fmt: skip

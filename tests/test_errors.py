@@ -13,7 +13,7 @@ from harness import cli, log
 from harness.engine import Item
 from harness.engine.executors import Host, Inline, Job
 from harness.errors import EnvironmentFault, StoreError, machine_fault
-from tests.test_cli import harness
+from tests.commands import harness
 
 
 @pytest.mark.parametrize(

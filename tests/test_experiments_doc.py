@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.commands import harness, only_run, query
 from tests.installed import TOY, install
-from tests.test_cli import harness, only_run, query
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "experiments.md").read_text("utf-8")

@@ -23,7 +23,7 @@ from harness.commands import given
 from harness.errors import EnvironmentFault, HarnessError
 from harness.models import fetch
 from harness.settings import PathSettings
-from tests.test_cli import harness, refused
+from tests.commands import harness, refused
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5_000  # more than one chunk
 MEMBER = "tiny_model/tiny.gguf"

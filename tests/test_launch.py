@@ -17,8 +17,8 @@ import pytest
 
 from harness.commands.recognise import open_run
 from harness.run import RunPaths
+from tests.commands import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 from tests.gravity import prepare, resolve
-from tests.test_cli import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 
 ROOT = DATA.parent
 MEASURED = {  # what may not differ at all, and what may by rounding

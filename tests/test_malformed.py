@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.models.load import load_codec, shared
-from tests.test_cli import Told, prompt_file
+from tests.commands import Told, prompt_file
 from tests.tiny import build_model, byte_tokenizer
 
 LIMIT_S = 300

@@ -4,21 +4,19 @@ The runs are in tests/fixtures/runs, one or more for each schema of the store; i
 Everything here goes through the command line and the app's pages: what lies behind them may move.
 """
 
-import io
 import json
 import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from harness.cli import main
 from tests.app.conftest import open_view
+from tests.commands import Told, harness
 
 ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "runs"
 NAMES = sorted(path.name.removesuffix(".tar.xz") for path in ARCHIVES.glob("*.tar.xz"))
@@ -35,22 +33,6 @@ PAGES = ("runs", "pressure", "prompt")
 
 def some_slow(name: str) -> Any:
     return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-
-
-class Told(NamedTuple):
-    """What a command left behind: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
-def harness(*args: object) -> Told:
-    """One command in this process, as a shell would see it."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(a) for a in args])
-    return Told(code, out.getvalue(), err.getvalue())
 
 
 def unpack(name: str, root: Path) -> Path:

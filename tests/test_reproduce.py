@@ -17,7 +17,7 @@ from harness.engine.executors import ItemResult
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.store import Reader
-from tests.test_cli import (
+from tests.commands import (
     DATA,
     ROWS,
     SECRET,

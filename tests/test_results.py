@@ -11,7 +11,7 @@ from harness.commands.replay import settings_of
 from harness.models.fetch import FETCHABLE
 from harness.run.differences import setting
 from harness.text.prompts import read_prompts
-from tests.test_cli import DATA
+from tests.commands import DATA
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 MANIFESTS = sorted(RESULTS.glob("*/manifest.json"))

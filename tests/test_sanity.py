@@ -46,8 +46,8 @@ from harness.text.prompts import Prompt
 from harness.text.words import Trie
 from harness.tolerance import TOLERANCE, Tolerance
 from tests import gravity
+from tests.commands import DATA, Told, harness, manifest, only_run, prompt_file, query
 from tests.gravity import resolve
-from tests.test_cli import DATA, Told, harness, manifest, only_run, prompt_file, query
 from tests.tiny import build_model, byte_tokenizer, tiny_lm
 
 DEMO = DATA / "models" / "demo"

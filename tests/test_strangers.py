@@ -22,7 +22,7 @@ from harness.files import open_inside
 from harness.run import RunPaths, read_manifest
 from harness.run.tensors import HEADER_BYTES, open_tensors
 from harness.store import AlteredStore, Reader, Store, seal
-from tests.test_cli import ROWS, Told, harness, only_run, prompt_file, refused
+from tests.commands import ROWS, Told, harness, only_run, prompt_file, refused
 from tests.test_verify import change, copied, failures, hashes, sealed_anew
 from tests.tiny import build_model, byte_tokenizer
 

@@ -24,8 +24,8 @@ from streamlit.testing.v1 import AppTest
 
 from harness.cli import main
 from harness.experiments import registry
+from tests.commands import harness, manifest, only_run, query, refused, run_folders
 from tests.installed import TOY, install, metadata_of
-from tests.test_cli import harness, manifest, only_run, query, refused, run_folders
 
 SMALL = ("--batching.max_tokens", "64", "--runtime.device", "cpu")
 """Four batches of surprisals."""

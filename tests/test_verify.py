@@ -24,7 +24,7 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.run import RunPaths, read_manifest
 from harness.store import Broken, Reader, Store, seal
-from tests.test_cli import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query
+from tests.commands import DATA, ROWS, Told, harness, manifest, only_run, prompt_file, query
 
 BROKEN = ({**ROWS[0], "prompt_id": "x", "target": "R2"}, {**ROWS[1], "prompt_id": "y", "target": "bird"})
 

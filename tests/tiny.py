@@ -31,7 +31,7 @@ def build_model(shape: str, seed: int = 0, sharpness: float = 12.0, dtype: torch
         setattr(config, key, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.registered()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in ("model.norm.weight", "transformer.ln_f.weight", "gpt_neox.final_layer_norm.weight"):

@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from harness.errors import ModelError
 from harness.tolerance import LOADED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+else:  # its module takes seconds to import, and a command that loads no model need not wait for it
+    PreTrainedModel = nn.Module
 
 _SHIFT = 3
 """Places by which a text is moved to see whether that matters."""

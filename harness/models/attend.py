@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from harness.models.cells import Cells, shared_cells
 
@@ -229,6 +227,8 @@ def attention(
     if plain and query.device.type == "cpu" and layout is not None:
         output = _grouped(query, key, value, mask, scaling)
     elif plain:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     else:
         output = _explicit(query, key, value, mask, scaling, softcap, s_aux)
@@ -262,7 +262,7 @@ def _explicit(
 ) -> Tensor:  # fmt: skip
     """Scores written out, softmax in float32, with soft-capping and sinks as transformers' eager attention has them."""
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None:
         length, keys = query.shape[2], key.shape[2]
@@ -299,8 +299,20 @@ def _softmax(
 
 def _mask(*args, **kwargs) -> Tensor | None:
     """The mask transformers asks for: none under a layout, which has its own; SDPA's otherwise."""
+    from transformers.masking_utils import sdpa_mask
+
     return None if _layout.get() is not None else sdpa_mask(*args, **kwargs)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _mask)
+@cache
+def registered() -> str:
+    """The name of our attention, which transformers knows from now on.
+
+    Not when this module is imported: transformers' interfaces take seconds to import, and a command that loads no model,
+    such as one that finds its run finished, need not wait for them.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME

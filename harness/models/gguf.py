@@ -24,10 +24,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from harness.errors import EnvironmentFault, ModelError
 from harness.files import check_regular
+from harness.models.anatomy import PreTrainedModel
 
 SUFFIX = ".gguf"
 _PACKAGES = ("gguf", "accelerate")

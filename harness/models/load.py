@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicCache
@@ -38,7 +37,7 @@ from harness import tally
 from harness.errors import EnvironmentFault, HarnessError, ModelError
 from harness.files import check_regular, read_json_object
 from harness.models import attend, gguf, shapes
-from harness.models.anatomy import Anatomy, close, dissect
+from harness.models.anatomy import Anatomy, PreTrainedModel, close, dissect
 from harness.text.words import Vocabulary
 
 transformers_logging.disable_progress_bar()
@@ -301,14 +300,14 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
             config = shapes.config_of(spec.name.removeprefix(RANDOM))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.NAME)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attend.registered())
         else:
             if gguf.is_named(spec.name):
                 config = _gguf_config(gguf.read_header(identity.path))
-                model, info = gguf.load_model(identity.path, config, dtype, attend.NAME)
+                model, info = gguf.load_model(identity.path, config, dtype, attend.registered())
             else:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    identity.path, dtype=dtype, attn_implementation=attend.NAME, use_safetensors=True,
+                    identity.path, dtype=dtype, attn_implementation=attend.registered(), use_safetensors=True,
                     local_files_only=True, trust_remote_code=spec.trust_remote_code, output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )  # fmt: skip

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.experiments import CORE, Page, pages_of
+from harness.experiments.gravity.schema import SCHEMA
+from harness.run import RunPaths
+from harness.store import Store
 from tests import gravity
 from tests.fakes import older_store
 from tests.gravity import resolve
@@ -41,6 +46,17 @@ def open_file(file: Path, **params: str) -> AppTest:
     for key, value in params.items():
         test.query_params[key] = value
     return test.run()
+
+
+def store_of(folder: Path, fill: Callable[[Store], Any]) -> RunPaths:
+    """A published snapshot with what `fill` puts in its store."""
+    paths = RunPaths(folder / "20260101-000000-x-0")
+    paths.folder.mkdir()
+    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
+    with Store(paths.results, SCHEMA) as store:
+        fill(store)
+        store.publish(paths.live)
+    return paths
 
 
 AHEAD = (datetime.now(UTC) + timedelta(days=1)).isoformat()

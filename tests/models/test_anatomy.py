@@ -28,7 +28,11 @@ def scaled_model(family: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family, **SMALL, **SCALED[family])
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attend.NAME).eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(config, attn_implementation=attend.registered())
+            .eval()
+            .requires_grad_(False)
+        )
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and ".layers." in name:
             parameter.mul_(8.0)  # so that the sublayers matter beside the embedding

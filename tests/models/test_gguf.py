@@ -23,8 +23,8 @@ from harness.errors import EnvironmentFault, ModelError
 from harness.models import gguf as ours
 from harness.models import plain
 from harness.models.load import Codec, ModelSpec, identify, load, load_codec, shared
-from tests.test_cli import harness, only_run, prompt_file, query, refused
-from tests.test_cli import manifest as manifest_of
+from tests.commands import harness, only_run, prompt_file, query, refused
+from tests.commands import manifest as manifest_of
 from tests.tiny import END, build_model
 
 WHY_NOT = "needs the extra: pip install 'harness[gguf]'"

@@ -27,9 +27,9 @@ from harness.models.measure import SPANS, attention_ratios
 from harness.run import RunPaths
 from harness.store import Row, Store
 from harness.tolerance import TOLERANCE
+from tests.commands import DATA
 from tests.fakes import events_of, rows_of, run_stages
 from tests.gravity import prepare, resolve
-from tests.test_cli import DATA
 
 OF_PROBS = TOLERANCE["float32"].prob
 OF_NATS = 5e-5

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats as scipy_stats
+from scipy.special import ndtri
 
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES
 from harness.experiments.gravity.fit import Pressed, curve_of
@@ -493,6 +493,6 @@ def _column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " N"]:
 def _correlation(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> str:
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return "r: too little variation"
-    r, reach = float(np.corrcoef(x, y)[0, 1]), scipy_stats.norm.ppf(0.975) / np.sqrt(len(x) - 3)
+    r, reach = float(np.corrcoef(x, y)[0, 1]), ndtri(0.975) / np.sqrt(len(x) - 3)
     low, high = np.tanh(np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)) + np.array([-reach, reach]))
     return f"r = {r:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")

@@ -1,8 +1,6 @@
 """The patching page: its means are those of the rows behind them, its scale is one, and a click leads to a prompt."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,7 +13,7 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
-from tests.app.conftest import open_view, page_file
+from tests.app.conftest import open_view, page_file, store_of
 from tests.synthetic import Shape
 
 PAGE = page_file("patching")
@@ -29,17 +27,6 @@ ROWS = (  # prompt, outcome, layer, kind, before, after, flipped
     ("d", "failure", 0, "resid", 0.6, 0.9, False),
     ("a", "success", 1, "mlp", 0.1, 0.1, False),
 )  # fmt: skip
-
-
-def store_of(folder: Path, fill: Callable[[Store], Any]) -> RunPaths:
-    """A published snapshot with what `fill` puts in its store."""
-    paths = RunPaths(folder / "20260101-000000-x-0")
-    paths.folder.mkdir()
-    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
-    with Store(paths.results, SCHEMA) as store:
-        fill(store)
-        store.publish(paths.live)
-    return paths
 
 
 def few(store: Store) -> None:

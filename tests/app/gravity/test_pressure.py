@@ -1,6 +1,5 @@
 """The P_sem page: its numbers by hand on three prompts, its intervals from the analysis and no other, its wiring."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
 from harness.store import Store, open_snapshot
 from tests import gravity, synthetic
-from tests.app.conftest import open_view, page_file
+from tests.app.conftest import open_view, page_file, store_of
 from tests.gravity import resolve
 from tests.synthetic import HOSTILE, Shape
 
@@ -46,17 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 @pytest.fixture
 def small(tmp_path: Path) -> RunPaths:
     """Three prompts: `a` is suppressed and keeps the ban, `b` is not and says X, `c` has no answer yet. No analysis."""
-    return _run(tmp_path, _three_prompts)
-
-
-def _run(root: Path, fill: Callable[[Store], None]) -> RunPaths:
-    paths = RunPaths(root / "20260101-000000-x-0")
-    paths.folder.mkdir()
-    paths.manifest.write_text('{"run_id": "x", "fingerprint": "0", "status": "finished"}')
-    with Store(paths.results, SCHEMA) as store:
-        fill(store)
-        store.publish(paths.live)
-    return paths
+    return store_of(tmp_path, _three_prompts)
 
 
 def _three_prompts(store: Store) -> None:

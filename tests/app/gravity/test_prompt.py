@@ -13,8 +13,7 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
-from tests.app.conftest import open_view, page_file
-from tests.app.gravity.test_patching import store_of
+from tests.app.conftest import open_view, page_file, store_of
 from tests.synthetic import Shape
 
 PAGE = page_file("prompt")

@@ -10,8 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from harness.engine import AnyTables, Item, ItemResult
 from harness.experiments.gravity.bins import bin_of
@@ -90,6 +88,9 @@ def choose(candidates: Sequence[Candidate], min_p0: float, per_bin: int, max_cat
 
     One binary variable a prompt and one a (target, category) pair, solved to optimality by HiGHS.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here: half a second that every command would pay
+    from scipy.sparse import coo_array
+
     kept = sorted((c for c in candidates if c.p0 >= min_p0), key=lambda c: c.prompt_id)
     if not kept:
         return []
