@@ -109,7 +109,7 @@ def main() -> None:
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, rope_theta=10_000.0,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attend.NAME)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attend.registered())
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows)} contexts, loss floor {floor:.4f}",
         flush=True,
