@@ -29,6 +29,7 @@ from harness.run import RunPaths
 from harness.store import Reader
 from tests import synthetic
 from tests.app.conftest import PAGES, RUNNING
+from tests.app.test_experiments import marbles_of
 from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -267,9 +268,7 @@ def test_pages_of_an_experiment_from_outside_stand_in_the_navigation(
     paths = synthetic.write(folder, Shape(12, 3, 2, 2, num_bootstraps=20))
     manifest = json.loads(paths.manifest.read_text())
     other = RunPaths(folder / "20990101-000000-toy-0")
-    shutil.copytree(paths.folder, other.folder)
-    told = {"run_id": other.run_id, "experiment": "toy", "marbles": 3}
-    other.manifest.write_text(json.dumps(manifest | told))
+    marbles_of(other.folder, manifest | {"experiment": "toy", "marbles": 3})
     script = toy / "main.py"
     script.write_text(
         INSTALLED.format(root=str(ROOT), folder=str(toy), script=str(ROOT / "app" / "streamlit_app.py")), "utf-8"

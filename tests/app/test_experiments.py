@@ -89,15 +89,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("20990102-000000-toy-0", {"experiment": "toy", "marbles": 4, "planted": False}),
         ("20990103-000000-gone-0", {"experiment": "gone"}),
     ):
-        (root / name).mkdir()
-        (root / name / "manifest.json").write_text(json.dumps(manifest | told | {"run_id": name}))
         if told["experiment"] == "toy":
-            with Store(root / name / "results.duckdb", Toy.schema) as store:
-                store.start_stage("marbles", 1, 1)
-                store.publish(root / name / "live.duckdb")
+            marbles_of(root / name, manifest | told)
         else:
+            (root / name).mkdir()
+            (root / name / "manifest.json").write_text(json.dumps(manifest | told | {"run_id": name}))
             (root / name / "live.duckdb").write_bytes(paths.live.read_bytes())
     return root
+
+
+def marbles_of(folder: Path, manifest: dict[str, Any]) -> None:
+    """A run of the toy in a new folder, with the store of one."""
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"run_id": folder.name}))
+    with Store(folder / "results.duckdb", Toy.schema) as store:
+        store.start_stage("marbles", 1, 1)
+        store.publish(folder / "live.duckdb")
 
 
 @pytest.fixture
