@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from loguru import logger
@@ -25,6 +26,8 @@ from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Failure, Row, Store
 
 _FLOAT_MAX = 3.4028234663852886e38
+_NO_NUMBERS = (str, int, bool, type(None))
+"""Types of values that are finite whatever they are."""
 
 
 class BatchReport(NamedTuple):
@@ -403,7 +406,7 @@ class _Course:
         whole = f"all {len(batch.keys)} items failed" if len(failed) == len(batch.keys) else None
         for item, path in outcome.unwritten:
             self._say_dropped(path, failed.get(item, "its item failed"), item)
-        state = None
+        state, claimed = None, list[tuple[StagedFile, Path]]()
         for file in outcome.files:
             why = whole if file.item is None else failed.get(file.item)
             if why is not None:
@@ -413,13 +416,14 @@ class _Course:
             assert file.is_state or self._states is None or not self._states.is_own(path), f"{path}: a state's name"
             if file.is_state and self._states is not None:
                 path = self._states.path(batch, path)
-            claim(file, self._paths.artifacts / path)
+            claimed.append((file, self._paths.artifacts / path))
             row = _artifact_row(file, path, batch)
             result.rows.setdefault("artifacts", []).append(row)
             if file.is_state and self._states is not None:
                 state = {"path": path, "sha256": file.sha256, "bytes": file.bytes}
                 if (gone := self._states.gone_after(batch)) is not None:
                     result.replaced.append(("artifacts", {"path": gone}))
+        claim(claimed)
         return state
 
     def _drop_files(self, files: Iterable[StagedFile], why: str) -> None:
@@ -503,7 +507,9 @@ def _not_finite(item: ItemResult) -> str | None:
     for table, rows in {**item.rows, **(item.updates or {})}.items():
         for row in rows:
             for column, value in row.items():
-                if not _finite(value):
+                if type(value) not in _NO_NUMBERS and not _finite(
+                    value
+                ):  # of what a run stores, most is text and counts
                     return f"{table}.{column} is not finite (NaN or infinity)"
     return None
 
@@ -513,11 +519,12 @@ def _finite(value: Any) -> bool:
     if isinstance(value, float):
         return bool(abs(value) <= _FLOAT_MAX)  # false for NaN
     if isinstance(value, list | tuple):
-        try:  # most lists are plain numbers, and there are many
-            finite = all(map(math.isfinite, value))
-            return finite and (not value or bool(max(value) <= _FLOAT_MAX and min(value) >= -_FLOAT_MAX))
+        try:  # most lists are plain numbers, and there are many: one sum tells of them all
+            if sum(map(abs, value)) <= _FLOAT_MAX:  # false for NaN
+                return True
         except TypeError:
-            return all(map(_finite, value))
+            pass  # text, or lists within the list
+        return all(map(_finite, value))
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     return _finite(value.tolist()) if hasattr(value, "tolist") else True  # numpy's scalars and arrays

@@ -6,7 +6,7 @@ A kill at any moment leaves a file that no row tells of, never a row without its
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from harness.engine.executors import Computed, Job, StagedFile
 from harness.engine.stage import AnyStage, Artifact, BatchOutput, kind_of
 from harness.errors import EnvironmentFault, machine_fault
-from harness.files import file_sha256, sync_folder
+from harness.files import file_sha256, sync_files, sync_folder
 
 
 def compute(stage: AnyStage, context: Any, job: Job) -> Computed:
@@ -28,45 +28,63 @@ def compute(stage: AnyStage, context: Any, job: Job) -> Computed:
     found = stage.run(context, job.items, *given)
     output = found if isinstance(found, BatchOutput) else BatchOutput(found)
     assert output.state is None or given, f"stage {stage.name}: a state, from a stage that is no fold or loop"
-    files = [_stage(a, job, r.key) for r in output.results if r.error is None for a in r.artifacts]
-    files += [_stage(a, job) for a in output.artifacts]
-    if output.state is not None:
-        files.append(replace(_stage(output.state, job, aside="state"), is_state=True))
+    made: list[tuple[Artifact, str | None]] = [
+        (a, r.key) for r in output.results if r.error is None for a in r.artifacts
+    ]
+    made += [(a, None) for a in output.artifacts]
+    with _writing():
+        ats = [_write(artifact, job) for artifact, _ in made]
+        if output.state is not None:
+            ats.append(_write(output.state, job, aside="state"))
+        sync_files(ats)
+        # Read again in pieces rather than hashed on the way: what counts is what the disk holds.
+        files = [_staged(artifact, at, item) for (artifact, item), at in zip(made, ats, strict=False)]
+        if output.state is not None:
+            files.append(replace(_staged(output.state, ats[-1], None), is_state=True))
     unwritten = [(r.key, a.path) for r in output.results if r.error is not None for a in r.artifacts]
     results = [replace(r, artifacts=()) if r.artifacts else r for r in output.results]
     return Computed(results, tuple(files), tuple(unwritten))
 
 
-def _stage(artifact: Artifact, job: Job, item: str | None = None, aside: str = "files") -> StagedFile:
+def _write(artifact: Artifact, job: Job, aside: str = "files") -> Path:
+    """Write one file into the job's folder; where."""
     parts = PurePosixPath(artifact.path).parts
     is_inside = bool(parts) and parts[0] != "/" and ".." not in parts
     assert is_inside, f"{artifact.path}: leads out of its folder"
     assert job.staging is not None, f"{artifact.path}: nowhere to write files in this run"
     at = job.staging / aside / artifact.path
+    at.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(artifact.content, bytes):
+        at.write_bytes(artifact.content)
+        return at
     try:
-        at.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(artifact.content, bytes):
-            at.write_bytes(artifact.content)
-        else:
-            artifact.content(at)
-        with at.open("rb+") as file:
-            os.fsync(file.fileno())
-        # Read again in pieces rather than hashed on the way: what counts is what the disk holds.
-        digest, size = file_sha256(at), at.stat().st_size
-    except (OSError, SafetensorError) as e:
-        told = getattr(e, "strerror", None) or e
-        raise machine_fault(e) or EnvironmentFault(f"{at}: cannot be written: {told}") from e
-    return StagedFile(replace(artifact, content=b""), at, digest, size, item)
+        artifact.content(at)
+    except SafetensorError as e:  # names no file
+        raise machine_fault(e) or EnvironmentFault(f"{at}: cannot be written: {e}") from e
+    return at
 
 
-def claim(file: StagedFile, path: Path) -> None:
-    """Give a staged file its name in the run, for good; an older one under that name is replaced."""
+def _staged(artifact: Artifact, at: Path, item: str | None) -> StagedFile:
+    return StagedFile(replace(artifact, content=b""), at, file_sha256(at), at.stat().st_size, item)
+
+
+def claim(names: Sequence[tuple[StagedFile, Path]]) -> None:
+    """Give staged files their names in the run, for good; an older one under such a name is replaced."""
+    with _writing():
+        for file, path in names:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file.at.replace(path)
+        for folder in dict.fromkeys(path.parent for _, path in names):
+            sync_folder(folder)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """What a disk refuses is the machine's fault, and ends the run with one line that names the file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.at.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as e:
-        raise machine_fault(e) or EnvironmentFault(f"{path}: cannot be written: {e.strerror}") from e
+        raise machine_fault(e) or EnvironmentFault(f"{e.filename}: cannot be written: {e.strerror}") from e
 
 
 def sweep_staged(folder: Path) -> int:
