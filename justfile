@@ -7,13 +7,17 @@ default: lint types test
 run *ARGS:
     harness run {{ARGS}}
 
-# all tests, a file at a time on every core: no network, no GPU
+# the tests, a file at a time on every core: no network, no GPU
 test *ARGS:
-    python -m pytest -n auto --dist loadfile {{ARGS}}
+    python -m pytest -n auto --dist loadfile -m "not thorough" {{ARGS}}
 
 # the tests that take seconds
 test-fast *ARGS:
-    python -m pytest -m "not slow" {{ARGS}}
+    python -m pytest -m "not slow and not thorough" {{ARGS}}
+
+# the sweeps: kills and faults at every kind of call, a real model, the check of a GPU tried without one
+test-thorough *ARGS:
+    python -m pytest -n auto --dist loadfile -m thorough {{ARGS}}
 
 # style, unused code, which module may import which, and the Dockerfile
 lint:

@@ -322,9 +322,9 @@ def test_a_question_that_waits_for_its_turn_is_answered_in_the_end(paths: RunPat
 
 
 @pytest.mark.slow
-def test_a_hundred_questions_that_run_away_leave_nothing(paths: RunPaths) -> None:
+def test_many_questions_that_run_away_leave_nothing(paths: RunPaths) -> None:
     """From four threads at once: no process, no descriptor, no thread, no file, no memory."""
-    questions = [q for q in RUNAWAY.values() for _ in range(6)][:100]
+    questions = [q for q in RUNAWAY.values() for _ in range(2)]
 
     def ask(sql: str) -> str:
         return complaint(paths.live, sql, 0.2)
@@ -335,10 +335,10 @@ def test_a_hundred_questions_that_run_away_leave_nothing(paths: RunPaths) -> Non
         return descriptors(), files, threading.active_count()
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(ask, questions[::10]))
+        list(pool.map(ask, questions[::4]))
     before, memory = state(), psutil.Process().memory_info().rss
     with ThreadPoolExecutor(4) as pool:
-        assert len(list(pool.map(ask, questions))) == 100
+        assert len(list(pool.map(ask, questions))) == 2 * len(RUNAWAY) > 30
     assert children() == []
     opened, files, threads = state()
     assert len(opened) <= len(before[0])

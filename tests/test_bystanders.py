@@ -298,10 +298,10 @@ def shell(text: str, made: Path, runs: Path) -> subprocess.CompletedProcess[str]
 
 
 CLOSED: Sequence[tuple[str, str]] = (
-    ("{harness} {run} >&-", "stderr"),
-    ("{harness} {run} 2>&-", "stdout"),
     ("{harness} {run} >&- 2>&- <&-", "nowhere"),
     ("{harness} {run} >/dev/full", "log"),
+    ("{harness} {run} >&-", "stderr"),
+    ("{harness} {run} 2>&-", "stdout"),
     ("{harness} {run} 2>/dev/full", "stdout"),
     ("set -o pipefail; {harness} {run} | true", "log"),
     ("set -o pipefail; {harness} {run} 2>&1 | head -n 1", "nowhere"),
@@ -309,7 +309,10 @@ CLOSED: Sequence[tuple[str, str]] = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("line", "where"), CLOSED)
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [*CLOSED[:2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in CLOSED[2:])],
+)
 def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Path, line: str, where: str) -> None:
     told = shell(line, made, tmp_path)
     assert told.returncode == 0, told

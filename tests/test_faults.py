@@ -135,13 +135,13 @@ KINDS = {"run folder", "lock", "log", "results", "log of writes", "manifest", "s
 STAGES = {"sanity", "psem", "greedy", "samples", "detect", "mechanism", "patching", "analysis", "report"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_injector_sees_every_kind_of_file_in_every_stage_of_a_run(whole: Whole) -> None:
     assert {kind_of(c) for c in whole.calls} - {"diff"} == KINDS
     assert {c.doing for c in whole.calls} >= STAGES
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_undisturbed_run_has_the_same_rows_each_time_and_with_another_seed_other_ones(
     lives: Lives, whole: Whole, tmp_path: Path
 ) -> None:
@@ -157,7 +157,7 @@ def killed(lives: Lives, whole: Whole, tmp_path_factory: pytest.TempPathFactory)
     return kills.kill_often(lives, tmp_path_factory.mktemp("kills"), whole, kills.places(whole.calls, 12, 0), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_at_any_call_a_run_ends_with_the_same_rows(killed: list[kills.Killed]) -> None:
     assert all(k.is_killed for k in killed)
     assert len({k.doing for k in killed}) >= 4
@@ -165,14 +165,14 @@ def test_killed_at_any_call_a_run_ends_with_the_same_rows(killed: list[kills.Kil
     assert [f for k in killed for f in k.findings if "does not go on" in f] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_at_any_call_a_run_leaves_nothing_behind_and_readers_nothing_to_complain_of(
     killed: list[kills.Killed],
 ) -> None:
     assert [f for k in killed for f in k.findings] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_store_that_commits_in_two_steps_is_caught(lives: Lives, whole: Whole, tmp_path: Path) -> None:
     """The control: between the mark and the rows lies a call, and a kill there costs rows."""
     split = Life([kills.run(tmp_path / "split")], tmp_path / "split", store="split")
@@ -195,7 +195,7 @@ def refused(lives: Lives, whole: Whole, tmp_path_factory: pytest.TempPathFactory
     return storage.refuse_often(lives, tmp_path_factory.mktemp("storage"), whole, drawn)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_after_any_failing_call_the_same_command_ends_with_the_same_rows(refused: list[storage.Refused]) -> None:
     assert sum(r.is_refused for r in refused) >= 11
     assert len({r.error for r in refused}) >= 4
@@ -203,14 +203,14 @@ def test_after_any_failing_call_the_same_command_ends_with_the_same_rows(refused
     assert [f for r in refused for f in r.findings if "exit 0, and" in f] == [], "no success with rows missing"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_any_failing_call_is_told_in_one_line_with_the_code_of_a_machine_at_fault(
     refused: list[storage.Refused],
 ) -> None:
     assert [(r.exit, f) for r in refused for f in r.findings] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("state", ["new", "stopped"])
 def test_of_three_processes_that_start_a_run_at_once_one_computes_it_while_readers_read(
     lives: Lives, whole: Whole, tmp_path: Path, state: str
@@ -220,7 +220,7 @@ def test_of_three_processes_that_start_a_run_at_once_one_computes_it_while_reade
     assert (crowd.is_identical, crowd.findings) == (True, [])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_with_too_little_memory_a_run_says_so_and_goes_on_when_it_has_enough(
     lives: Lives, whole: Whole, tmp_path: Path
 ) -> None:
@@ -232,7 +232,7 @@ def test_with_too_little_memory_a_run_says_so_and_goes_on_when_it_has_enough(
     assert little.findings == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_readers_read_the_same_rows_from_the_results_and_from_the_snapshot(whole: Whole) -> None:
     paths = kills.only_run(whole.root)
     assert paths is not None

@@ -60,7 +60,7 @@ def test_a_run_that_had_memory_enough_has_shown_nothing(tmp_path: Path, monkeypa
     assert "samples 2 times" in gpu_check._of_cramped(tmp_path)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_of_it_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
     told = tmp_path / "told.json"
     command = [sys.executable, "-m", "tests.gpu_check", "--cpu", "--json", str(told), "--model", "random:tiny-qwen3"]

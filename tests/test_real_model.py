@@ -21,7 +21,7 @@ from harness.models.load import load_codec, shared
 from harness.settings import PathSettings
 from tests.commands import harness, manifest, only_run, prompt_file, query
 
-pytestmark = [pytest.mark.slow]  # a minute and a half on two cores
+pytestmark = [pytest.mark.thorough]  # a minute and a half on two cores
 REL = 1e-4  # float32 over 30 layers; batches of other sizes add up in another order
 PROMPTS = (
     {
