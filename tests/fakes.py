@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import duckdb
 
 from harness import tally
-from harness.engine import BatchReport, Engine, Limits, StageReport
+from harness.engine import BatchOutput, BatchReport, Engine, Limits, StageReport
 from harness.engine.executors import Accelerator, Host, Inline, Item, ItemResult
 from harness.engine.stop import StopSignal
 from harness.errors import Stopped
@@ -41,7 +41,7 @@ class Fake:
     """A stage over items of given lengths; `compute` gives their results, raises, sleeps."""
 
     lengths: Mapping[str, float]
-    compute: Callable[[Sequence[Item]], Sequence[ItemResult]] = scored
+    compute: Callable[[Sequence[Item]], Sequence[ItemResult] | BatchOutput] = scored
     name: str = "scores"
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     row_bytes: int = 1_000
@@ -56,7 +56,7 @@ class Fake:
     def setup(self) -> None:
         return None
 
-    def run(self, context: None, items: Sequence[Item]) -> Sequence[ItemResult]:
+    def run(self, context: None, items: Sequence[Item]) -> Sequence[ItemResult] | BatchOutput:
         return self.compute(items)
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def steps_of(folder: Path, *, is_cpu: bool, model: str) -> list[Step]:
         cramped,
         run("demo", *few),
         bench("bench-small", small, 2 if is_cpu else 32),
-        Step(**(vars(run("real", *real)) | {"lacks": _lacks(model)})),
+        replace(run("real", *real), lacks=_lacks(model)),
         bench("bench-large", large, 2 if is_cpu else 16),
     ]
 
@@ -216,10 +216,10 @@ def cramp(more_mb: int, arguments: Sequence[str]) -> int:
 
         assert launch
         assert contents
-        torch.ones(64, 64) @ torch.ones(64, 64)  # and so do the threads of the first product
+        torch.ones(64, 64).matmul(torch.ones(64, 64))  # and so do the threads of the first product
         status = Path("/proc/self/status").read_text()
         now = 1024 * int(re.findall(r"^VmData:\s*(\d+) kB", status, re.MULTILINE)[0])
-        resource.setrlimit(resource.RLIMIT_DATA, (now + wanted,) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (now + wanted, now + wanted))
     return cli.main(list(arguments))
 
 

@@ -23,7 +23,7 @@ import time
 import traceback
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -369,7 +369,7 @@ def lines(samples: Sequence[dict[str, float]]) -> list[Line]:
     return found
 
 
-def verdict(told: Told, went: Sequence[Line], rest: dict[str, float]) -> list[str]:
+def verdict(told: Told, went: Sequence[Line], rest: Mapping[str, float]) -> list[str]:
     """What is wrong; nothing where all is well."""
     wrong = [f"{line.name} rose by {line.rose:.1f}" for line in went if not line.is_flat]
     wrong += [f"{n} at rest: {rest[n]:.0f}, expected {most}" for n, most in LEFT.items() if rest.get(n, 0) > most]
@@ -382,7 +382,7 @@ def verdict(told: Told, went: Sequence[Line], rest: dict[str, float]) -> list[st
 
 def main() -> int:
     """Soak, show, judge."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write samples, counts and verdict there")

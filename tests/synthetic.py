@@ -303,7 +303,10 @@ def _attention(
             columns["pi"] = columns["tmf"] - columns["nf"]
         for name, span in (("nf", "negation"), ("tmf", "mention")):
             if name in columns:
-                columns[f"{name}_token"] = columns[name] * (sizes["instruction"] / sizes[span])[:, None, None]
+                whole, part = sizes["instruction"], sizes[span]
+                assert whole is not None
+                assert part is not None
+                columns[f"{name}_token"] = columns[name] * (whole / part)[:, None, None]
         if "pi" in columns:
             columns["pi_token"] = columns["tmf_token"] - columns["nf_token"]
         step = steps if kind == "decision" else np.zeros(n, dtype=np.int32)

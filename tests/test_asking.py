@@ -270,6 +270,7 @@ def test_a_process_that_hangs_is_killed_all_the_same(paths: RunPaths, monkeypatc
     monkeypatch.setattr(asking, "START_S", 3.0)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(asking.answer, paths.live, SCHEMA, ENDLESS, 1_000, 3.0)
+        found: list[psutil.Process] = []
         while not asked.done() and not (found := children()):
             time.sleep(0.001)
         found[0].suspend()  # before it began, or while it answers

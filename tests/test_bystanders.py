@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,8 +142,6 @@ def test_a_killed_runs_last_rows_are_read_from_a_copy_that_leaves_nothing(tmp_pa
         assert snapshot.query("SELECT message FROM events") == []
     os.environ["TMPDIR"], was = str(temporary), os.environ.get("TMPDIR")
     try:
-        import tempfile
-
         tempfile.tempdir = None
         reader = open_copy(folder / "results.duckdb", SCHEMA)
     finally:

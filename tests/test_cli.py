@@ -432,7 +432,9 @@ def test_exported_parquet_has_the_contracts_columns_and_types_and_the_runs_rows(
     exported: Path, finished: Finished, table: str
 ) -> None:
     path = exported / "parquet" / f"{table}.parquet"
-    types = dict(duckdb.sql(f"DESCRIBE SELECT * FROM '{path}'").project("column_name, column_type").fetchall())
+    described = duckdb.sql(f"DESCRIBE SELECT * FROM '{path}'")
+    assert described is not None
+    types = dict(described.project("column_name, column_type").fetchall())
     plain = {name: re.sub(r'"', "", kind).replace("INTEGER[2]", "INTEGER[]") for name, kind in types.items()}
     assert plain | CONTRACT[table] == plain
     assert pq.read_table(path).num_rows == query(finished.run, f"SELECT count(*) FROM {table}")[0][0]
@@ -469,7 +471,7 @@ def test_every_table_the_run_has_is_exported(exported: Path, finished: Finished)
 
 def test_exported_numbers_are_the_measured_ones(exported: Path, finished: Finished) -> None:
     sql = "SELECT prompt_id, condition, p_sem, p_word, sequences, logprobs FROM {} ORDER BY 1, 2"
-    assert duckdb.sql(sql.format(f"'{exported / 'parquet' / 'psem.parquet'}'")).fetchall() == query(
+    assert duckdb.execute(sql.format(f"'{exported / 'parquet' / 'psem.parquet'}'")).fetchall() == query(
         finished.run, sql.format("psem")
     )
 

@@ -45,11 +45,11 @@ KINDS: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
 
 
 def aligned(kind: pa.DataType, one: Sequence[Any], other: Sequence[Any]) -> Aligned:
-    tables = [
+    first, second = (
         pa.table({"prompt_id": [f"p{i}" for i in range(len(v))], "layer": list(range(len(v))), "x": pa.array(v, kind)})
         for v in (one, other)
-    ]
-    return Aligned(("prompt_id", "layer"), *tables, 0, 0)
+    )
+    return Aligned(("prompt_id", "layer"), first, second, 0, 0)
 
 
 def flat(value: Any) -> list[Any]:
@@ -130,7 +130,8 @@ def test_a_single_planted_difference_is_found_in_its_row_with_its_size() -> None
     other = copy.deepcopy(one)
     other[4][2] += 0.25
     (column,) = table_drift("t", aligned(pa.list_(pa.float32()), one, other)).columns
-    assert column == ColumnDrift("x", 1, 0.25, pytest.approx(0.25 / 42.25), pytest.approx(0.25 / 42.25), "p4, 4")
+    about: Any = pytest.approx(0.25 / 42.25)
+    assert column == ColumnDrift("x", 1, 0.25, about, about, "p4, 4")
 
 
 def test_keys_are_not_compared_and_no_rows_in_common_are_no_drift_of_columns() -> None:

@@ -27,7 +27,7 @@ from harness.engine.stop import StopSignal
 from harness.errors import EnvironmentFault, Stopped
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
-from harness.store import Batch, BatchResult, Row, Store
+from harness.store import Batch, BatchResult, BatchStatus, Row, Store
 from tests.fakes import (
     Fake,
     Followers,
@@ -792,9 +792,9 @@ class CountingStore(Store):
 
     plans = 0
 
-    def plan(self, stage: str) -> list[Batch]:
+    def plan(self, stage: str, status: BatchStatus | None = None) -> list[Batch]:
         type(self).plans += 1
-        return super().plan(stage)
+        return super().plan(stage, status)
 
 
 @pytest.mark.parametrize("num_items", [40, 400])

@@ -77,7 +77,7 @@ def test_a_log_that_cannot_be_written_any_more_is_said_once_and_stops_nothing(
     log.to_console()
     log.to_file(tmp_path / "logs" / "run.log")
     logger.info("written")
-    sinks = [getattr(handler._sink, "_stream", None) for handler in logger._core.handlers.values()]
+    sinks = [getattr(handler._sink, "_stream", None) for handler in logger._core.handlers.values()]  # type: ignore[attr-defined]
     (sink,) = (s for s in sinks if isinstance(s, log._LogFile))
 
     class Full(io.StringIO):
@@ -85,7 +85,7 @@ def test_a_log_that_cannot_be_written_any_more_is_said_once_and_stops_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     sink._file.close()
-    sink._file = Full()
+    monkeypatch.setattr(sink, "_file", Full())
     logger.info("one")
     logger.info("two")
     logger.remove()

@@ -148,7 +148,7 @@ def test_an_undisturbed_run_has_the_same_rows_each_time_and_with_another_seed_ot
     again = undisturbed(lives, tmp_path / "again")
     assert again.rows == whole.rows
     assert leftovers(again.root, whole) == []
-    assert undisturbed(lives, tmp_path / "other", **{"runtime.seed": "1"}).rows != whole.rows
+    assert undisturbed(lives, tmp_path / "other", 2, **{"runtime.seed": "1"}).rows != whole.rows
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,8 @@ def test_violation_draws_the_fit_of_the_store_solid_among_its_prompts_and_dashed
         x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
         assert y == pytest.approx(1 / (1 + np.exp(-fit["intercept"] - fit["slope"] * x)))
     below, above, inside = (c.get_alpha() for c in ax.collections if isinstance(c, PolyCollection))
+    assert above is not None
+    assert inside is not None
     assert below == above < inside
     (told,) = (str(line.get_label()) for line in lines if str(line.get_label()).startswith("σ("))
     assert f"P0 {min(p0):.2f} to {max(p0):.2f}" in told
@@ -217,7 +219,7 @@ def test_attention_equals_the_store(reader: Reader, data: FigureData) -> None:
 
 def test_priming_states_pearsons_correlation_and_its_interval(data: FigureData) -> None:
     points = data.prompts("negative", "pi", "rate")
-    found = scipy_stats.pearsonr([p["pi"] for p in points], [p["rate"] for p in points])
+    found: Any = scipy_stats.pearsonr([p["pi"] for p in points], [p["rate"] for p in points])
     low, high = found.confidence_interval()
     (ax,) = FIGURES["priming"](data).axes  # the other condition has no negation, hence no PI
     legend = ax.get_legend()

@@ -17,6 +17,7 @@ import pytest
 
 from harness.commands.recognise import open_run
 from harness.run import RunPaths
+from harness.store import Row
 from tests.commands import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 from tests.gravity import prepare, resolve
 
@@ -114,7 +115,7 @@ def test_the_seed_does_decide_results(by_budget: dict[int, Path], tmp_path: Path
 def test_a_prompt_measured_alone_gives_what_it_gives_among_others(by_budget: dict[int, Path], tmp_path: Path) -> None:
     whole = by_budget[8192]
     sql = "SELECT prompt_id, category, question, target, style, alternatives FROM prompts ORDER BY prompt_id LIMIT 1"
-    row = dict(
+    row: Row = dict(
         zip(("prompt_id", "category", "question", "target", "style", "alternatives"), query(whole, sql)[0], strict=True)
     )
     told = harness("run", "--prompts", prompt_file(tmp_path, [row]), "--gravity.num_samples", 4,

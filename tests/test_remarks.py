@@ -1,5 +1,6 @@
 """What a run says of itself: each kind with numbers by hand on both sides of its threshold, and else nothing."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -323,7 +324,7 @@ def test_conditions_with_the_same_advice_share_it(said_of) -> None:
 
 
 def test_what_is_to_be_typed_is_there_to_be_typed(said_of) -> None:
-    source = "".join(Path(module.__file__).read_text("utf-8") for module in (remarks, shared))
+    source = "".join(Path(inspect.getfile(module)).read_text("utf-8") for module in (remarks, shared))
     typed = {flag.removeprefix("--") for flag in re.findall(r"`(--[\w.]+)", source) if "{" not in flag}
     assert {"gravity.chat", "model.dtype"} <= typed, "of either module"
     assert typed <= {*list(FIELDS.names), "limit", "prompts", "stages", "gravity.max_new_tokens_"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -256,7 +256,7 @@ def share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork whose rows are one and the same: what is patched in one is patched in all."""
 
     def fork(cache: Any, rows: int) -> Any:
-        forked = real(cache, rows)
+        forked: Any = real(cache, rows)
         for layer, source in zip(forked.layers, cache.layers, strict=True):
             layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (source.keys, source.values))
         return forked
@@ -458,6 +458,7 @@ def test_a_final_norm_applied_twice_shows_at_the_last_layer(
     assert abs(last_lens() - own[best].item()) > 1e-2
     lens = named(check(demo, [subject], HOT, ["inside"]), "lens")
     assert not lens.ok
+    assert lens.max_abs is not None
     assert lens.max_abs > 1e-2
 
 
@@ -570,9 +571,10 @@ def test_log_probabilities_beyond_the_tolerance_are_red_though_every_token_agree
 ) -> None:
     real = stage.decode
 
-    def off_by(shift: float) -> list[bool]:
+    def off_by(shift: float) -> list[bool | None]:
         def decode(*given: Any) -> list[Completion]:
-            return [replace(d, logprobs=[p + shift for p in d.logprobs]) for d in real(*given)]
+            done = cast("list[Completion]", real(*given))
+            return [replace(d, logprobs=[p + shift for p in d.logprobs]) for d in done]
 
         with monkeypatch.context() as m:
             m.setattr(stage, "decode", decode)
@@ -889,7 +891,7 @@ def test_full_depth_compares_every_spelling_and_sweeps_each_patch_alone(
     events = tasks[0].subject.forms.events
 
     def off_by_one(*given: Any) -> Any:
-        rows = real(*given)
+        rows: Any = real(*given)
         passed_over = set(range(len(events))) - set(stage._spellings(events, rows[0].scores.logprobs))
         for row in rows[1:]:
             row.scores.logprobs[min(passed_over)] += 1.0

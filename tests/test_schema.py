@@ -213,6 +213,7 @@ def test_a_gravity_store_of_every_older_version_is_read_as_it_is_and_brought_to_
         assert tuple(reader.version) == (0, version)
         assert [tuple(r.values()) for r in reader.table("artifacts")] == artifacts
         assert "schema_version" in reader.tables()
+    kept: list[Row] = []
     for _ in range(2):  # once is enough, twice does no harm
         with Store(path, SCHEMA) as store:
             assert [(r["prompt_id"], r["p_sem"]) for r in store.table("psem")] == [("milk", 0.1)]

@@ -123,7 +123,9 @@ def test_a_seal_has_every_table_and_its_file_a_row_for_every_row(store: Store, t
     found = store.seal(tmp_path / "seal.parquet")
     assert tuple(found) == SCHEMA.tables
     assert {name: t.rows for name, t in found.items()} == store.counts()
-    rows = duckdb.sql(f"SELECT tbl, key FROM '{tmp_path / 'seal.parquet'}' WHERE tbl = 'psem' ORDER BY key").fetchall()
+    rows = duckdb.execute(
+        f"SELECT tbl, key FROM '{tmp_path / 'seal.parquet'}' WHERE tbl = 'psem' ORDER BY key"
+    ).fetchall()
     assert rows == [("psem", f'{{"prompt_id":"p{n}","condition":"baseline"}}') for n in range(3)]
 
 

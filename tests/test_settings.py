@@ -173,9 +173,9 @@ def test_a_sections_former_name_is_the_section_and_sources_keep_what_was_typed(t
     )
     assert found["gravity.top_p"] == (0.5, "env: HARNESS_EXPERIMENT__TOP_P")
     assert found["gravity.sanity.budget"] == (9.0, f"file: {config}")
-    assert list(resolved.settings.gravity.conditions) == ["mine"]
+    assert list(own(resolved).conditions) == ["mine"]
     assert [name for name, _, _ in resolved.rows()] == list(FIELDS.names), "what is recorded has one name"
-    assert resolve({"gravity.num_samples": "5"}, config, {}).settings.gravity.num_samples == 5
+    assert own(resolve({"gravity.num_samples": "5"}, config, {})).num_samples == 5
 
 
 def test_two_names_of_one_setting_in_one_place_are_refused(tmp_path: Path) -> None:
@@ -204,8 +204,9 @@ def test_other_programs_variables_are_left_alone() -> None:
 
 
 def test_settings_are_frozen_all_the_way_down() -> None:
-    tree = resolve({}, None, {}).settings
-    for part, name in ((tree, "model"), (tree.model, "name"), (tree.gravity.select, "min_p0")):
+    resolved = resolve({}, None, {})
+    tree = resolved.settings
+    for part, name in ((tree, "model"), (tree.model, "name"), (own(resolved).select, "min_p0")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, "changed")
     assert tree == FIELDS.tree()

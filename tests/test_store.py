@@ -283,7 +283,7 @@ def test_a_row_comes_back_as_it_went_in(table: str, tmp_path_factory: pytest.Tem
     rows = st.fixed_dictionaries({n: values(t) if n in key else st.none() | values(t) for n, t in types.items()})
     several = st.lists(rows, min_size=1, max_size=3, unique_by=lambda r: tuple(str(r[k]) for k in key))
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))  # type: ignore[arg-type]
     @given(several)
     def check(given_rows: list[Row]) -> None:
         store.query(f"DELETE FROM {table}")

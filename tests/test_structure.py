@@ -205,9 +205,11 @@ def test_importing_the_machinery_does_not_load_torch() -> None:
 def environment_reads(tree: ast.AST) -> Iterator[int]:
     """Lines that name os.environ, os.getenv and the like, however they were imported."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute | ast.ImportFrom):
+            continue
         names = (
             [node.attr] if isinstance(node, ast.Attribute)
-            else [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) and node.module == "os"
+            else [alias.name for alias in node.names] if node.module == "os"
             else []
         )  # fmt: skip
         if {"environ", "environb", "getenv", "getenvb", "putenv"} & set(names):

@@ -59,7 +59,8 @@ def test_the_planted_fit_is_recovered(tmp_path: Path) -> None:
         for condition, (intercept, slope) in (("negative", PLANTED["negative"]), ("reframed", OTHER)):
             rows = store.query("SELECT p0, num_violations AS k, num_samples AS n FROM violation v "
                                "JOIN suppression s USING (prompt_id, condition) WHERE condition = ?", [condition])  # fmt: skip
-            fit = fit_violations(*(np.array([float(r[c]) for r in rows]) for c in ("p0", "k", "n")))
+            p0, k, n = (np.array([float(r[c]) for r in rows]) for c in ("p0", "k", "n"))
+            fit = fit_violations(p0, k, n)
             assert fit is not None
             assert fit.slope_interval[0] < slope < fit.slope_interval[1]
             assert fit.intercept_interval[0] < intercept < fit.intercept_interval[1]

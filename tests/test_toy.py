@@ -84,7 +84,7 @@ def toy(*args: object, root: Path) -> Any:
 
 def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
     """Calls `before` with the number of every forward of the stage `surprisal`, counted from 1."""
-    from harness_toy import stages
+    from harness_toy import stages  # pyright: ignore[reportMissingImports]
 
     forward, count = stages.surprisals, iter(range(1, 1000))
 
@@ -167,7 +167,7 @@ main(sys.argv[1:])
 
 
 def test_an_item_that_failed_is_tried_again_alone(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness_toy import stages
+    from harness_toy import stages  # pyright: ignore[reportMissingImports]
 
     forward = stages.surprisals
 
@@ -290,7 +290,7 @@ def test_sanity_and_bench_measure_it_both_ways(tmp_path: Path) -> None:
 
 def test_a_wrong_forward_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the certificate: the batched path reads each text one token off."""
-    from harness_toy import certificate
+    from harness_toy import certificate  # pyright: ignore[reportMissingImports]
 
     forward = certificate.surprisals
     monkeypatch.setattr(certificate, "surprisals", lambda lm, texts: [np.roll(v, 1) for v in forward(lm, texts)])

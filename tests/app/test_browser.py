@@ -232,11 +232,11 @@ def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
     with serving(folder) as address:
         tab = Tab(browser, address)
         tab.page.add_init_script("window.alert = () => console.error('a script of a prompt ran')")
+        main = tab.page.locator("[data-testid=stMain]")
         for row in hostile[:1]:
             tab.open(prompt=row["prompt_id"])
             for title in (page.title for page in PAGES.values()):
                 tab.go(title)
-                main = tab.page.locator("[data-testid=stMain]")
                 assert main.locator("script, img[src=x], marquee").count() == 0
                 tab.check()
             tab.go("Prompt")

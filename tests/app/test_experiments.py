@@ -198,7 +198,7 @@ def test_a_page_says_how_to_start_a_run_of_its_experiment(
 def test_runs_of_all_experiments_are_listed_and_one_that_is_not_installed_says_so() -> None:
     rows = asked.table(list_runs(_root())).set_index("run")
     assert list(rows["experiment"][:3]) == ["gone", "toy", "toy"]
-    assert "'gone' is not installed" in rows.loc["20990103-000000-gone-0", "reason"]
+    assert "'gone' is not installed" in rows["reason"]["20990103-000000-gone-0"]
     assert rows.loc["20990102-000000-toy-0", "reason"] == ""
     test = open_view("runs", run="20990103-000000-gone-0")
     assert not test.exception, [e.value for e in test.exception]

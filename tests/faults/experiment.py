@@ -60,13 +60,15 @@ class Whole:
 
 def undisturbed(lives: Lives, root: Path, times: int = 2, **more: str) -> Whole:
     """The run and its report. Its calls are those of a second one: the first measures the certificate."""
+    calls: Sequence[Call] = ()
     for place in [root.with_name(f"{root.name}-{n}") for n in range(1, times)] + [root]:
         place.mkdir(parents=True, exist_ok=True)
         lived = lives.live(Life([run(place, **more), report(place)] if times > 1 else [run(place, **more)], place))
         assert lived.exit == 0, lived.errors
+        calls = lived.calls
     paths = only_run(root)
     assert paths is not None
-    return Whole(root, rows_of(paths), files_of(paths.folder), lived.calls)
+    return Whole(root, rows_of(paths), files_of(paths.folder), calls)
 
 
 def run_that_ended(whole: Whole, root: Path) -> None:

@@ -166,7 +166,7 @@ def tables(found: Sequence[Killed]) -> list[tuple[str, tuple[str, ...], list[tup
         by: dict[str, list[Killed]] = defaultdict(list)
         for k in found:
             by[getattr(k, key) or "(not reached)"].append(k)
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (name, len(ks), sum(k.is_killed for k in ks), sum(k.action == "torn" for k in ks),
              sum(k.again_at is not None for k in ks), sum(k.is_identical for k in ks), sum(bool(k.findings) for k in ks))
             for name, ks in sorted(by.items())

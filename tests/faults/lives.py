@@ -294,9 +294,9 @@ def _mark_stages() -> None:
     from harness import log
 
     class Telling(log.ConsoleProgress):
-        def stage_started(self, stage: str, *numbers: Any) -> None:
+        def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
             injector.mark(stage)
-            super().stage_started(stage, *numbers)
+            super().stage_started(stage, total, done, length, length_done)
 
         def stage_finished(self, stage: str) -> None:
             injector.mark("between stages")

@@ -139,7 +139,7 @@ def tables(found: Sequence[Refused]) -> list[tuple[str, tuple[str, ...], list[tu
         by: dict[str, list[Refused]] = defaultdict(list)
         for r in found:
             by[getattr(r, key) or "(not reached)"].append(r)
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (name, len(rs), sum(r.is_refused for r in rs), *(sum(r.exit == code for r in rs) for code in (0, 1, 2, 3, 4)),
              sum(r.exit not in (0, 1, 2, 3, 4) for r in rs), sum(r.is_identical for r in rs),
              sum(bool(r.findings) for r in rs))

@@ -252,6 +252,7 @@ def test_ids_that_end_a_turn_end_an_answer(tiny: PreTrainedModel, tmp_path: Path
         more=lambda w: (w.add_eot_token_id(7), w.add_uint32("tokenizer.ggml.eom_token_id", 9)),
     )
     end = bpe().convert_tokens_to_ids(END)
+    assert isinstance(end, int)
     assert load(ModelSpec(str(file))).vocabulary.stop_ids == {end, 7, 9}
     assert (
         identify(ModelSpec(str(file))).config_sha256

@@ -126,7 +126,8 @@ def test_suppression_by_hand(by_hand: Path) -> None:
                 BIN_NAMES[0]: 0.05, BIN_NAMES[1]: 0.0, BIN_NAMES[4]: 0.15}  # fmt: skip
     assert {key[0]: row["value"] for key, row in rows.items()} == pytest.approx(expected)
     gap = rows["difference",]
-    assert gap["p"] == pytest.approx(ttest_ind([0.4, -0.1], [0.05, 0.0], equal_var=False).pvalue)
+    reference: Any = ttest_ind([0.4, -0.1], [0.05, 0.0], equal_var=False)
+    assert gap["p"] == pytest.approx(reference.pvalue)
     assert gap["q"] == gap["p"]  # one test in its family
     assert gap["n"] == 4
     assert gap["low"] <= 0.125 <= gap["high"]
@@ -353,8 +354,8 @@ def test_attention_is_welchs_t_over_prompts_with_heads_and_their_means_in_famili
     of = {"analysis": "attention", "condition": "negative", "measured": "negative", "step_kind": "first",
           "measure": "tmf", "grouping": "difference"}  # fmt: skip
     rows = found(large, **of)
-    heads = ttest_ind(sides[True], sides[False], axis=1, equal_var=False)
-    means = ttest_ind(sides[True].mean(axis=2), sides[False].mean(axis=2), axis=1, equal_var=False)
+    heads: Any = ttest_ind(sides[True], sides[False], axis=1, equal_var=False)
+    means: Any = ttest_ind(sides[True].mean(axis=2), sides[False].mean(axis=2), axis=1, equal_var=False)
     q_heads = false_discovery_control(heads.pvalue.ravel()).reshape(heads.pvalue.shape)
     q_means = false_discovery_control(means.pvalue)
     bounds = heads.confidence_interval()

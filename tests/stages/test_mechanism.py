@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from harness.engine import Stage
+from harness.engine import AnyStage
 from harness.engine.executors import Artifact, Item, ItemResult
 from harness.errors import ItemFailed, NotFinite
 from harness.experiments.gravity.schema import SCHEMA
@@ -45,13 +45,13 @@ def content_of(artifact: Artifact) -> bytes:
         return (Path(folder) / "file").read_bytes()
 
 
-def stages_of(**flags: object) -> tuple[Stage, ...]:
+def stages_of(**flags: object) -> tuple[AnyStage, ...]:
     """The stages of an experiment on the bundled model, and what they need; nothing is run."""
     given = {"paths.data": DATA, "data.limit": 15, "gravity.stages": "mechanism"} | flags
     return prepare(resolve({name: str(value) for name, value in given.items()}, None, {})).stages
 
 
-def stage_named(stages: Sequence[Stage], name: str) -> Any:
+def stage_named(stages: Sequence[AnyStage], name: str) -> Any:
     return next(s for s in stages if s.name == name)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.engine import Stage
+from harness.engine import AnyStage
 from harness.engine.executors import Item, ItemResult
 from harness.experiments.gravity.settings import PatchingSettings
 from harness.experiments.gravity.stages.patching import Patching, added, align, cannot, choose, shared_span, threshold
@@ -229,7 +229,7 @@ class Upstream(NamedTuple):
     """A run that is finished but for its last stage; tests go on with copies of it."""
 
     folder: Path
-    stages: tuple[Stage, ...]
+    stages: tuple[AnyStage, ...]
 
     def copy(self, to: Path) -> Path:
         shutil.copytree(self.folder, to)

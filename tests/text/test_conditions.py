@@ -90,8 +90,11 @@ def test_looking_for_the_words_in_the_text_would_find_other_ones() -> None:
     """The control of the two laws above: searching the rendered text, instead of following the template, goes wrong."""
     asked = prompt("Do not use this word. Which word?", "word")
     text = NEGATIVE.render(asked)
-    assert text.find("word") != NEGATIVE.spans(asked).mention[0]
-    assert text.rfind("Do not use") != NEGATIVE.spans(asked).negation[0]
+    _, negation, mention, _ = NEGATIVE.spans(asked)
+    assert mention is not None
+    assert negation is not None
+    assert text.find("word") != mention[0]
+    assert text.rfind("Do not use") != negation[0]
     assert "Do not use" in BASELINE.render(asked)
     assert BASELINE.spans(asked).negation is None
     assert NEGATIVE.text.format(question="{target}", target="x") == NEGATIVE.render(prompt("{target}", "x"))
@@ -274,5 +277,6 @@ def test_tokens_of_a_real_context_cut_out_the_parts_they_are_said_to(question: s
     ids, offsets = codec.context(text)
     for char_span in NEGATIVE.spans(asked):
         assert char_span is not None
-        start, end = token_span(char_span, offsets)
-        assert codec.decode(ids[start:end]) == text[slice(*char_span)]
+        found = token_span(char_span, offsets)
+        assert found is not None
+        assert codec.decode(ids[slice(*found)]) == text[slice(*char_span)]

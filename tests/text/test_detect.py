@@ -6,6 +6,7 @@
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 from hypothesis import example, given, settings
@@ -25,6 +26,7 @@ from harness.text.detect import (
     token_char_spans,
 )
 
+Form = Literal["NFC", "NFD"]
 patient = settings(deadline=None)  # a busy machine is no failure
 thorough = settings(deadline=None, max_examples=500)
 
@@ -149,7 +151,7 @@ def test_word_is_present_between_non_alphanumerics_and_absent_otherwise(text: st
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("target_form", ["NFC", "NFD"])
-def test_accented_word_is_found_in_either_normal_form(form: str, target_form: str) -> None:
+def test_accented_word_is_found_in_either_normal_form(form: Form, target_form: Form) -> None:
     accented = unicodedata.normalize(form, f"Caf{E_ACUTE}")
     target = unicodedata.normalize(target_form, f"caf{E_ACUTE}")
     text = f"Le {accented}, {ROCKET} {accented.upper()}."
@@ -157,7 +159,7 @@ def test_accented_word_is_found_in_either_normal_form(form: str, target_form: st
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_unaccented_word_is_not_in_the_accented_one(form: str) -> None:
+def test_unaccented_word_is_not_in_the_accented_one(form: Form) -> None:
     text = unicodedata.normalize(form, f"caf{E_ACUTE} r{E_ACUTE}sum{E_ACUTE}")
     assert not any(find_word(text, word) for word in ("cafe", "caf", "resume", "rsum", "sum"))
     assert not find_word("cafe resume", unicodedata.normalize(form, f"caf{E_ACUTE}"))
@@ -527,7 +529,7 @@ def test_emoji_split_over_tokens_before_the_word_shifts_nothing() -> None:
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @either_tokenizer
-def test_accent_split_over_tokens_within_the_word_is_mapped_whole(form: str, tokenizer: Tokenizer) -> None:
+def test_accent_split_over_tokens_within_the_word_is_mapped_whole(form: Form, tokenizer: Tokenizer) -> None:
     text = unicodedata.normalize(form, f"{ROCKET}\u00c9t{E_ACUTE}")
     detection = detect_in(tokenizer, text, f"{E_ACUTE}t{E_ACUTE}")
     assert [occurrence.char_span for occurrence in detection.occurrences] == [(1, len(text))]

@@ -64,7 +64,9 @@ def encode(codec: Codec, text: str) -> list[int]:
 
 
 def vocabulary_of(codec: Codec, size: int | None = None) -> Vocabulary:
-    return Vocabulary.of(codec, [codec.tokenizer.eos_token_id], size or len(codec))
+    end = codec.tokenizer.eos_token_id
+    assert isinstance(end, int)
+    return Vocabulary.of(codec, [end], size or len(codec))
 
 
 def extends(longer: Tokens, shorter: Tokens) -> bool:
@@ -349,6 +351,8 @@ def test_special_tokens_end_nothing_unless_they_end_the_text() -> None:
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     codec = Codec(tokenizer)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(end, int)
+    assert isinstance(pad, int)
     vocabulary = Vocabulary.of(codec, [end], len(codec))
     assert (bool(vocabulary.ends_word[end]), bool(vocabulary.ends_word[pad])) == (True, False)
     assert not vocabulary.has_newline[[end, pad]].any()

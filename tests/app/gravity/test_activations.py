@@ -80,7 +80,7 @@ def test_recurring_neurons_are_counted_by_outcome(paths: RunPaths) -> None:
     assert rows.index[0] == 5
     assert list(rows.loc[5][["prompts", "success", "failure"]]) == [2, 1, 1]
     assert (rows.loc[5]["mean_success"], rows.loc[5]["mean_failure"]) == (4.0, -2.0)
-    assert pd.isna(rows.loc[9]["mean_failure"]), "never among a failure's largest: no mean, not zero"
+    assert pd.isna(rows["mean_failure"][9]), "never among a failure's largest: no mean, not zero"
     assert asking.measured(paths, "negative", 0, *EVERY) == {"all": 2, "success": 1, "failure": 1}
     assert asking.measured(paths, "negative", 1, *EVERY)["all"] == 0
     assert set(asking.recurring(paths, "negative", 0, "prompt_id = ?", ["a"]).neuron) == {5, 9}

@@ -109,7 +109,7 @@ def test_a_heads_means_and_their_difference_are_those_of_its_values(paths: RunPa
                         "WHERE condition = 'negative' AND step_kind = 'first' AND layer = 1")
     )  # fmt: skip
     means = values.groupby("outcome")["v"].mean()
-    cell = asked.heads(view(), "first", "pi", "negative").set_index(["layer", "head"]).loc[1, 2]
+    cell = asked.heads(view(), "first", "pi", "negative").set_index(["layer", "head"]).to_dict("index")[1, 2]
     assert cell["failure"] == pytest.approx(means["failure"], abs=1e-6)
     assert cell["difference"] == pytest.approx(means["failure"] - means["success"], abs=1e-6)
     assert cell["n_failure"] + cell["n_success"] == 60

@@ -147,17 +147,17 @@ def test_x_is_marked_where_the_characters_say_beyond_the_basic_plane_too() -> No
     assert charts.in_place(text, [[2, 6], [8, 12]]) == "🥛 ⟦milk⟧, ⟦Milk⟧"
     assert charts.in_place(text, [[8, 12], [2, 6]]) == charts.in_place(text, [[2, 6], [8, 12]])
     assert charts.in_place(text, None) == charts.in_place(text, []) == text
-    assert charts.in_place(text, pd.NA) == text
+    assert charts.in_place(text, pd.NA) == text  # type: ignore[arg-type]
     assert charts.in_place(None, None) == ""
 
 
 def test_the_stored_spans_mark_x_and_nothing_else(whole: RunPaths) -> None:
     rows = ask.answers(_view(whole), Asked("negative", "sample", says="present"), 1)
     assert len(rows) > 10
-    for row in rows.itertuples():
-        marked = charts.in_place(row.text, row.char_spans)
+    for row in rows.to_dict("records"):
+        marked = charts.in_place(row["text"], row["char_spans"])
         inside = marked.split(charts.OPEN)[1].split(charts.CLOSE)[0]
-        assert inside.casefold() == row.target.casefold()
+        assert inside.casefold() == row["target"].casefold()
 
 
 def test_chips_tell_what_is_known_and_hatch_what_is_not() -> None:

@@ -75,7 +75,8 @@ def words(test: AppTest) -> str:
 
 def test_means_are_those_of_the_rows_and_the_difference_is_failure_less_success(paths: RunPaths) -> None:
     found = asking.counted_means(paths, "negative", "delta_p", *EVERY).set_index(["grouping", "layer", "patch"])
-    at = lambda group: found.loc[(group, 0, "resid")]  # noqa: E731
+    rows = found.to_dict("index")
+    at = lambda group: rows[group, 0, "resid"]  # noqa: E731
     assert at("all")["value"] == pytest.approx((0.3 + 0.1 - 0.1 + 0.3) / 4)
     assert at("success")["value"] == pytest.approx(0.2)
     assert at("failure")["value"] == pytest.approx(0.1)
@@ -84,7 +85,7 @@ def test_means_are_those_of_the_rows_and_the_difference_is_failure_less_success(
     se = (0.02 / 2 + 0.08 / 2) ** 0.5  # variances .02 of .3 and .1, .08 of −.1 and .3
     assert at("difference")["high"] - at("difference")["value"] == pytest.approx(1.959964 * se)
     assert ("difference", 1, "mlp") not in found.index, "a cell without failures has no difference"
-    assert pd.isna(found.loc[("all", 1, "mlp")]["low"]), "one prompt has no interval"
+    assert pd.isna(rows["all", 1, "mlp"]["low"]), "one prompt has no interval"
 
 
 def test_flips_are_counted_as_a_share(paths: RunPaths) -> None:

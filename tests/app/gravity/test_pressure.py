@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from harness.experiments.gravity.summary import render, summarise
 from harness.experiments.remarks import lines
 from harness.run import RunEntry, RunPaths, read_manifest
 from harness.run.differences import seed_of
+from harness.stats import Estimate
 from harness.store import Store, open_snapshot
 from tests import gravity, synthetic
 from tests.app.conftest import open_view, page_file, store_of
@@ -79,7 +81,7 @@ def test_pressure_and_suppression_of_three_prompts_are_those_of_the_hand(small: 
     assert rows["log"].to_dict() == pytest.approx({"a": np.log(4), "b": -np.log(3), "c": 0.0})
     assert list(rows["outcome"].fillna("none")) == ["success", "failure", "none"]
     turned = ask.pairs(_view(small), "negative", "baseline", "negative", "p_word").set_index("prompt_id")
-    assert turned.loc["a", ["px", "py"]].tolist() == pytest.approx([0.1, 0.4])
+    assert list(turned.loc["a", ["px", "py"]]) == pytest.approx([0.1, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_without_an_analysis_bins_and_categories_are_plain_means_without_interva
     assert bins["value"].to_dict() == {"[.2, .4)": 1.0, "[.8, 1]": 0.5}
     assert bins["low"].isna().all()
     rows = ask.categories(_view(small), "negative").set_index("category")
-    assert rows.loc["facts", ["n", "p0", "p1", "greedy", "value"]].tolist() == pytest.approx([2, 0.65, 0.35, 0, 0.5])
+    assert list(rows.loc["facts", ["n", "p0", "p1", "greedy", "value"]]) == pytest.approx([2, 0.65, 0.35, 0, 0.5])
     assert rows["low"].isna().all()
 
 
@@ -123,7 +125,7 @@ def test_intervals_are_the_analysis_own_and_only_for_the_prompts_that_it_saw(who
 
 def test_a_plain_mean_of_a_bin_is_what_the_analysis_says(whole: RunPaths) -> None:
     rates = ask.rates(_view(whole), "negative")
-    names = rates["p0"].map(lambda p: BIN_NAMES[bin_of(p)])
+    names = rates["p0"].map(lambda p: BIN_NAMES[bin_of(cast("float", p))])
     bins = ask.binned(_view(whole), "negative").set_index("grouping")
     assert rates.groupby(names)["rate"].mean().to_dict() == pytest.approx(bins["value"].to_dict())
 
@@ -214,7 +216,8 @@ def test_terminal_store_report_and_app_say_one_number_to_the_last_digit_and_none
             for r in reader.query("SELECT * FROM statistics WHERE condition = 'negative'")
         }
     (negative,) = (c for c in summary.conditions if c.condition == "negative")
-    fit, bins = negative.fit, dict(zip(BIN_NAMES, negative.by_bin, strict=True))
+    fit = negative.fit
+    bins: dict[str, Estimate | None] = dict(zip(BIN_NAMES, negative.by_bin, strict=True))
     assert fit is not None
     # the terminal's, in full and as it is shown
     slope = stored["fit", "slope", "all"]
@@ -244,8 +247,8 @@ def test_terminal_store_report_and_app_say_one_number_to_the_last_digit_and_none
         assert (row.value, row.low, row.high) == stored["rates", "violation_rate", str(row.grouping)]
     monkeypatch.undo()
     rates = ask.rates(_view(real), "negative")
-    pressed = [rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples")]
-    own, usual = (stats.fit_violations(*pressed, seed) for seed in (42, 0))
+    p0, violations, trials = (rates[c].to_numpy(float) for c in ("p0", "num_violations", "num_samples"))
+    own, usual = (stats.fit_violations(p0, violations, trials, seed) for seed in (42, 0))
     assert own == fit
     assert usual is not None
     assert f"{usual.slope_interval[0]:.2f}" != f"{slope[1]:.2f}", "the control: with the usual seed it is another one"
