@@ -15,6 +15,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: commands that 
 for name in [n for n in os.environ if n.startswith("HARNESS_")] + ["MODEL_PATH", "DATA_ROOT", "OUTPUT_ROOT"]:
     os.environ.pop(name, None)  # a developer's own settings must not decide a test
 
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from harness.experiments.gravity import certificate  # noqa: E402
+from tests.reference import KeptReference  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reference() -> Iterator[KeptReference]:
+    """Certificates of this process take the plain reference from one place, see `tests.reference`."""
+    kept = KeptReference()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "plain", kept)
+        yield kept

@@ -12,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import grimp
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from harness.cli import _parser
 from harness.errors import SettingsError
+from harness.stats import mean_intervals
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "harness").rglob("*.py"))
@@ -399,3 +402,18 @@ harness --help
         assert refusal(wrong), wrong
     assert {"run", "runs", "show", "export", "doctor", "sanity", "bench"} <= set(command_names())
     capsys.readouterr()
+
+
+def test_every_module_that_tells_shapes_of_arrays_has_them_checked_at_run_time(pytestconfig: pytest.Config) -> None:
+    """The option names packages, so a new one could be forgotten."""
+    (given,) = {v for v in pytestconfig.getini("addopts") if v.startswith("--jaxtyping-packages=")}
+    checked = given.partition("=")[2].split(",")[:-1]
+    told = [
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for path in (ROOT / "harness").rglob("*.py")
+        if "from jaxtyping import" in path.read_text("utf-8")
+    ]
+    assert len(told) > 10
+    assert [name for name in told if not any(f"{name}.".startswith(f"{package}.") for package in checked)] == []
+    with pytest.raises(TypeCheckError):  # the control: it is at work
+        mean_intervals(np.zeros(4))  # one dimension too few
