@@ -1,6 +1,8 @@
 """What a batch may leave beside rows: artifacts, and rows that take the place of older ones."""
 
+import errno
 import hashlib
+import os
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from harness.engine import Artifact, BatchOutput, Item, ItemResult
+from harness import files
+from harness.engine import Artifact, BatchOutput, Item, ItemResult, staging
 from harness.errors import EnvironmentFault
 from harness.files import file_sha256
 from harness.run import RunPaths
@@ -68,8 +71,8 @@ def test_a_kill_between_file_and_row_claims_nothing_and_a_resume_ends_the_same(t
     stage = Fake({f"k{i}": 20.0 for i in range(6)}, with_files)
     with pytest.raises(Killed):
         run_stages(tmp_path / "killed", stage, open_store=DiesOnCommit)
-    files = {p.name for p in RunPaths(tmp_path / "killed").artifacts.rglob("*.bin")}
-    assert len(files) == 4, "two batches of two wrote theirs"
+    left = {p.name for p in RunPaths(tmp_path / "killed").artifacts.rglob("*.bin")}
+    assert len(left) == 4, "two batches of two wrote theirs"
     assert len(rows_of(tmp_path / "killed", "artifacts")) == 2, "one of them was committed"
     run_stages(tmp_path / "killed", stage)
     run_stages(tmp_path / "whole", stage)
@@ -82,6 +85,48 @@ def test_a_file_that_cannot_be_written_stops_the_run_cleanly_before_its_rows(tmp
     with pytest.raises(EnvironmentFault, match="artifacts"):
         run_stages(tmp_path, Fake(same_lengths(1), with_files))
     assert rows_of(tmp_path, "artifacts") == rows_of(tmp_path, "psem") == []
+
+
+def test_files_are_durable_then_named_then_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a power cut at any moment at most a file without a row is left: bytes first, names second, rows last."""
+    done: list[tuple[str, str]] = []
+    sync, replaced, sync_folder = files._sync, Path.replace, staging.sync_folder
+
+    def named(path: Path, target: Path) -> Path:
+        if target.suffix == ".bin":
+            done.append(("named", target.name))
+        return replaced(path, target)
+
+    class Telling(Store):
+        def commit(self, batch: Batch, result: BatchResult) -> None:
+            done.append(("row", "artifacts"))
+            super().commit(batch, result)
+
+    monkeypatch.setattr(files, "_sync", lambda path: (done.append(("durable", path.name)), sync(path)))
+    monkeypatch.setattr(staging, "sync_folder", lambda path: (done.append(("folder", path.name)), sync_folder(path)))
+    monkeypatch.setattr(Path, "replace", named)
+    run_stages(tmp_path, Fake({f"k00{n}": 1.0 for n in (0, 2, 3)}, with_files), open_store=Telling)
+    told = [step for step in done if step[1].endswith(".bin") or step in (("row", "artifacts"), ("folder", "kind"))]
+    names = {f"k00{n}.bin" for n in (0, 2, 3)}
+    assert {name for what, name in told[:3]} == names
+    assert [what for what, _ in told] == [*["durable"] * 3, *["named"] * 3, "folder", "row"]
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_a_disk_that_fails_while_files_are_made_durable_ends_the_run_by_their_name(
+    num: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(number: int) -> None:
+        if os.readlink(f"/proc/self/fd/{number}").endswith("k000.bin"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(EnvironmentFault, match=r"the disk fails .*k000\.bin"):
+        run_stages(tmp_path, Fake({f"k00{2 * n}": 1.0 for n in range(num)}, with_files))
+    assert rows_of(tmp_path, "artifacts") == []
 
 
 def derived(value: float, version: str) -> Fake:
