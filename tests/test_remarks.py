@@ -89,7 +89,7 @@ def certified(max_abs: list[float], ok: bool = True) -> list[Row]:
 
 
 def kinds(found: list[Remark]) -> list[tuple[str, str | None, int, int]]:
-    return [(r.kind, r.condition, r.number, r.total) for r in found]
+    return [(r.kind, r.group, r.number, r.total) for r in found]
 
 
 # -- answers

@@ -18,12 +18,13 @@ NEAR = 0.5
 class Remark:
     """One thing to know of a run: `number` of `total` are so, in a sentence, and what to try.
 
-    Text in backticks is to be typed. Names of conditions and measurements are the run's own: to be shown as text.
+    Text in backticks is to be typed. Names in it are the run's own: to be shown as text.
     """
 
     kind: str
     """Sorts remarks by subject, and names the pages of the app that show it."""
-    condition: str | None
+    group: str | None
+    """The part of the run that it is of; None for all of it."""
     number: int
     total: int
     sentence: str
@@ -80,7 +81,7 @@ def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark
             f"{len(near)} of {len(rows)} measurements of the certificate are near the tolerance: {told}"
             f"{', …' if len(near) > 3 else ''}.",
             "Try `--model.dtype float32`, which computes closer." if half
-            else "Try `harness sanity --num-prompts 16` with the same settings: it compares more prompts.",
+            else "Try `harness sanity --num-prompts 16` with the same settings: it compares more subjects.",
             "a certificate near its tolerance",
         )  # fmt: skip
 
