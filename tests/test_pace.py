@@ -551,3 +551,17 @@ def test_a_quick_stage_says_only_that_it_is_done(lines: list[str]) -> None:
     clock.now += 100
     progress.tell_if_due()
     assert len(lines) == 1, "and nothing between stages"
+
+
+def test_what_comes_after_a_stage_does_not_tell_of_the_time_that_was_left_of_it(lines: list[str]) -> None:
+    """The end of a run of 100,000 prompts made digests for a minute and said `1 s left` all the while."""
+    clock = Clock()
+    progress = ConsoleProgress(None, clock)
+    progress.stage_started("a", 30, 0, 30.0, 0.0)
+    told_at(clock, progress, lines, 10, lambda s: progress.batch_done(BatchReport("a", 2, 2.0, 0, 1.0, 0)))
+    assert "left" in lines[-1], "the control"
+    progress.stage_finished("a")
+    progress.doing("all stages", "making a digest of every row")
+    told_at(clock, progress, lines, 40, lambda s: None)
+    assert "making a digest" in lines[-1]
+    assert "left" not in lines[-1]
