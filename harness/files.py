@@ -199,13 +199,8 @@ def sync_files(paths: Sequence[Path]) -> None:
     All at once: a file system that keeps a journal writes it for many files as fast as for one (300 small files on ext4:
     0.15 s, and 0.9 s one after another).
     """
-    if len(paths) < 2:
-        for path in paths:
-            _sync(path)
-        return
-    with ThreadPoolExecutor(min(len(paths), _SYNCS_AT_ONCE), thread_name_prefix="sync") as pool:
-        for _ in pool.map(_sync, paths):
-            pass
+    with ThreadPoolExecutor(_SYNCS_AT_ONCE, thread_name_prefix="sync") as pool:
+        list(pool.map(_sync, paths))  # raises what one of them did
 
 
 def _sync(path: Path) -> None:

@@ -128,7 +128,6 @@ class ConsoleProgress:
         self._clock = clock
         self._task: TaskID | None = None
         self._stage = self._what = self._detail = ""
-        self._is_started = False
         self._total = self._done = self._first = self._tokens = 0
         self._start = self._due = clock()
         self._ended = threading.Event()
@@ -153,7 +152,6 @@ class ConsoleProgress:
 
     def stage_started(self, stage: str, total: int, done: int, length: float, length_done: float) -> None:
         self._begin(stage)
-        self._is_started = True
         self._total, self._done, self._first = total, done, done
         self._forecast.started(stage, length, length_done)
         self._show()
@@ -184,7 +182,7 @@ class ConsoleProgress:
 
     def _begin(self, stage: str) -> None:
         if stage != self._stage:
-            self._stage, self._what, self._detail, self._is_started = stage, "", "", False
+            self._stage, self._what, self._detail = stage, "", ""
             self._total = self._done = self._first = self._tokens = 0
             self._start = self._clock()
             self._due = self._start + _FIRST_S
@@ -201,10 +199,7 @@ class ConsoleProgress:
             self.tell_if_due()
 
     def _told(self) -> str:
-        # What the forecast knows is of the last stage that was started: of one that is being listed, or of the end of the
-        # run, it says nothing.
-        left = self._forecast.stage_left_s() if self._is_started else None
-        whole = self._forecast.run_left_s()
+        left, whole = self._forecast.stage_left_s(), self._forecast.run_left_s()
         told = [self._what and f"{self._what}…", self._detail]
         told += [
             "" if left is None else f"{duration(left)} left",

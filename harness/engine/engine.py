@@ -27,7 +27,7 @@ from harness.store import Batch, BatchResult, Failure, Row, Store
 
 _FLOAT_MAX = 3.4028234663852886e38
 _NO_NUMBERS = (str, int, bool, type(None))
-"""Types of values that are finite whatever they are."""
+"""Types of values that are finite whatever they are; most of what a run stores is of these."""
 
 
 class BatchReport(NamedTuple):
@@ -507,9 +507,7 @@ def _not_finite(item: ItemResult) -> str | None:
     for table, rows in {**item.rows, **(item.updates or {})}.items():
         for row in rows:
             for column, value in row.items():
-                if type(value) not in _NO_NUMBERS and not _finite(
-                    value
-                ):  # of what a run stores, most is text and counts
+                if type(value) not in _NO_NUMBERS and not _finite(value):
                     return f"{table}.{column} is not finite (NaN or infinity)"
     return None
 

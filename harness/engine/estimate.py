@@ -235,7 +235,9 @@ class Forecast:
         self._stage = ""
 
     def stage_left_s(self) -> float | None:
-        """Seconds that the stage still takes; None where nothing is known of it."""
+        """Seconds that the stage still takes; None where nothing is known of it, and between stages."""
+        if not self._stage:
+            return None
         known = self.estimate.stages.get(self._stage) if self.estimate else None
         done, seconds = self._done, self._seconds
         if known is not None and known.length:

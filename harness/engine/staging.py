@@ -28,63 +28,62 @@ def compute(stage: AnyStage, context: Any, job: Job) -> Computed:
     found = stage.run(context, job.items, *given)
     output = found if isinstance(found, BatchOutput) else BatchOutput(found)
     assert output.state is None or given, f"stage {stage.name}: a state, from a stage that is no fold or loop"
-    made: list[tuple[Artifact, str | None]] = [
-        (a, r.key) for r in output.results if r.error is None for a in r.artifacts
+    made: list[tuple[Artifact, str | None, bool]] = [
+        (a, r.key, False) for r in output.results if r.error is None for a in r.artifacts
     ]
-    made += [(a, None) for a in output.artifacts]
-    with _writing():
-        ats = [_write(artifact, job) for artifact, _ in made]
-        if output.state is not None:
-            ats.append(_write(output.state, job, aside="state"))
+    made += [(a, None, False) for a in output.artifacts]
+    if output.state is not None:
+        made.append((output.state, None, True))
+    ats = [_write(artifact, job, "state" if is_state else "files") for artifact, _, is_state in made]
+    with _writing("files"):
         sync_files(ats)
-        # Read again in pieces rather than hashed on the way: what counts is what the disk holds.
-        files = [_staged(artifact, at, item) for (artifact, item), at in zip(made, ats, strict=False)]
-        if output.state is not None:
-            files.append(replace(_staged(output.state, ats[-1], None), is_state=True))
+    files = [_staged(at, *told) for at, told in zip(ats, made, strict=True)]
     unwritten = [(r.key, a.path) for r in output.results if r.error is not None for a in r.artifacts]
     results = [replace(r, artifacts=()) if r.artifacts else r for r in output.results]
     return Computed(results, tuple(files), tuple(unwritten))
 
 
-def _write(artifact: Artifact, job: Job, aside: str = "files") -> Path:
+def _write(artifact: Artifact, job: Job, aside: str) -> Path:
     """Write one file into the job's folder; where."""
     parts = PurePosixPath(artifact.path).parts
     is_inside = bool(parts) and parts[0] != "/" and ".." not in parts
     assert is_inside, f"{artifact.path}: leads out of its folder"
     assert job.staging is not None, f"{artifact.path}: nowhere to write files in this run"
     at = job.staging / aside / artifact.path
-    at.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(artifact.content, bytes):
-        at.write_bytes(artifact.content)
-        return at
-    try:
-        artifact.content(at)
-    except SafetensorError as e:  # names no file
-        raise machine_fault(e) or EnvironmentFault(f"{at}: cannot be written: {e}") from e
+    with _writing(at):
+        at.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(artifact.content, bytes):
+            at.write_bytes(artifact.content)
+        else:
+            artifact.content(at)
     return at
 
 
-def _staged(artifact: Artifact, at: Path, item: str | None) -> StagedFile:
-    return StagedFile(replace(artifact, content=b""), at, file_sha256(at), at.stat().st_size, item)
+def _staged(at: Path, artifact: Artifact, item: str | None, is_state: bool) -> StagedFile:
+    """A file as it lies: read again in pieces rather than hashed on the way, since what counts is what the disk holds."""
+    with _writing(at):
+        return StagedFile(replace(artifact, content=b""), at, file_sha256(at), at.stat().st_size, item, is_state)
 
 
 def claim(names: Sequence[tuple[StagedFile, Path]]) -> None:
     """Give staged files their names in the run, for good; an older one under such a name is replaced."""
-    with _writing():
-        for file, path in names:
+    for file, path in names:
+        with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file.at.replace(path)
-        for folder in dict.fromkeys(path.parent for _, path in names):
+    for folder in dict.fromkeys(path.parent for _, path in names):
+        with _writing(folder):
             sync_folder(folder)
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
-    """What a disk refuses is the machine's fault, and ends the run with one line that names the file."""
+def _writing(what: Path | str) -> Iterator[None]:
+    """What a disk refuses is the machine's fault, and ends the run with one line that names what was written."""
     try:
         yield
-    except OSError as e:
-        raise machine_fault(e) or EnvironmentFault(f"{e.filename}: cannot be written: {e.strerror}") from e
+    except (OSError, SafetensorError) as e:  # not every one of them names a file
+        told = getattr(e, "strerror", None) or e
+        raise machine_fault(e) or EnvironmentFault(f"{what}: cannot be written: {told}") from e
 
 
 def sweep_staged(folder: Path) -> int:
