@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from email.parser import HeaderParser
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,15 @@ def tree_diff() -> bytes:
 
 def packages() -> dict[str, str]:
     """Name and version of every installed distribution."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
+    told = (_name_and_version(d) for d in importlib.metadata.distributions())
+    return dict(sorted((pair for pair in told if pair[0]), key=lambda pair: pair[0].lower()))
+
+
+def _name_and_version(installed: importlib.metadata.Distribution) -> tuple[str, str]:
+    """From the head of its metadata alone: parsing the long descriptions below takes half a second for 130 packages."""
+    text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    head = HeaderParser().parsestr(text.partition("\n\n")[0])
+    return head["Name"] or "", head["Version"] or ""
 
 
 def lock_sha256(data_folder: Path) -> str | None:

@@ -31,7 +31,7 @@ from harness.store.schema import (
     expected,
     identifier,
     one_line,
-    primary_key,
+    primary_keys,
     quoted,
 )
 from harness.store.writer import TableSeal, disk_errors
@@ -110,6 +110,7 @@ class Reader:
             self.version = check(self._con, live, schema)
             if self.version == EMPTY:
                 raise StoreError(f"{live}: an empty store; the run has no results yet")
+            self._keys = primary_keys(schema, self.version)
             self._con.execute(f"USE {DATABASE}")
         except duckdb.Error as e:
             self.close()
@@ -148,14 +149,14 @@ class Reader:
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
         """As `Store.table`; with one thread, with the same bits in every mean of a view."""
-        return self.query(in_order(self._con, name, columns))
+        return self.query(in_order(name, self.key_of(name), columns))
 
     def batches(
         self, name: str, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
     ) -> Iterator[pa.RecordBatch]:
         """As `Store.batches`."""
         try:
-            yield from streamed(self._con, name, columns, rows)
+            yield from streamed(self._con, name, self.key_of(name), columns, rows)
         except (duckdb.Error, pa.ArrowException) as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 
@@ -164,7 +165,7 @@ class Reader:
     ) -> list[Row]:
         """As `Store.rows_with`."""
         try:
-            return rows_with(self._con, name, keys, columns)
+            return rows_with(self._con, name, self.key_of(name), keys, columns)
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 
@@ -172,9 +173,9 @@ class Reader:
         """As `Store.failed`."""
         return [r["item_key"] for r in self.query(FAILED, [stage])]
 
-    def key_of(self, table: str) -> list[str]:
+    def key_of(self, table: str) -> tuple[str, ...]:
         """The columns of a table's key; none for a view."""
-        return primary_key(self._con, table)
+        return self._keys.get(table, ())
 
     def broken_rows(self, seal: BufferedReader, sealed: Mapping[str, TableSeal], at_most: int = 20) -> list[Broken]:
         """The first rows that are not as `Store.seal` found them; a table or column that is gone is one with an empty key.
@@ -192,7 +193,7 @@ class Reader:
             return broken
         by_number = f"/proc/self/fd/{seal.fileno()}"
         try:
-            with bench.digests(self._con, columns, by_number) as (con, rows):
+            with bench.digests(self._con, columns, self._keys, by_number) as (con, rows):
                 found = con.execute(
                     "SELECT coalesce(now.tbl, was.tbl), coalesce(now.key, was.key), "
                     "CASE WHEN was.tbl IS NULL THEN 'added' WHEN now.tbl IS NULL THEN 'missing' ELSE 'changed' END "
@@ -225,14 +226,14 @@ class Reader:
         such table."""
         names = [name for name, _ in other._columns(table)]
         shared = [name for name, _ in self._columns(table) if name in names]
-        for cut in ranges(self._con, table):
+        for cut in ranges(self._con, table, self.key_of(table)):
             query = f"SELECT {_list(shared)} FROM {table} WHERE {cut}"
             yield self._aligned(table, self._arrow(query), other._arrow(query))
 
     def _aligned(self, table: str, mine: pa.Table, other: pa.Table) -> Aligned:
         key = self.key_of(table)
         try:
-            return Aligned(tuple(key), *bench.align(mine, other, key, mine.column_names))
+            return Aligned(key, *bench.align(mine, other, key, mine.column_names))
         except duckdb.Error as e:
             raise StoreError(f"{self.path}: {one_line(e)}") from e
 

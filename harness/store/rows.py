@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from harness.store.schema import DATABASE, Row, identifier, primary_key, quoted
+from harness.store.schema import DATABASE, Row, identifier, quoted
 
 BATCH_ROWS = 16_384
 RANGE_ROWS = 200_000
@@ -36,13 +36,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def in_order(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[str] | None) -> str:
-    """The query of a table in the order of its key, or of a view in the order of its columns."""
-    return f"SELECT {_chosen(columns)} FROM {_full(name)} ORDER BY {_order(con, name)}"
+def in_order(name: str, key: Sequence[str], columns: Sequence[str] | None) -> str:
+    """The query of a table in the order of its key, or of a view, which has none, in the order of its columns."""
+    return f"SELECT {_chosen(columns)} FROM {_full(name)} ORDER BY {_order(key)}"
 
 
 def streamed(
-    con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[str] | None, rows: int
+    con: duckdb.DuckDBPyConnection, name: str, key: Sequence[str], columns: Sequence[str] | None, rows: int
 ) -> Iterator[pa.RecordBatch]:
     """A table as Arrow batches of at most so many rows, in the order of its key; as it stands when this is called.
 
@@ -52,8 +52,8 @@ def streamed(
     cursor = con.cursor()  # one stream at a time is all that a connection has
     try:
         cursor.execute("BEGIN")  # all ranges are of one moment
-        cuts = ranges(cursor, name)
-        query = f"SELECT {_chosen(columns)} FROM {_full(name)} WHERE {{}} ORDER BY {_order(con, name)}"
+        cuts = ranges(cursor, name, key)
+        query = f"SELECT {_chosen(columns)} FROM {_full(name)} WHERE {{}} ORDER BY {_order(key)}"
         first = cursor.sql(query.format(cuts[0])).to_arrow_reader(rows)
     except BaseException:
         cursor.close()
@@ -70,13 +70,12 @@ def _handed_out(
             yield from cursor.sql(query).to_arrow_reader(rows)
 
 
-def ranges(con: duckdb.DuckDBPyConnection, name: str) -> list[str]:
+def ranges(con: duckdb.DuckDBPyConnection, name: str, key: Sequence[str]) -> list[str]:
     """Conditions that cut a table into pieces of about RANGE_ROWS, by the first column of its key and in its order.
 
     One that always holds for a small table, for a view, and where a key begins with neither text nor a whole number.
     Each costs a look at that column of every row.
     """
-    key = primary_key(con, name)
     (num_rows,) = con.execute(f"SELECT count(*) FROM {_full(name)}").fetchall()[0] if key else (0,)
     if num_rows <= RANGE_ROWS:
         return ["true"]
@@ -93,20 +92,24 @@ def ranges(con: duckdb.DuckDBPyConnection, name: str) -> list[str]:
 
 
 def rows_with(
-    con: duckdb.DuckDBPyConnection, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None
+    con: duckdb.DuckDBPyConnection,
+    name: str,
+    key: Sequence[str],
+    wanted: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None,
 ) -> list[Row]:
-    """The rows whose values equal those of one of `keys`, which all name the same columns, in the order of the table's key."""
-    if not keys:
+    """The rows whose values equal those of one of `wanted`, which all name the same columns, in the order of the table's key."""
+    if not wanted:
         return []
-    using = list(keys[0])
-    assert all(key.keys() == keys[0].keys() for key in keys), "keys are to name the same columns"
+    using = list(wanted[0])
+    assert all(one.keys() == wanted[0].keys() for one in wanted), "keys are to name the same columns"
     schema = con.sql(f"SELECT {_chosen(using)} FROM {_full(name)} LIMIT 0").to_arrow_table().schema
     with con.cursor() as cursor:  # its own, so that a name registered in it stands in nobody's way
-        cursor.register("wanted_keys", pa.Table.from_pylist(list(keys), schema=schema))
+        cursor.register("wanted_keys", pa.Table.from_pylist(list(wanted), schema=schema))
         return stored_rows(
             cursor,
             f"SELECT {_chosen(columns)} FROM {_full(name)} SEMI JOIN wanted_keys USING ({_chosen(using)}) "
-            f"ORDER BY {_order(con, name)}",
+            f"ORDER BY {_order(key)}",
             None,
         )
 
@@ -120,5 +123,5 @@ def _chosen(columns: Sequence[str] | None) -> str:
     return "*" if columns is None else ", ".join(map(identifier, columns))
 
 
-def _order(con: duckdb.DuckDBPyConnection, name: str) -> str:
-    return ", ".join(map(identifier, primary_key(con, name))) or "ALL"
+def _order(key: Sequence[str]) -> str:
+    return ", ".join(map(identifier, key)) or "ALL"

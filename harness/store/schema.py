@@ -244,16 +244,22 @@ def catalog(con: duckdb.DuckDBPyConnection) -> frozenset[Entry]:
 
 
 class _Made(NamedTuple):
-    """What migrations make: every object; tables and views in the order in which they were made."""
+    """What migrations make: every object; tables and views in the order in which they were made; the tables' keys."""
 
     entries: frozenset[Entry]
     tables: tuple[str, ...]
     views: tuple[str, ...]
+    keys: Mapping[str, tuple[str, ...]]
 
 
 def expected(schema: Schema, version: Version) -> frozenset[Entry]:
     """What a store of this version holds; EMPTY: what an empty file does."""
     return _made(schema, version).entries
+
+
+def primary_keys(schema: Schema, version: Version) -> Mapping[str, tuple[str, ...]]:
+    """The columns of each table's key in a store of this version, which `check` has found to be one."""
+    return _made(schema, version).keys
 
 
 @lru_cache(maxsize=256)
@@ -282,7 +288,10 @@ def _made_by(statements: Iterable[str]) -> _Made:
             )
             for kind in ("table", "view")
         )
-        return _Made(catalog(con), tables, views)
+        keys = con.execute(
+            "SELECT table_name, constraint_column_names FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'"
+        ).fetchall()
+        return _Made(catalog(con), tables, views, {name: tuple(columns) for name, columns in keys})
 
 
 class _Step(NamedTuple):
@@ -351,16 +360,6 @@ def migrate(con: duckdb.DuckDBPyConnection, schema: Schema, current: Version) ->
             with suppress(duckdb.Error):  # a failed COMMIT has ended it already
                 con.execute("ROLLBACK")
             raise
-
-
-def primary_key(con: duckdb.DuckDBPyConnection, table: str) -> list[str]:
-    """The columns of a table's key; none for a view."""
-    found = con.execute(
-        "SELECT constraint_column_names FROM system.main.duckdb_constraints() "
-        f"WHERE table_name = ? AND constraint_type = 'PRIMARY KEY' AND database_name = '{DATABASE}'",
-        [table],
-    ).fetchall()
-    return list(found[0][0]) if found else []
 
 
 def quoted(path: os.PathLike[str] | str) -> str:

@@ -33,7 +33,7 @@ from harness.store.schema import (
     check,
     migrate,
     one_line,
-    primary_key,
+    primary_keys,
     quoted,
     utc_now,
 )
@@ -128,7 +128,7 @@ class Store:
                     raise
                 raise StoreError(f"{path}: cannot be opened as a results store: {one_line(e)}") from e
         self._arrow_schemas: dict[str, pa.Schema] = {}
-        self._keys: dict[str, list[str]] = {}
+        self._keys = primary_keys(schema, schema.newest)
 
     def close(self) -> None:
         self._con.close()
@@ -267,19 +267,19 @@ class Store:
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> list[Row]:
         """A whole table in the order of its key, or a whole view in the order of its columns."""
-        return self.query(in_order(self._con, name, columns))
+        return self.query(in_order(name, self._key(name), columns))
 
     def batches(
         self, name: str, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
     ) -> Iterator[pa.RecordBatch]:
         """As `table`, a piece at a time, in Arrow's form: what was there when it was asked for, whatever is written since."""
-        return streamed(self._con, name, columns, rows)
+        return streamed(self._con, name, self._key(name), columns, rows)
 
     def rows_with(
         self, name: str, keys: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
     ) -> list[Row]:
         """The rows of a table whose values equal those of one of `keys`, in the order of the table's key."""
-        return rows_with(self._con, name, keys, columns)
+        return rows_with(self._con, name, self._key(name), keys, columns)
 
     def counts(self) -> dict[str, int]:
         """Rows of every table."""
@@ -316,7 +316,7 @@ class Store:
             self._con.execute(
                 f"CHECKPOINT {DATABASE}"
             )  # who dies from here on leaves no row in DuckDB's log of writes alone
-        with replacing(path) as temporary, disk_errors(), bench.digests(self._con, columns) as (con, rows):
+        with replacing(path) as temporary, disk_errors(), bench.digests(self._con, columns, self._keys) as (con, rows):
             bench.all_cores(con)
             con.execute(f"COPY ({rows}) TO '{quoted(temporary)}' (FORMAT parquet, COMPRESSION zstd)")
             found = con.execute(
@@ -344,10 +344,8 @@ class Store:
             self._arrow_schemas[table] = self._con.sql(f"SELECT * FROM {table} LIMIT 0").to_arrow_table().schema
         return self._arrow_schemas[table]
 
-    def _key(self, table: str) -> list[str]:
-        if table not in self._keys:
-            self._keys[table] = primary_key(self._con, table)
-        return self._keys[table]
+    def _key(self, table: str) -> tuple[str, ...]:
+        return self._keys.get(table, ())
 
     def _insert(self, table: str, rows: Sequence[Row]) -> None:
         if rows:
