@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from threadpoolctl import threadpool_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +84,8 @@ def lock_sha256(data_folder: Path) -> str | None:
 
 def machine() -> dict[str, Any]:
     """OS, processor, memory, GPUs, drivers and torch's build."""
+    import torch  # here: what is installed is asked for where torch is not needed
+
     return {
         "hostname": platform.node(),
         "os": platform.platform(),
@@ -97,12 +98,17 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "driver": _driver(),
-        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        "driver": _driver() if torch.cuda.is_available() else None,
+        "gpus": [_gpu(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())],
         "container": _container(),
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ} or None,
     }
+
+
+def accelerators() -> tuple[list[str], str | None]:
+    """The GPUs' device files, and which of them a process may see: known without torch."""
+    return sorted(map(str, Path("/dev").glob("nvidia*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def _blas() -> list[str]:
@@ -111,15 +117,12 @@ def _blas() -> list[str]:
     return sorted({f"{lib['internal_api']} {lib.get('architecture')}, {lib['num_threads']} threads" for lib in found})
 
 
-def _gpu(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
+def _gpu(properties: Any) -> dict[str, Any]:
     return {"name": properties.name, "memory_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}"}  # fmt: skip
 
 
 def _driver() -> str | None:
-    if not torch.cuda.is_available():
-        return None
     return next(iter(_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()), None)
 
 

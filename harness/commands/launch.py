@@ -16,7 +16,7 @@ from loguru import logger
 from rich.table import Table
 
 from harness import environment, log
-from harness.commands import given, show
+from harness.commands import asked, given, show
 from harness.engine import AnyStage, Engine, Limits, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure
 from harness.engine.executors import Accelerator, Executor, Host, executor_of
@@ -25,8 +25,9 @@ from harness.errors import HarnessError, RunError, SettingsError, Stopped
 from harness.experiments import registry
 from harness.experiments.certificate import MOST_S as CERTIFICATE_MOST_S
 from harness.experiments.certificate import NAME as CERTIFICATE
-from harness.experiments.certificate import Certificate, agrees
+from harness.experiments.certificate import Certificate
 from harness.experiments.experiment import Contents, Experiment, Prepared
+from harness.experiments.remarks import agrees
 from harness.experiments.weights import Models, slug_of, told_of
 from harness.files import replacing
 from harness.models import device, noise
@@ -46,7 +47,7 @@ from harness.run import (
 )
 from harness.run.differences import Difference, bit_differences, differences, shortened
 from harness.settings import ExperimentSettings, Resolved, Settings
-from harness.store import Reader, Store, TableSeal, seal
+from harness.store import Store, TableSeal, seal
 
 _CERTIFICATE_SHARE = 0.04
 """What the certificate may take of a run."""
@@ -67,6 +68,8 @@ class Plan:
     slug: str
     prepared: Prepared
     models: Models
+    asked_sha256: str | None
+    """By which the same command is recognised once the run is finished, see `asked`."""
 
     @property
     def device(self) -> str:
@@ -97,6 +100,9 @@ class Ended(NamedTuple):
 def prepare(resolved: Resolved, experiment: Experiment) -> Plan:
     """Check all input and say what would be run. Writes nothing, loads no weights."""
     settings = resolved.settings
+    asked_sha256 = asked.hash_of(
+        resolved, experiment
+    )  # first: of files that change while they are read, the older state
     names = Contents(experiment).wanted(resolved.own(ExperimentSettings).stages)
     _check_other(settings, experiment)
     models = Models(settings, device.resolve_device(settings.runtime.device))
@@ -111,7 +117,9 @@ def prepare(resolved: Resolved, experiment: Experiment) -> Plan:
         "stages": [{"name": s.name, "version": s.version, **s.params()} for s in built],
         "seed": settings.runtime.seed,
     }
-    return Plan(experiment, built, parts, fingerprint(parts), slug_of(settings.model.name), prepared, models)
+    return Plan(
+        experiment, built, parts, fingerprint(parts), slug_of(settings.model.name), prepared, models, asked_sha256
+    )
 
 
 def _check_other(settings: Settings, experiment: Experiment) -> None:
@@ -168,19 +176,22 @@ def start(
                 paths = found
         if found is not None:
             if not retry_failed and _finished(found):
-                return Ended(found, _report_finished(plan, found))
+                return Ended(found, show.print_finished(plan.experiment, found))
             stack.enter_context(locked(found))
             if not retry_failed and _finished(found):  # by another process, since it was looked at
-                return Ended(found, _report_finished(plan, found))
+                return Ended(found, show.print_finished(plan.experiment, found))
         warnings = log.to_file(paths.log)
         store = stack.enter_context(Store(paths.results, plan.experiment.schema))
         manifest = Manifest.reopen(paths)
         if found is not None:
-            _go_on(paths, store, manifest, here, argv)
+            _go_on(plan, paths, store, manifest, here, argv)
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
-        log.print_out(*_headlines(plan, paths), _next_steps(plan.experiment.name, paths.run_id, settings.paths.runs))
+        log.print_out(
+            *show.headlines_of(plan.experiment, paths),
+            _next_steps(plan.experiment.name, paths.run_id, settings.paths.runs),
+        )
     if lost := log.lost_output():
         logger.warning("results could not be printed ({}): see `harness show {}`", lost.strerror or lost, paths.run_id)
     return Ended(paths, code)
@@ -196,12 +207,16 @@ def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> N
         store.publish(paths.live)
 
 
-def _go_on(paths: RunPaths, store: Store, manifest: Manifest, here: Mapping[str, Any], argv: list[str] | None) -> None:
+def _go_on(
+    plan: Plan, paths: RunPaths, store: Store, manifest: Manifest, here: Mapping[str, Any], argv: list[str] | None
+) -> None:
     store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
     apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
     resumed = [*(manifest.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
     ended = dict.fromkeys(seal.LAST_KEYS)
-    manifest.update(**ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed)
+    manifest.update(
+        asked_sha256=plan.asked_sha256, **ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed
+    )
     seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
 
 
@@ -401,17 +416,6 @@ def _finished(paths: RunPaths) -> bool:
     return read_manifest(paths).get("status") == "finished"
 
 
-def _report_finished(plan: Plan, paths: RunPaths) -> int:
-    manifest = read_manifest(paths)
-    failed = int(manifest.get("num_failed") or 0)
-    log.print_out(*_headlines(plan, paths))
-    log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
-    if failed:
-        retry = f"{registry.run_command(plan.experiment.name)} --retry-failed"
-        log.print_out(f"{failed} items failed; `{retry}` tries just those.")
-    return 1 if failed or not agrees(manifest.get("sanity") or []) else 0
-
-
 def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
     """Code, versions, machine and torch's switches, for a manifest. Sets the threads and switches that it tells of."""
     threads = device.set_threads(resolved.settings.runtime.threads)
@@ -439,6 +443,7 @@ def _manifest(
         "recorded_sizes": dict(origin.sizes) if origin else {},
         "fingerprint": plan.fingerprint,
         "fingerprint_parts": plan.parts,
+        "asked_sha256": plan.asked_sha256,
         "argv": argv,
         "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
         "given_here": given.mark(values, resolved.settings.paths.state_folder),
@@ -470,12 +475,6 @@ def _describe(plan: Plan) -> str:
 def _warn(plan: Plan) -> None:
     for line in plan.prepared.warnings:
         logger.warning("{}", line)
-
-
-def _headlines(plan: Plan, paths: RunPaths) -> list[object]:
-    manifest = read_manifest(paths)
-    with Reader(paths.live, plan.experiment.schema) as reader:
-        return show.headlines(plan.experiment, reader, manifest)
 
 
 def _next_steps(experiment: str, run_id: str, runs: Path) -> str:

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from harness import log
 from harness.commands.recognise import experiment_of
+from harness.experiments import registry
 from harness.experiments.experiment import Experiment
-from harness.experiments.remarks import certificate_lines, lines, of_certificate
-from harness.run import find_run, list_runs, read_manifest, state
+from harness.experiments.remarks import agrees, certificate_lines, lines, of_certificate
+from harness.run import RunPaths, find_run, list_runs, read_manifest, state
 from harness.store import Reader, open_snapshot
 
 
@@ -70,6 +71,24 @@ def print_run(root: Path, wanted: str) -> None:
         log.print_out(f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}")
     log.print_out(*headlines(experiment, reader, manifest))
     reader.close()
+
+
+def print_finished(experiment: Experiment, paths: RunPaths) -> int:
+    """What a run came to that was finished before it was asked for; the exit code that it ended with."""
+    manifest = read_manifest(paths)
+    failed = int(manifest.get("num_failed") or 0)
+    log.print_out(*headlines_of(experiment, paths))
+    log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
+    if failed:
+        retry = f"{registry.run_command(experiment.name)} --retry-failed"
+        log.print_out(f"{failed} items failed; `{retry}` tries just those.")
+    return 1 if failed or not agrees(manifest.get("sanity") or []) else 0
+
+
+def headlines_of(experiment: Experiment, paths: RunPaths) -> list[object]:
+    """As `headlines`, of the run that lies here."""
+    with Reader(paths.live, experiment.schema) as reader:
+        return headlines(experiment, reader, read_manifest(paths))
 
 
 def headlines(experiment: Experiment, reader: Reader, manifest: Mapping[str, Any]) -> list[object]:

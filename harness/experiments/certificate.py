@@ -342,11 +342,6 @@ def told(verdict: Verdict) -> str:
     return f"{verdict.max_abs:.1e} apart where {verdict.tolerance:.0e} is rounding{flips}{repeated}"
 
 
-def agrees(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every measurement of a certificate was made and agrees; `rows` are those of the view `sanity`."""
-    return all(v["ok"] for v in rows)
-
-
 def _key(task: Task) -> str:
     return f"{task.kind}|{task.name}"
 

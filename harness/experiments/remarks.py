@@ -37,6 +37,11 @@ class Remark:
         return self.number / self.total if self.total else 0.0
 
 
+def agrees(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every measurement of a certificate was made and agrees; `rows` are those of the view `sanity`."""
+    return all(v["ok"] for v in rows)
+
+
 def lines(remarks: Iterable[Remark]) -> list[str]:
     """The remarks as paragraphs, those that have the same advice together."""
     return [
