@@ -9,7 +9,7 @@ run *ARGS:
 
 # the tests, a file at a time on every core: no network, no GPU
 test *ARGS:
-    python -m pytest -n auto --dist loadfile -m "not thorough" {{ARGS}}
+    python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not thorough" {{ARGS}}
 
 # the tests that take seconds
 test-fast *ARGS:
@@ -17,7 +17,7 @@ test-fast *ARGS:
 
 # the sweeps: kills and faults at every kind of call, a real model, the check of a GPU tried without one
 test-thorough *ARGS:
-    python -m pytest -n auto --dist loadfile -m thorough {{ARGS}}
+    python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m thorough {{ARGS}}
 
 # style, unused code, which module may import which, and the Dockerfile
 lint:

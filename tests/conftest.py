@@ -16,7 +16,9 @@ for name in [n for n in os.environ if n.startswith("HARNESS_")] + ["MODEL_PATH",
     os.environ.pop(name, None)  # a developer's own settings must not decide a test
 
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -24,6 +26,25 @@ from harness.experiments.gravity import certificate  # noqa: E402
 from tests.reference import KeptReference  # noqa: E402
 
 torch.set_num_threads(1)
+
+_CHECKED = (
+    "models",
+    "stages",
+    "test_stats.py",
+    "test_fit.py",
+    "test_figures.py",
+    "test_launch.py",
+    "test_structure.py",
+)
+"""Tests of what makes arrays, and of whole runs: there their shapes and types are checked at every call. In the others, which
+run the same code to look at something else, a quarter of the time went to it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes(request: pytest.FixtureRequest) -> None:
+    """Whether arrays are checked in this module, fixtures included."""
+    here = request.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", here not in _CHECKED)
 
 
 @pytest.fixture(scope="session", autouse=True)

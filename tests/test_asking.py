@@ -24,6 +24,7 @@ from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import ask_locked
 from tests import synthetic
+from tests.cases import some_of
 from tests.synthetic import Shape
 
 ENDLESS = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range + b.range < -1"
@@ -165,7 +166,7 @@ RUNAWAY = {
 ENDS = ("stopped after 1 s: ", "needed more than 1 GB of memory: ", "the process that answered died: ", "expected ")
 
 
-@pytest.mark.parametrize("what", RUNAWAY)
+@pytest.mark.parametrize("what", some_of(RUNAWAY, 4))
 def test_a_question_that_runs_away_ends_in_a_line(what: str, paths: RunPaths) -> None:
     """The outer bound is for a busy machine: on a quiet one they end within 0.6 s of the limit."""
     start = time.perf_counter()
@@ -181,6 +182,7 @@ def test_a_cell_that_is_bigger_than_an_answer_may_be_is_refused(paths: RunPaths)
     )  # control
 
 
+@pytest.mark.thorough
 def test_the_limit_of_addresses_is_what_stops_a_text_that_the_machine_could_hold(paths: RunPaths) -> None:
     sql = "SELECT length(repeat('x', 700000000)) AS n"
     assert "memory" in complaint(paths.live, sql, 120.0, 3 * 2**29)
@@ -323,6 +325,7 @@ def test_a_question_that_waits_for_its_turn_is_answered_in_the_end(paths: RunPat
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_many_questions_that_run_away_leave_nothing(paths: RunPaths) -> None:
     """From four threads at once: no process, no descriptor, no thread, no file, no memory."""
     questions = [q for q in RUNAWAY.values() for _ in range(2)]

@@ -136,6 +136,7 @@ def first_tokens(sampling: Sampling, num: int) -> np.ndarray:
     return np.bincount([t[0] for t in made], minlength=260) / num
 
 
+@pytest.mark.thorough
 def test_generate_draws_first_tokens_by_our_law() -> None:
     """Against the law written out, at a temperature and a nucleus; the control is the law without the nucleus."""
     sampling, num = Sampling(1, 0.8, 0.7), 4_000

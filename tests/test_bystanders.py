@@ -22,6 +22,7 @@ from harness.files import sweep
 from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
 from harness.store import Reader, Store, open_copy, reader, seal, snapshot
 from tests import gravity
+from tests.cases import some_of
 from tests.commands import ROWS, harness, only_run, prompt_file, refused
 from tests.test_verify import copied, hashes
 
@@ -310,7 +311,7 @@ CLOSED: Sequence[tuple[str, str]] = (
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "where"),
-    [*CLOSED[:2], *(pytest.param(*case, marks=pytest.mark.thorough) for case in CLOSED[2:])],
+    some_of(CLOSED, 1),
 )
 def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Path, line: str, where: str) -> None:
     told = shell(line, made, tmp_path)
@@ -330,7 +331,7 @@ def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirected", [">&-", ">/dev/full", "| true"])
+@pytest.mark.parametrize("redirected", some_of([">/dev/full", ">&-", "| true"], 1))
 def test_a_run_that_fails_says_so_by_its_exit_code_whoever_listens(made: Path, tmp_path: Path, redirected: str) -> None:
     """A broken pipe once made a failure a success."""
     told = shell(

@@ -20,6 +20,7 @@ from harness.errors import RunError, Stopped
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Store
+from tests.cases import some_of
 from tests.fakes import Fake, Watcher, events_of, measured, plan_of, rows_of, run_stages, score, scored
 
 
@@ -125,7 +126,7 @@ def too_many(most: int) -> Check:
     return check
 
 
-@pytest.mark.parametrize("keeps", ["last", "all"])
+@pytest.mark.parametrize("keeps", some_of(["all", "last"], 1))
 def test_a_fold_killed_at_every_batch_ends_with_the_same_rows_and_the_same_state(tmp_path: Path, keeps: Keeps) -> None:
     """Before it is computed, before its commit, and after it. Control: batches in another order give another state."""
     stage = Chained(MIXED, keeps=keeps)
@@ -240,6 +241,7 @@ STEPS = {f"step {n}": float(length) for n, length in enumerate([5, 30, 10, 20, 1
 """In an order that is not that of their lengths."""
 
 
+@pytest.mark.thorough
 def test_a_loop_takes_items_in_their_order_one_by_one_and_ends_the_same_after_any_kill(tmp_path: Path) -> None:
     stage = Chained(STEPS, "loop", "all")
     run_stages(tmp_path / "whole", stage, max_tokens=1_000)
@@ -256,7 +258,7 @@ def test_a_loop_takes_items_in_their_order_one_by_one_and_ends_the_same_after_an
     assert last_state(tmp_path / "other") != last_state(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["said", "raised", "memory"])
+@pytest.mark.parametrize("how", some_of(["said", "raised", "memory"], 1))
 def test_a_failed_item_ends_a_loop_and_a_retry_goes_on_from_there(tmp_path: Path, how: str) -> None:
     tried: list[str] = []
 

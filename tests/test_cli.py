@@ -870,6 +870,7 @@ def test_the_papers_settings_are_the_papers(tmp_path: Path) -> None:
     assert (e.stop_at_newline, e.chat, e.patching.min_p0, e.patching.condition) == (False, False, None, "negative")
 
 
+@pytest.mark.thorough
 def test_the_shipped_phrasings_run_and_are_compared_with_the_ban(tmp_path: Path) -> None:
     told = harness("run", "--config", DATA / "settings" / "phrasings.toml", "--limit", 8, "--gravity.num_samples", 2,
                    "--gravity.sanity.num_prompts", 1, "--paths.runs", tmp_path)  # fmt: skip

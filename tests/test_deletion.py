@@ -65,6 +65,7 @@ def run(house: Path, *pages: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_without_it_an_installed_experiment_runs_and_the_machinery_asks_for_a_name(house: Path) -> None:
     pages = [str(house / "app" / "views" / "core" / "runs.py"), str(TOY / "src" / "harness_toy" / "page.py"),
              str(house / "app" / "streamlit_app.py")]  # fmt: skip

@@ -124,6 +124,7 @@ def rates(run: Path, condition: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return p0, p, k, n
 
 
+@pytest.mark.thorough
 def test_the_fitted_slope_contains_the_one_that_follows_from_the_models_own_probabilities(sampled: Path) -> None:
     p0, p, k, n = rates(sampled, "negative")
     assert len(p0) == 120

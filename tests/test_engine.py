@@ -28,6 +28,7 @@ from harness.errors import EnvironmentFault, Stopped
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, BatchStatus, Row, Store
+from tests.cases import some_of
 from tests.fakes import (
     Fake,
     Followers,
@@ -197,7 +198,7 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", some_of(SCENARIOS, ["both"]))
 def test_a_run_killed_at_any_batch_ends_with_the_rows_and_the_plan_of_one_that_was_not(
     name: str, tmp_path: Path
 ) -> None:
@@ -735,6 +736,7 @@ def sizes_of(folder: Path, sizes: Sequence[int], max_tokens: int | None = 1_000,
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(1, len(MIXED) - 1)), data=st.data())
+@pytest.mark.thorough
 def test_recorded_sizes_are_cut_again_whatever_the_budget_longest_items_first(
     cuts: set[int], data: st.DataObject
 ) -> None:

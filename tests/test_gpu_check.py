@@ -22,6 +22,7 @@ def lost(output: str) -> tuple[str, dict[str, Any]]:
     raise FileNotFoundError("no file was written")
 
 
+@pytest.mark.thorough
 def test_a_step_that_fails_or_leaves_nothing_is_a_row_and_the_next_one_is_made() -> None:
     shown: list[Row] = []
     rows = check(

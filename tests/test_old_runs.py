@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.app.conftest import open_view
+from tests.cases import some_of
 from tests.commands import Told, harness
 
 ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "runs"
@@ -31,8 +32,9 @@ QUICK = ("schema1-finished", "schema7-finished", "schema7-killed")
 PAGES = ("runs", "pressure", "prompt")
 
 
-def some_thorough(name: str) -> Any:
-    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.thorough])
+def some(names: Iterable[str]) -> list[Any]:
+    given = list(names)
+    return some_of(given, [name for name in given if name in QUICK] or 1)
 
 
 def unpack(name: str, root: Path) -> Path:
@@ -120,7 +122,7 @@ def test_a_flipped_byte_in_an_old_store_is_named(name: str, tmp_path: Path) -> N
     assert "results.duckdb" in told.out
 
 
-@pytest.mark.parametrize("name", ["schema7-finished", pytest.param("schema7-killed", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", some_of(["schema7-finished", "schema7-killed"], 1))
 def test_a_run_with_the_stages_of_today_gives_the_same_numbers_again(runs: dict[str, Path], name: str) -> None:
     """Bit for bit where code and machine are as they were; else within the tolerance, and it says what is not."""
     run = runs[name]
@@ -131,7 +133,7 @@ def test_a_run_with_the_stages_of_today_gives_the_same_numbers_again(runs: dict[
         assert re.search(rf"^ok +again {stage} +batch .*: the same rows", told.out, re.MULTILINE), stage
 
 
-@pytest.mark.parametrize("name", [some_thorough(n) for n in OLDER])
+@pytest.mark.parametrize("name", some(OLDER))
 def test_a_stage_that_is_another_now_is_left_out_with_its_reason_and_the_others_give_the_same_numbers(
     runs: dict[str, Path], name: str
 ) -> None:
@@ -157,7 +159,7 @@ def test_an_older_run_of_another_seed_is_not_measured_again_at_all(runs: dict[st
     assert not re.search("^(ok|skip) +again", told.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [some_thorough(n) for n in NAMES])
+@pytest.mark.parametrize("name", some(NAMES))
 def test_an_old_run_is_exported_with_as_many_rows_as_its_manifest_counts(
     runs: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -173,7 +175,7 @@ def test_an_old_run_is_exported_with_as_many_rows_as_its_manifest_counts(
     assert manifest(tmp_path) == manifest(run)
 
 
-@pytest.mark.parametrize("name", [some_thorough(n) for n in NAMES])
+@pytest.mark.parametrize("name", some_of(NAMES, ["schema1-finished"]))
 def test_an_old_run_has_a_report(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     run = runs[name]
     told = harness("report", run.name, "--to", tmp_path, "--paths.runs", run.parent)
@@ -184,7 +186,7 @@ def test_an_old_run_has_a_report(runs: dict[str, Path], name: str, tmp_path: Pat
     assert ("0.655" in page) == (name != "schema6-interrupted")
 
 
-@pytest.mark.parametrize("name", [some_thorough(n) for n in TODAY if n not in FINISHED])
+@pytest.mark.parametrize("name", some(n for n in TODAY if n not in FINISHED))
 def test_an_unfinished_run_goes_on_by_its_own_command_and_ends_as_one_that_was_never_stopped(
     name: str, tmp_path: Path
 ) -> None:
@@ -211,7 +213,7 @@ def test_a_finished_run_is_recognised_by_its_own_command(runs: dict[str, Path]) 
     assert f"Run {run.name} is finished already" in told.out
 
 
-@pytest.mark.parametrize("name", [some_thorough(n) for n in OLDER if n not in FINISHED])
+@pytest.mark.parametrize("name", some(n for n in OLDER if n not in FINISHED))
 def test_an_older_unfinished_run_is_not_gone_on_with_in_other_stages(name: str, tmp_path: Path) -> None:
     run = unpack(name, tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -222,7 +224,7 @@ def test_an_older_unfinished_run_is_not_gone_on_with_in_other_stages(name: str, 
 
 
 @pytest.mark.filterwarnings("ignore")  # streamlit's own
-@pytest.mark.parametrize("name", [some_thorough(n) for n in NAMES])
+@pytest.mark.parametrize("name", some(NAMES))
 @pytest.mark.parametrize("page", PAGES)
 def test_an_old_run_opens_in_the_app(
     runs: dict[str, Path], name: str, page: str, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_rows_of_one_that_did_not(
     assert split["stages"][0]["samples"]["splits"] > 0
 
 
+@pytest.mark.thorough
 def test_the_order_and_number_of_prompts_do_not_decide_a_sample(tmp_path: Path) -> None:
     """Control: another seed gives other samples."""
     few = run(tmp_path / "few", **{"data.limit": "3"})

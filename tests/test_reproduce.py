@@ -17,6 +17,7 @@ from harness.engine.executors import ItemResult
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.stages import psem
 from harness.store import Reader
+from tests.cases import some_of
 from tests.commands import (
     DATA,
     ROWS,
@@ -176,6 +177,7 @@ def test_a_run_is_reproduced_by_its_id_beside_it_and_can_be_verified_and_reprodu
     assert f"repeats run {old.name}" in re.sub(r" +", " ", harness("show", one.name, "--paths.runs", one.parent).out)
 
 
+@pytest.mark.thorough
 def test_a_run_with_every_stage_comes_out_again_bit_for_bit(tmp_path: Path) -> None:
     stages = "select,single_token,sanity,psem,greedy,samples,detect,mechanism,patching,analysis"
     told = harness("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs",
@@ -366,9 +368,9 @@ machine = environment.machine
 
 @pytest.mark.parametrize(
     ("change", "is_elsewhere", "code", "told"),
-    [("p_word = p_word + 1e-7", False, 1, "Nothing here explains that the bits are not the same"),
+    some_of([("p_word = p_word + 1e-7", False, 1, "Nothing here explains that the bits are not the same"),
      ("p_word = p_word + 1e-7", True, 0, "Reproduced up to rounding"), ("p_word = p_word + 1e-3", True, 1, "Not reproduced"),
-     ("num_sequences = num_sequences + 1", True, 1, "Not reproduced"), ("p_word = p_word", True, 0, "bit for bit the same")],
+     ("num_sequences = num_sequences + 1", True, 1, "Not reproduced"), ("p_word = p_word", True, 0, "bit for bit the same")], 3),
 )  # fmt: skip
 def test_rounding_is_let_pass_where_something_explains_it_and_no_more_than_rounding(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -26,6 +26,7 @@ from harness.errors import EnvironmentFault, StoreError
 from harness.experiments.gravity.schema import SCHEMA
 from harness.run import RunPaths
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store, certificate, schema, writer
+from tests.cases import some_of
 from tests.fakes import Fake, later, measured, older_store, plan_of, run_stages, same_lengths, scored
 
 ROOT = Path(__file__).parents[1]
@@ -793,7 +794,7 @@ def fill(path: Path, leave_bytes: int) -> None:
         file.write(b"\0" * max(0, shutil.disk_usage(path.parent).free - leave_bytes))
 
 
-@pytest.mark.parametrize("leave_bytes", [0, 60_000, 400_000, 3_000_000, 6_000_000])
+@pytest.mark.parametrize("leave_bytes", some_of([0, 60_000, 400_000, 3_000_000, 6_000_000], [0, 400_000]))
 def test_a_full_disk_stops_the_run_and_with_room_again_it_ends_as_if_nothing_had_been(
     small_disk: Path, tmp_path: Path, leave_bytes: int
 ) -> None:

@@ -634,6 +634,7 @@ def planted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return run, verify(run, batches=99)
 
 
+@pytest.mark.thorough
 def test_a_run_sealed_anew_without_a_change_is_green_when_every_batch_is_measured_again(
     whole: Path, tmp_path: Path
 ) -> None:
@@ -752,6 +753,7 @@ def stopping(measure: Callable[..., Any], after: int) -> Callable[..., Any]:
     return run
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_is_verified_as_far_as_it_got_and_again_when_it_is_finished(tmp_path: Path) -> None:
     args = ("run", "--prompts", prompt_file(tmp_path), "--paths.runs", tmp_path / "runs", "--stages", "psem,greedy",
             "--batching.max_tokens", 64)  # fmt: skip
@@ -851,6 +853,7 @@ def test_a_sealed_run_that_goes_on_and_is_stopped_again_has_no_seal_any_more(
     assert [line for line in lines_of(told, "skip") if line.startswith("skip seal")]
 
 
+@pytest.mark.thorough
 def test_a_run_with_a_selection_is_green_and_verifying_writes_no_file_of_its_stages(tmp_path: Path) -> None:
     run = start(tmp_path, "--stages", "select,single_token,psem,greedy,detect,analysis")
     files = sorted((run / "artifacts" / "single_token").iterdir())

@@ -30,6 +30,7 @@ from harness.store import Reader
 from tests import synthetic
 from tests.app.conftest import PAGES, RUNNING
 from tests.app.test_experiments import marbles_of
+from tests.cases import some_of
 from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -164,7 +165,7 @@ def tab(browser: Any, address: str) -> Iterator[Tab]:
     tab.page.close()
 
 
-@pytest.mark.parametrize("run", ["", RUNNING], ids=["finished", "running"])
+@pytest.mark.parametrize("run", some_of(["", RUNNING], 1), ids=["finished", "running"])
 def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
     tab.open(**({"run": run} if run else {}))
     for title in (page.title for page in PAGES.values()):
@@ -173,6 +174,7 @@ def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
         assert not run or tab.params["run"] == run, "the run goes along"
 
 
+@pytest.mark.thorough
 def test_a_filter_goes_along_and_a_copied_link_opens_the_same_view(tab: Tab, browser: Any, address: str) -> None:
     tab.open()
     tab.go("P_sem")
@@ -208,6 +210,7 @@ def test_a_click_on_a_point_chooses_its_prompt_which_goes_along(tab: Tab) -> Non
     tab.check()
 
 
+@pytest.mark.thorough
 def test_a_click_on_a_head_locks_it_and_one_on_a_patch_shows_its_prompts(tab: Tab) -> None:
     tab.open()
     tab.go("Attention")
@@ -220,6 +223,7 @@ def test_a_click_on_a_head_locks_it_and_one_on_a_patch_shows_its_prompts(tab: Ta
     tab.check()
 
 
+@pytest.mark.thorough
 def test_text_of_a_prompt_that_is_markup_is_shown_as_text(
     browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -249,7 +253,7 @@ import runpy, sys
 from pathlib import Path
 
 sys.path[:0] = [{root!r}]
-from app import experiments
+from tests.cases import some_of
 from tests.app.test_experiments import Toy
 
 if experiments.names()[-1] != "toy":
@@ -260,6 +264,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+@pytest.mark.thorough
 def test_pages_of_an_experiment_from_outside_stand_in_the_navigation(
     browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

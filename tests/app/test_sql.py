@@ -23,6 +23,7 @@ from harness.run import RunPaths
 from harness.store import Store, ask_locked, question
 from tests import synthetic
 from tests.app.conftest import open_view, page_file
+from tests.cases import some_of
 from tests.synthetic import Shape
 from tests.test_asking import RUNAWAY
 
@@ -264,7 +265,7 @@ def test_a_wrong_query_is_a_line_and_no_exception(paths: RunPaths, monkeypatch: 
     assert "\n" not in test.code[0].value
 
 
-@pytest.mark.parametrize("what", RUNAWAY)
+@pytest.mark.parametrize("what", some_of(RUNAWAY, 2))
 def test_a_query_that_runs_away_is_a_line_and_the_page_answers_the_next_one(
     what: str, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,7 @@ def test_a_file_of_the_same_name_in_the_working_folder_is_not_taken_for_it(
     assert torch.equal(load(ModelSpec(str(wanted))).model.get_parameter("lm_head.weight"), got)
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_gguf_file_says_what_it_measured_and_can_be_measured_again(
     tiny: PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -314,6 +314,7 @@ def test_a_measure_that_a_condition_lacks_is_told() -> None:
     assert any("under baseline" in i.value for i in test.info)
 
 
+@pytest.mark.thorough
 def test_it_opens_on_runs_of_every_kind(opened: Path) -> None:
     for run in opened.iterdir():
         test = _page(run=run.name)
