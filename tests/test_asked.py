@@ -15,6 +15,7 @@ from harness import environment
 from harness.commands import asked, launch
 from harness.experiments import registry
 from harness.run import RunPaths
+from tests.cases import some_of
 from tests.commands import DATA, ROWS, harness, manifest, only_run, prompt_file, run_folders
 from tests.gravity import resolve
 
@@ -99,7 +100,7 @@ CHANGES: dict[str, Callable[[Typed, pytest.MonkeyPatch], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", some_of(CHANGES, 3))
 def test_whatever_may_decide_a_result_asks_in_full(typed: Typed, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = typed.asked()
     assert before is not None

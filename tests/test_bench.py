@@ -326,6 +326,7 @@ def test_a_patched_row_is_needed_from_its_layer_on() -> None:
     )
 
 
+@pytest.mark.thorough
 def test_an_experiment_forwards_no_less_than_the_least_and_small_batches_more(tmp_path: Path) -> None:
     def account(**flags: str) -> least.Account:
         resolved = resolve(

@@ -262,6 +262,7 @@ def test_a_folder_of_runs_that_cannot_be_written_is_the_machines_fault_in_one_li
     assert "paths.runs: cannot write to /proc" in line
 
 
+@pytest.mark.thorough
 def test_two_starts_at_once_make_one_run(made: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -352,6 +353,7 @@ def test_a_list_that_cannot_be_printed_is_the_machines_fault_and_one_that_nobody
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "run", "--prompts", made / "prompts.jsonl", "--paths.runs", tmp_path]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:

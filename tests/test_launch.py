@@ -238,6 +238,7 @@ def wait_for(process: subprocess.Popen[str], root: Path, text: str, seconds: flo
 SMALL_BATCHES = ("--gravity.sanity.num_prompts", 1, "--limit", 6, "--batching.max_tokens", 64)
 
 
+@pytest.mark.thorough
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(tmp_path: Path) -> None:
     root, kills = tmp_path / "killed", 0
     rng = random.Random(0)

@@ -205,6 +205,7 @@ def uneven_run(folder: Path, kill_at: int | None, per_token_s: float) -> int:
     return len(calls)
 
 
+@pytest.mark.thorough
 def test_a_plan_cut_by_measured_time_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Killed at each batch. Once the plan is whole it alone decides, and the second life may be eight times slower."""
     num_batches = uneven_run(tmp_path / "whole", None, 0.001)

@@ -28,15 +28,15 @@ _MOST_FILES = 2_000
 def hash_of(resolved: Resolved, experiment: Experiment) -> str | None:
     """What is asked for, as it stands now; None where that is not on this machine alone: a model on the hub may move."""
     values = {name: value for name, value, _ in resolved.rows()}
-    if not all(_is_here(values.get(name)) for name in ("model.name", "other.name")):
-        return None
-    paths = {Path(p) for p in given.recorded_paths(values).values()} | {resolved.settings.paths.data_folder}
     files: list[tuple[str, int, int]] = []
-    for path in sorted(paths):
-        try:
-            files += _lying(path, _MOST_FILES - len(files))
-        except (OSError, _TooMany):
+    try:
+        if not all(_is_here(values.get(name)) for name in ("model.name", "other.name")):
             return None
+        paths = {Path(p) for p in given.recorded_paths(values).values()} | {resolved.settings.paths.data_folder}
+        for path in sorted(paths):
+            files += _lying(path, _MOST_FILES - len(files))
+    except (OSError, RuntimeError, ValueError, _TooMany):  # a loop of links is a RuntimeError, a null byte a ValueError
+        return None  # whatever is wrong with a path is told when it is asked for in full
     outside = registry.folder_outside(experiment.name)
     told = {
         "experiment": experiment.name,

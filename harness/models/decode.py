@@ -264,18 +264,22 @@ def _choose(
 def sample(
     logits: Float[Tensor, "N V"],
     keys: Int[Tensor, " R"],
-    step: int,
+    step: int | Int[Tensor, " R"],
     sampling: Sampling,
     node: Int[Tensor, " R"] | None = None,
+    held: Float[Tensor, " N"] | None = None,
 ) -> Int[Tensor, " R"]:
     """One draw a key from softmax(logits[node] / temperature), cut to the smallest set of tokens that holds `top_p`.
 
-    The token that crosses the threshold is kept (Holtzman et al. 2020). `node` None: one row of logits a key.
+    The token that crosses the threshold is kept (Holtzman et al. 2020). `node` None: one row of logits a key; `step` may be
+    each key's own. `held`, float64, is filled with the probability of what was kept of each row of logits that is drawn from.
     """
     node = torch.arange(len(keys), device=keys.device) if node is None else node
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_p >= 1:
         ids = torch.arange(scaled.shape[1], device=scaled.device).expand(len(keys), -1)
+        if held is not None:
+            held.fill_(1)
         return (scaled[node].double() + gumbel(keys, step, ids)).argmax(-1)
     num_tokens = scaled.shape[1]
     normaliser = _log_sums(scaled)
@@ -298,8 +302,11 @@ def sample(
             widest = max(1, int(kept.sum(-1).max()))  # none is kept where logits are NaN, which is told of elsewhere
             some, kept = ids[at, :widest], kept[:, :widest]
             # Noise goes by token id, not by rank, so a draw does not depend on how many tokens were looked at.
-            noisy = (values[at, :widest].double() + gumbel(keys[mine], step, some)).masked_fill(~kept, float("-inf"))
+            steps = step[mine] if isinstance(step, Tensor) else step
+            noisy = (values[at, :widest].double() + gumbel(keys[mine], steps, some)).masked_fill(~kept, float("-inf"))
             drawn[mine] = some.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
+        if held is not None:
+            held[rows[is_whole]] = probs.masked_fill(before >= sampling.top_p, 0).sum(-1)[is_whole]
         rows = rows[~is_whole]
         if not len(rows):
             break

@@ -45,13 +45,19 @@ def _mix(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(keys: Int[Tensor, " R"], step: int, token_ids: Int[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-    """Float64 in the open interval (0, 1), one for each row and token at this step."""
-    at_step = _mix(keys + _signed(step * 0x9E3779B97F4A7C15 % (1 << 64)))
+def uniform(
+    keys: Int[Tensor, " R"], step: int | Int[Tensor, " R"], token_ids: Int[Tensor, "R V"]
+) -> Float[Tensor, "R V"]:
+    """Float64 in the open interval (0, 1), one for each row and token at this step, or at each row's own."""
+    # An int64 product wraps as arithmetic modulo 2^64 does, which Python's own integers have to be told.
+    offset = step * _GAMMA if isinstance(step, Tensor) else _signed(step * 0x9E3779B97F4A7C15 % (1 << 64))
+    at_step = _mix(keys + offset)
     bits = _shift_right(_mix(at_step[:, None] + (token_ids + 1) * _GAMMA), 12)
     return (bits.double() + 0.5) * 2.0**-52
 
 
-def gumbel(keys: Int[Tensor, " R"], step: int, token_ids: Int[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+def gumbel(
+    keys: Int[Tensor, " R"], step: int | Int[Tensor, " R"], token_ids: Int[Tensor, "R V"]
+) -> Float[Tensor, "R V"]:
     """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits)."""
     return -torch.log(-torch.log(uniform(keys, step, token_ids)))

@@ -23,6 +23,8 @@ from harness.models.decode import Completion, Request, Sampling
 from harness.models.inside import Probe
 from harness.models.load import LM
 from harness.models.patch import Pair
+from harness.models.rollout import Ask, Rollout, Rule
+from harness.models.rollout import Pair as Models
 
 
 @contextmanager
@@ -99,6 +101,52 @@ def _take(done: Completion, token: int, logprob: float, margin: float, lm: LM, s
     elif sampling.stop_at_newline and lm.vocabulary.has_newline[token]:
         done.finish_reason = "newline"
     return done.finish_reason != "length"
+
+
+def roll_out(models: Models, ask: Ask, rule: Rule, arms: Sequence[float] = ()) -> Rollout:
+    """One completion of two models under one arm, both forwarded whole for every token; the arithmetic in float64."""
+    done = Rollout(arm_logps=np.zeros(len(arms)))
+    for step in range(ask.max_new_tokens):
+        text = [*ask.context, *done.token_ids]
+        after, before = (_next_logprobs(lm, text, models.num_common) for lm in (models.after, models.before))
+        z = after + ask.alpha * (after - before)
+        p = np.exp(z / (rule.temperature or 1.0) - (z / (rule.temperature or 1.0)).max())
+        p /= p.sum()
+        stays = after >= after.max() + math.log(rule.floor) if rule.floor else np.ones(len(z), dtype=bool)
+        kept = [int(t) for t in np.argsort(-z, kind="stable") if stays[t]]
+        if rule.temperature == 0:
+            token, removed = kept[0], float(p[~stays].sum())
+        else:
+            held, size = 0.0, 0
+            while size < len(kept) and (held < rule.top_p * p[kept].sum() or rule.top_p >= 1):
+                held += p[kept[size]]
+                size += 1
+            removed = 1 - float(p[kept[:size]].sum())
+            token = max(kept[:size], key=lambda t: z[t] / rule.temperature + gumbel(ask.key, step, t))
+        best = np.sort(z)[-2:]
+        done.token_ids.append(token)
+        done.logp_after.append(float(after[token]))
+        done.logp_before.append(float(before[token]))
+        done.logp_arm.append(float(z[token] - _log_sum(z)))
+        done.margins.append(float(best[1] - best[0]))
+        done.mass_removed.append(removed)
+        for k, alpha in enumerate(arms):
+            other = after + alpha * (after - before)
+            done.arm_logps[k] += other[token] - _log_sum(other)
+        if rule.stop_at_end and token in models.stop_ids:
+            done.finish_reason = "stop"
+            break
+    return done
+
+
+def _next_logprobs(lm: LM | None, text: Sequence[int], num_common: int) -> Float[np.ndarray, " V"]:
+    assert lm is not None, "the plain reference reads with both models"
+    logits = next_logits(lm, text)[-1, :num_common].double().cpu().numpy()
+    return logits - _log_sum(logits)
+
+
+def _log_sum(values: Float[np.ndarray, " V"]) -> float:
+    return float(values.max() + np.log(np.exp(values - values.max()).sum()))
 
 
 def draw(logits: Float[np.ndarray, " V"], key: int, step: int, sampling: Sampling) -> int:

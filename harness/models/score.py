@@ -58,7 +58,7 @@ def score_trees(
 
     An item whose logits are not finite, or which is longer than the model reaches, comes back as ItemFailed.
     """
-    results: list[TreeScores | ItemFailed | None] = [_too_long(lm, c, t) for c, t in zip(contexts, tries, strict=True)]
+    results: list[TreeScores | ItemFailed | None] = [too_long(lm, c, t) for c, t in zip(contexts, tries, strict=True)]
     kept = [i for i, failed in enumerate(results) if failed is None]
     if kept:
         scores = _score(lm, [contexts[i] for i in kept], [tries[i] for i in kept], top_k)
@@ -73,7 +73,19 @@ def score_trees(
     return [r for r in results if r is not None]
 
 
-def _too_long(lm: LM, context: Sequence[int], trie: Trie) -> ItemFailed | None:
+def rows_of_trees(
+    hidden: Float[Tensor, "R T D"], contexts: Sequence[Sequence[int]], tries: Sequence[Trie]
+) -> Float[Tensor, "N D"]:
+    """What the head is applied to of a batch of trees: per item its context's last token, then its nodes."""
+    where = [
+        (r, len(c) - 1 + i) for r, (c, t) in enumerate(zip(contexts, tries, strict=True)) for i in range(1 + len(t))
+    ]
+    row, column = torch.tensor(where, device=hidden.device).T
+    return hidden[row, column]
+
+
+def too_long(lm: LM, context: Sequence[int], trie: Trie) -> ItemFailed | None:
+    """Why a trie behind a context cannot be scored; None where it can."""
     reach = len(context) + max(trie.depths, default=-1) + 1
     if not context:
         return ItemFailed("expected a context of at least one token, found none")
@@ -90,12 +102,7 @@ def _score(
     num_tokens, num_nodes = len(layout.cells or tokens), sum(map(len, tries))
     with tally.prefilling(1 - num_nodes / num_tokens):
         hidden = lm.hidden(tokens, layout)
-    # What the head is applied to: per item its last context token, then its nodes.
-    where = [
-        (r, len(c) - 1 + i) for r, (c, t) in enumerate(zip(contexts, tries, strict=True)) for i in range(1 + len(t))
-    ]
-    row, column = torch.tensor(where, device=lm.device).T
-    return read_trees(lm, hidden[row, column], tries, top_k)
+    return read_trees(lm, rows_of_trees(hidden, contexts, tries), tries, top_k)
 
 
 def read_trees(

@@ -30,7 +30,6 @@ from harness.store import Reader
 from tests import synthetic
 from tests.app.conftest import PAGES, RUNNING
 from tests.app.test_experiments import marbles_of
-from tests.cases import some_of
 from tests.synthetic import Shape
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -165,7 +164,8 @@ def tab(browser: Any, address: str) -> Iterator[Tab]:
     tab.page.close()
 
 
-@pytest.mark.parametrize("run", some_of(["", RUNNING], 1), ids=["finished", "running"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("run", ["", RUNNING], ids=["finished", "running"])
 def test_every_page_is_drawn_without_a_complaint(tab: Tab, run: str) -> None:
     tab.open(**({"run": run} if run else {}))
     for title in (page.title for page in PAGES.values()):
@@ -253,7 +253,7 @@ import runpy, sys
 from pathlib import Path
 
 sys.path[:0] = [{root!r}]
-from tests.cases import some_of
+from app import experiments
 from tests.app.test_experiments import Toy
 
 if experiments.names()[-1] != "toy":

@@ -199,6 +199,7 @@ def test_a_layer_that_another_run_or_page_left_is_brought_into_range(
     assert test.slider[0].value == layer
 
 
+@pytest.mark.thorough
 def test_it_opens_on_runs_of_every_kind(opened: Path) -> None:
     for run in opened.iterdir():
         test = _page(run=run.name)
