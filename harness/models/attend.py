@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -153,6 +154,18 @@ class GridCache(DynamicCache):
             cells = layout.cells.at(layer_idx)
             key_states, value_states = _spread(cells, key_states), _spread(cells, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Put `how(x)` in place of the keys and the values x [R, G, S, K] of every layer."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.keys, layer.values = how(layer.keys), how(layer.values)
+
+    def join(self, other: "GridCache") -> None:
+        """Take in the rows of `other`, which has as many slots, behind these."""
+        pairs: list[tuple[Any, Any]] = list(zip(self.layers, other.layers, strict=True))
+        for mine, new in pairs:
+            mine.keys, mine.values = torch.cat([mine.keys, new.keys]), torch.cat([mine.values, new.values])
 
 
 def _spread(cells: Cells, heads: Float[Tensor, "1 H N K"]) -> Float[Tensor, "R H T K"]:

@@ -243,7 +243,7 @@ class LM:
         raw = self.anatomy.to_logits(raw)
         return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> attend.GridCache:
         """An empty cache for `hidden` to grow."""
         return attend.GridCache()
 

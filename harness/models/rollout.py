@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.amplify import amplified, arm_log_probs, floored, log_probs, normalised
-from harness.models.attend import Layout, right_padded
+from harness.models.attend import GridCache, Layout, right_padded
 from harness.models.decode import Sampling, sample
 from harness.models.load import LM
 from harness.models.noise import gumbel
@@ -259,7 +258,7 @@ class Decoder:
             else table[node, token].double()
             for table in (after, before)
         ]
-        is_finite = ~sum(table.isnan().any(-1) for table in (after, before) if table is not None).bool()
+        is_finite = torch.stack([~x.isnan().any(-1) for x in (after, before) if x is not None]).all(0)
         columns = [
             token.double(), is_finite[node].double(), *picked, own[node, token].double(),
             (best[:, 0] - best[:, 1]).double()[node], (1 - (1 - removed) * held).clamp(min=0)[node],
@@ -324,7 +323,7 @@ class _Rows:
     """
 
     def __init__(
-        self, pair: Pair, caches: Sequence[DynamicCache], is_filled: Bool[np.ndarray, "R S"],
+        self, pair: Pair, caches: Sequence[GridCache], is_filled: Bool[np.ndarray, "R S"],
         positions: Int[np.ndarray, "R S"], lengths: Int[np.ndarray, " R"], tables: Sequence[Float[Tensor, "R V"]],
     ):  # fmt: skip
         self.pair, self.caches = pair, list(caches)
@@ -380,13 +379,10 @@ class _Rows:
         width = max(self._is_filled.shape[1], other._is_filled.shape[1])
         for rows in (self, other):
             rows._widen(width)
-        caches = []
-        for one, two in zip(self.caches, other.caches, strict=True):
-            for a, b in zip(one.layers, two.layers, strict=True):
-                a.keys, a.values = torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values])
-            caches.append(one)
+        for cache, new in zip(self.caches, other.caches, strict=True):
+            cache.join(new)
         return _Rows(
-            self.pair, caches,
+            self.pair, self.caches,
             np.concatenate([self._is_filled, other._is_filled]), np.concatenate([self._positions, other._positions]),
             np.concatenate([self._lengths, other._lengths]),
             [torch.cat(both) for both in zip(self._tables, other._tables, strict=True)],
@@ -431,10 +427,7 @@ class _Rows:
         self._positions = np.take_along_axis(self._positions, order, axis=1)
         index = torch.from_numpy(order).to(self.pair.device)[:, None, :, None]
         for cache in self.caches:
-            for layer in cache.layers:
-                layer.keys, layer.values = (
-                    x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
-                )
+            cache.change(lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
 
     def _widen(self, width: int) -> None:
         empty = width - self._is_filled.shape[1]
@@ -443,18 +436,14 @@ class _Rows:
         self._is_filled = np.pad(self._is_filled, ((0, 0), (0, empty)))
         self._positions = np.pad(self._positions, ((0, 0), (0, empty)))
         for cache in self.caches:
-            for layer in cache.layers:
-                layer.keys, layer.values = (
-                    torch.nn.functional.pad(x, (0, 0, 0, empty)) for x in (layer.keys, layer.values)
-                )
+            cache.change(lambda x: torch.nn.functional.pad(x, (0, 0, 0, empty)))
 
     def _clear_empty_slots(self) -> None:
         if self._is_filled.all():
             return
         filled = torch.from_numpy(self._is_filled).to(self.pair.device)[:, None, :, None]
         for cache in self.caches:
-            for layer in cache.layers:
-                layer.keys, layer.values = (x.masked_fill(~filled, 0) for x in (layer.keys, layer.values))
+            cache.change(lambda x: x.masked_fill(~filled, 0))
 
 
 def rollouts(pair: Pair, asks: Sequence[Ask], rule: Rule, arms: Sequence[float] = ()) -> list[Rollout | ItemFailed]:

@@ -330,7 +330,8 @@ def test_an_end_of_text_ends_a_completion_where_that_is_wished() -> None:
     end = usual[0].token_ids[1]
     size = pair.lms[0].vocabulary.ends_word.size
     vocabulary = Vocabulary(pair.lms[0].vocabulary.ends_word, np.zeros(size, dtype=bool), frozenset({end}))
-    ending = Pair(*(replace(lm, vocabulary=vocabulary) for lm in pair.lms), 256)
+    after, before = (replace(lm, vocabulary=vocabulary) for lm in pair.lms)
+    ending = Pair(after, before, 256)
     for got, was in zip(made(ending, ASKS), usual, strict=True):
         at = was.token_ids.index(end) + 1 if end in was.token_ids else None
         assert got.token_ids == was.token_ids[:at]
