@@ -18,7 +18,7 @@ from harness.errors import SettingsError
 from harness.experiments.experiment import Page
 from harness.experiments.registry import DEFAULT, get, names
 from harness.experiments.remarks import Remark, of_certificate
-from harness.run import RunEntry, RunPaths
+from harness.run import Manifest, RunEntry, RunPaths
 from harness.store import Reader, Schema
 
 _VIEWS = Path(__file__).parent / "views"
@@ -51,9 +51,9 @@ class Extras:
         return {key: row[column] for column, key in self.choices.items() if not pd.isna(row.get(column))}
 
 
-def of_run(manifest: Mapping[str, Any]) -> str:
+def of_run(manifest: Manifest) -> str:
     """The name of a run's experiment; the default one's where the manifest is older than the question."""
-    return str(manifest.get("experiment") or DEFAULT)
+    return manifest.experiment or DEFAULT
 
 
 def problem(name: str) -> str | None:
@@ -65,17 +65,17 @@ def problem(name: str) -> str | None:
     return None
 
 
-def schema_of(manifest: Mapping[str, Any]) -> Schema:
+def schema_of(manifest: Manifest) -> Schema:
     """The tables of a run's experiment. Raises SettingsError where it is not installed."""
     return get(of_run(manifest)).schema
 
 
-def planted_of(manifest: Mapping[str, Any]) -> str:
+def planted_of(manifest: Manifest) -> str:
     """What is said above a run whose truth is planted; empty for any other."""
-    return get(of_run(manifest)).planted if manifest.get("planted") else ""
+    return get(of_run(manifest)).planted if manifest.planted else ""
 
 
-def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """What a run should say of itself."""
     return [*get(of_run(manifest)).remarks(reader, manifest), *of_certificate(reader, manifest)]
 

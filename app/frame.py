@@ -62,7 +62,7 @@ def open_core(title: str) -> tuple[Selection | None, Extras]:
         return None, Extras()
     with st.sidebar:
         entry = pick_run(entries)
-        name = experiments.of_run(entry.manifest or {})
+        name = experiments.of_run(Selection(entry).manifest)
         problem = experiments.problem(name)
         extras = Extras() if problem else experiments.extras_of(name)
         selected = extras.pick(entry)

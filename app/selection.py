@@ -6,11 +6,10 @@ stand, and hands every page the function that draws them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import streamlit as st
 
-from harness.run import RunEntry, RunPaths, state
+from harness.run import Manifest, RunEntry, RunPaths, state
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,9 @@ class Selection:
         return self.entry.paths
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        return self.entry.manifest or {}
+    def manifest(self) -> Manifest:
+        assert self.entry.manifest is not None, "a broken run is listed, and cannot be chosen"
+        return self.entry.manifest
 
     @property
     def status(self) -> str:

@@ -5,11 +5,11 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.errors import (
     EnvironmentFault,
@@ -24,6 +24,9 @@ from harness.errors import (
 from harness.experiments import registry
 from harness.settings import Fields, PathSettings, Resolved
 from harness.terminal import plain
+
+if TYPE_CHECKING:
+    from harness.run import Manifest  # `harness --help` answers before what a run is has been read
 
 _LINE = 1_500
 """Characters of an error that are printed: it may quote what was handed in."""
@@ -364,13 +367,13 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _again(args: argparse.Namespace, manifest: Mapping[str, Any]) -> Resolved:
+def _again(args: argparse.Namespace, manifest: "Manifest") -> Resolved:
     """The settings that a recorded run had, under those that this command gives."""
     from harness.commands.recognise import experiment_of
     from harness.commands.replay import settings_of
 
     recorded = settings_of(manifest, PathSettings().state_folder)
-    experiment, by = experiment_of(manifest).name, f"run {manifest['run_id']}"
+    experiment, by = experiment_of(manifest).name, f"run {manifest.run_id}"
     flags = _flags(args, experiment)
     resolved = registry.resolve(flags, args.config, recorded=recorded, recorded_by=by, experiment=experiment)
     _say_notes(resolved)

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import duckdb
 
 from harness.cli import main
+from harness.run import Manifest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 Row = dict[str, Any]
@@ -40,6 +41,11 @@ def harness(*args: object) -> Told:
     with redirect_stdout(out), redirect_stderr(err):
         code = main([str(a) for a in args])
     return Told(code, out.getvalue(), err.getvalue())
+
+
+def saying(told: Mapping[str, Any] | None = None) -> Manifest:
+    """A manifest that says this, and the two things that every one says."""
+    return Manifest.of({"run_id": "r", "fingerprint": "0", **(told or {})})
 
 
 def refused(told: Told, code: int = 2) -> str:

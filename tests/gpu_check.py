@@ -181,14 +181,12 @@ def _of_run(root: Path) -> tuple[str, dict[str, Any]]:
 
     manifest = list_runs(root)[0].manifest
     assert manifest is not None, "a run that ended well has a manifest"
-    stages = manifest["stages"]
-    seconds = sum(s["seconds"] for s in stages.values())
-    peak = max(s["peak_bytes"] for s in stages.values())
-    failed, certificate = manifest["num_failed"], manifest.get("sanity") or []
-    told = f"{seconds:.1f} s in batches, {failed} items failed, peak {peak / 1e9:.1f} GB"
-    if certificate:
-        told += f", {sum(bool(v['ok']) for v in certificate)} of {len(certificate)} measurements agree"
-    return told, {"stages": stages, "num_failed": failed, "sanity": certificate, "tables": manifest.get("tables")}
+    seconds = sum(s.seconds or 0.0 for s in manifest.stages.values())
+    peak = max(s.peak_bytes or 0 for s in manifest.stages.values())
+    told = f"{seconds:.1f} s in batches, {manifest.num_failed} items failed, peak {peak / 1e9:.1f} GB"
+    if manifest.sanity:
+        told += f", {sum(bool(v.ok) for v in manifest.sanity)} of {len(manifest.sanity)} measurements agree"
+    return told, {name: manifest.tree.get(name) for name in ("stages", "num_failed", "sanity", "tables")}
 
 
 def _of_cramped(root: Path) -> tuple[str, dict[str, Any]]:

@@ -118,8 +118,7 @@ def measure(num_prompts: int, folder: Path, more: Sequence[str] = ()) -> Growth:
     )  # fmt: skip
     paths: RunPaths = list_runs(runs)[0].paths
     manifest = read_manifest(paths)
-    told = manifest["stages"]
-    stages = {name: (s["num_items"], s["num_batches"], s["seconds"]) for name, s in told.items()}
+    stages = {name: (s.num_items or 0, s.num_batches or 0, s.seconds or 0.0) for name, s in manifest.stages.items()}
     at = ("--paths.runs", runs)
     readers = {
         "verify": _timed("verify", paths.run_id, "--batches", 0, *at),

@@ -109,7 +109,7 @@ class Soak:
 
     def finished(self) -> list[RunPaths]:
         """Finished runs, newest first."""
-        return [e.paths for e in list_runs(self.runs) if (e.manifest or {}).get("status") == "finished"]
+        return [e.paths for e in list_runs(self.runs) if e.manifest and e.manifest.status == "finished"]
 
     # -- runs
 
@@ -145,8 +145,8 @@ class Soak:
 
     def _compare(self, paths: RunPaths) -> None:
         try:
-            if read_manifest(paths)["status"] != "finished":
-                raise HarnessError(f"it is {read_manifest(paths)['status']}")
+            if read_manifest(paths).status != "finished":
+                raise HarnessError(f"it is {read_manifest(paths).status}")
             with Reader(paths.live, SCHEMA) as reader:
                 found = {t: hashlib.sha256(repr(reader.table(t)).encode()).hexdigest() for t in SCHEMA.measured}
         except HarnessError as e:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from harness.experiments.gravity.conditions import BUILT_IN, Template, token_span
 from harness.experiments.gravity.schema import SCHEMA
-from harness.run import Manifest, RunPaths, fingerprint, new_run_id, now_text
+from harness.run import ManifestFile, RunPaths, fingerprint, new_run_id, now_text
 from harness.stats import NUM_BOOTSTRAPS
 from harness.store import Row, Store
 from harness.text.prompts import Prompt, read_prompts, take
@@ -101,7 +101,7 @@ def write(root: Path, shape: Shape, now: datetime | None = None) -> RunPaths:
     paths = RunPaths(root / new_run_id(shape.model.rsplit("/", 1)[-1], digest, now or datetime.now(UTC)))
     paths.folder.mkdir(parents=True)
     prompts = _prompts(shape)
-    manifest = Manifest.create(paths, _manifest(shape, prompts, digest))
+    manifest = ManifestFile.create(paths, _manifest(shape, prompts, digest))
     with Store(paths.results, SCHEMA) as store:
         fill(store, shape, prompts)
         store.publish(paths.live)

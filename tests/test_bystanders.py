@@ -19,7 +19,7 @@ from harness.commands.findings import Check
 from harness.errors import RunError
 from harness.experiments.gravity.schema import SCHEMA
 from harness.files import sweep
-from harness.run import Manifest, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
+from harness.run import ManifestFile, RunPaths, choosing, is_held, list_runs, locked, new_run, read_manifest
 from harness.store import Reader, Store, open_copy, reader, seal, snapshot
 from tests import gravity
 from tests.cases import some_of
@@ -244,12 +244,12 @@ def test_a_new_run_appears_with_manifest_store_and_snapshot_and_two_of_one_secon
 
     def lay(paths: RunPaths, run_id: str) -> None:
         assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == seen
-        Manifest.create(paths, {"fingerprint": "0"}, run_id)
+        ManifestFile.create(paths, {"fingerprint": "0"}, run_id)
 
     for name in ("r", "r-2", "r-3"):
         with new_run(tmp_path, "r", lay) as paths:
             assert paths.run_id == name
-            assert read_manifest(paths)["run_id"] == name
+            assert read_manifest(paths).run_id == name
             assert is_held(paths)
         seen = sorted([*seen, name])
         assert not is_held(paths)
@@ -280,7 +280,7 @@ def test_two_starts_at_once_make_one_run(made: Path, tmp_path: Path) -> None:
     ]
     ended = [(p.communicate(timeout=500), p.returncode) for p in started]
     assert len(list_runs(tmp_path)) == 1, ended
-    assert read_manifest(RunPaths(only_run(tmp_path)))["status"] == "finished"
+    assert read_manifest(RunPaths(only_run(tmp_path))).status == "finished"
     codes = sorted(code for _, code in ended)
     assert codes[0] == 0
     assert set(codes) <= {0, 2}, ended  # 0 too: one that came when it was finished
@@ -318,7 +318,7 @@ def test_a_run_whose_output_is_closed_ends_as_it_ended(made: Path, tmp_path: Pat
     told = shell(line, made, tmp_path)
     assert told.returncode == 0, told
     run = only_run(tmp_path)
-    assert read_manifest(RunPaths(run))["status"] == "finished"
+    assert read_manifest(RunPaths(run)).status == "finished"
     assert "Traceback" not in told.stdout + told.stderr
     headline = "Results are in" if where != "log" else "results could not be printed"
     found = {"stderr": told.stderr, "stdout": told.stdout, "log": told.stderr}.get(where)
@@ -364,7 +364,7 @@ def test_a_terminal_that_closes_stops_a_run_as_a_signal_does(made: Path, tmp_pat
         run.send_signal(signal.SIGHUP)
         said = run.stderr.read()
     assert run.returncode == 3, said
-    assert read_manifest(RunPaths(only_run(tmp_path)))["status"] == "interrupted"
+    assert read_manifest(RunPaths(only_run(tmp_path))).status == "interrupted"
 
 
 def _resolved(folder: Path):

@@ -24,7 +24,7 @@ from harness.engine import Engine, Limits, StageReport
 from harness.engine.executors import Host, Inline, Item, ItemResult
 from harness.engine.stop import StopSignal
 from harness.experiments.gravity.schema import SCHEMA
-from harness.run import Manifest, RunPaths, locked, read_manifest
+from harness.run import ManifestFile, RunPaths, locked, read_manifest
 from harness.store import Batch, BatchResult, Reader, Row, Schema, Store
 from tests.fakes import Watcher, measured, plan_of, score
 
@@ -144,11 +144,11 @@ def live_once(folder: Path, open_store: Callable[[Path, Schema], Store]) -> None
         stack.enter_context(locked(paths))
         store = stack.enter_context(open_store(paths.results, SCHEMA))
         if paths.manifest.exists():
-            manifest = Manifest.reopen(paths)
+            manifest = ManifestFile.reopen(paths)
             store.event("info", "resume", "continued")
             manifest.update(status="running")
         else:
-            manifest = Manifest.create(paths, {"fingerprint": "0" * 64})
+            manifest = ManifestFile.create(paths, {"fingerprint": "0" * 64})
 
         def after_stage(report: StageReport) -> None:
             reports[report.name] = asdict(report)

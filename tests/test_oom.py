@@ -30,7 +30,7 @@ def run(root: Path, **flags: str) -> dict[str, list[dict[str, Any]]]:
         rows = {t: reader.query(f"SELECT {c} FROM {t} ORDER BY ALL") for t, c in MEASURED.items()}
         rows["splits"] = reader.query("SELECT stage, count(*) AS n FROM batches WHERE status = 'split' GROUP BY stage")
         rows["events"] = reader.query("SELECT * FROM events WHERE kind IN ('oom_split', 'ceiling_split')")
-    rows["stages"] = [read_manifest(paths)["stages"]]
+    rows["stages"] = [dict(read_manifest(paths).part("stages"))]
     return rows
 
 

@@ -23,6 +23,7 @@ from harness.errors import Stopped
 from harness.experiments.gravity.schema import SCHEMA
 from harness.log import ConsoleProgress
 from harness.run import RunPaths
+from harness.run.manifest import RecordedEstimate
 from harness.store import Store
 from tests.fakes import Fake, Memory, Watcher, measured, plan_of, rows_of, run_stages, same_lengths, score, scored
 
@@ -441,7 +442,7 @@ def test_what_one_prompt_says_is_short_is_tried_on_no_more() -> None:
 
 def test_an_estimate_comes_back_from_a_manifest() -> None:
     whole, _, _ = estimated()
-    again = Estimate.recorded(whole.record())
+    again = Estimate.recorded(RecordedEstimate.model_validate(whole.record(), strict=True))
     assert again.record() == whole.record()
     assert again.seconds == pytest.approx(whole.seconds, rel=0.01)
 

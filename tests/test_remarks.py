@@ -14,7 +14,9 @@ from harness.experiments import remarks as shared
 from harness.experiments.gravity import remarks
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.remarks import Remark, lines, of_certificate
+from harness.run import Manifest
 from harness.store import Reader, Row, Store
+from tests.commands import saying
 from tests.fakes import older_store
 from tests.gravity import EXPERIMENT, FIELDS
 
@@ -28,12 +30,12 @@ def said_of(tmp_path: Path) -> Callable[..., list[Remark]]:
 
     def say(tables: dict[str, list[Row]], manifest: dict[str, Any] | None = None) -> list[Remark]:
         with reading(tmp_path, tables) as reader:
-            return remarks_of(reader, manifest or {})
+            return remarks_of(reader, saying(manifest))
 
     return say
 
 
-def remarks_of(reader: Reader, manifest: dict[str, Any]) -> list[Remark]:
+def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """The experiment's, and those of every certificate, as terminal, report and app join them."""
     return [*EXPERIMENT.remarks(reader, manifest), *of_certificate(reader, manifest)]
 
@@ -292,15 +294,15 @@ def test_a_measurement_that_the_certificate_left_out_whole_is_named(said_of, wit
 # -- any run
 
 
-def test_a_run_of_the_first_schema_and_a_strange_manifest_are_no_failure(tmp_path: Path) -> None:
+def test_a_run_of_the_first_schema_and_a_manifest_that_says_nothing_are_no_failure(tmp_path: Path) -> None:
     older_store(tmp_path / "live.duckdb", 1)
     with duckdb.connect(str(tmp_path / "live.duckdb")) as con:
         con.execute("INSERT INTO completions (prompt_id, condition, mode, sample_id) "
                     "SELECT 'p' || n, 'baseline', 'greedy', 0 FROM range(6) t(n)")  # fmt: skip
         con.execute("INSERT INTO psem (prompt_id, condition) VALUES ('p', 'baseline')")
-    for manifest in ({}, {"settings": [], "model": "x"}, {"settings": {"gravity.chat": 3}}):
+    for told in ({}, {"settings": None, "model": None}, {"settings": {"gravity.chat": {"value": 3}}, "model": {}}):
         with Reader(tmp_path / "live.duckdb", SCHEMA) as reader:
-            assert kinds(remarks_of(reader, manifest)) == [("empty", "baseline", 6, 6)]
+            assert kinds(remarks_of(reader, saying(told))) == [("empty", "baseline", 6, 6)]
 
 
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong_or_nothing_was_measured(said_of) -> None:

@@ -9,7 +9,7 @@ import pytest
 from harness.commands import reproduce
 from harness.commands.replay import settings_of
 from harness.models.fetch import FETCHABLE
-from harness.run.differences import setting
+from harness.run import setting
 from harness.text.prompts import read_prompts
 from tests.commands import DATA
 
@@ -25,19 +25,19 @@ def test_there_are_results() -> None:
 def test_a_published_manifest_needs_nothing_of_the_machine_it_was_made_on(path: Path, tmp_path: Path) -> None:
     manifest, original = reproduce.find(tmp_path, str(path))
     assert original is None
-    assert manifest["status"] == "finished"
-    assert manifest["num_failed"] == 0
-    assert all(v["ok"] for v in manifest["sanity"])
-    assert not manifest["code"]["git_dirty"]
+    assert manifest.status == "finished"
+    assert manifest.num_failed == 0
+    assert all(v.ok for v in manifest.sanity)
+    assert not manifest.code.git_dirty
     values = settings_of(manifest, tmp_path)  # this user has given no path: recorded ones are not among them
     name = setting(manifest, "model.name")
     assert values["model.name"] == name
-    assert manifest["model"]["weights_sha256"] == FETCHABLE[str(name)].file_sha256
+    assert manifest.model.weights_sha256 == FETCHABLE[str(name)].file_sha256
     assert values["data.prompts"] == "bundled"
     hashes = {p.prompt_id: p.row_hash for p in read_prompts(DATA / "prompts" / "gravity.jsonl").prompts}
-    recorded = manifest["prompts"]["row_hashes"]
+    recorded = manifest.prompts.row_hashes
     assert recorded.items() <= hashes.items()
-    assert len(recorded) == manifest["prompts"]["used"]
+    assert len(recorded) == manifest.prompts.used
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.parent.name)

@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 from harness.errors import RunError
 from harness.files import replacing
 from harness.run import (
-    Manifest,
+    ManifestFile,
     RunPaths,
     find_run,
     fingerprint,
     list_runs,
     locked,
+    manifest_file,
     new_run_id,
     read_manifest,
     state,
 )
-from harness.run import manifest as manifest_file
 from harness.run.differences import ABSENT, Difference, differences
+from tests.commands import saying
 
 ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -143,7 +144,7 @@ def test_what_comes_back_from_a_manifest_does_not_differ_from_what_went_in() -> 
 
 def make_run(root: Path, name: str, **content: Any) -> RunPaths:
     paths = RunPaths(root / name)
-    Manifest.create(paths, {"fingerprint": "f" * 64, **content})
+    ManifestFile.create(paths, {"fingerprint": "f" * 64, **content})
     return paths
 
 
@@ -241,38 +242,38 @@ def test_replacing_puts_the_whole_file_in_place_or_leaves_everything_as_it_was(t
 
 def test_two_threads_replacing_one_file_do_not_mix(tmp_path: Path) -> None:
     """The heartbeat and the stages write one manifest: whichever is last, the file is one of the two, whole."""
-    manifest = Manifest.create(RunPaths(tmp_path / "r"), {"fingerprint": "f"})
+    manifest = ManifestFile.create(RunPaths(tmp_path / "r"), {"fingerprint": "f"})
 
     def write(name: str) -> None:
         for i in range(40):
-            manifest.update(**{name: i, "padding": name * 2_000})
+            manifest.update(**{name: i + 1, "reason": name * 2_000})
 
-    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b")]
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("threads", "num_failed")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     stored = read_manifest(manifest.paths)
-    assert (stored["a"], stored["b"]) == (39, 39)
+    assert (stored.threads, stored.num_failed) == (40, 40)
 
 
 def test_a_manifest_is_read_whole_while_it_is_being_written(tmp_path: Path) -> None:
-    manifest = Manifest.create(RunPaths(tmp_path / "r"), {"fingerprint": "f", "n": 0, "copy": 0})
+    manifest = ManifestFile.create(RunPaths(tmp_path / "r"), {"fingerprint": "f", "num_failed": 0, "seconds": 0})
     stop, seen, torn = threading.Event(), set(), []
 
     def read(path: Path) -> None:
         while not stop.is_set():
             try:
                 content = json.loads(path.read_text("utf-8"))
-                seen.add(content["n"])
-                torn.extend([content] if content["n"] != content["copy"] else [])
+                seen.add(content["num_failed"])
+                torn.extend([content] if content["num_failed"] != content["seconds"] else [])
             except ValueError as e:
                 torn.append(e)
 
     reader = threading.Thread(target=read, args=(manifest.paths.manifest,))
     reader.start()
     for n in range(150):
-        manifest.update(n=n, padding="x" * 20_000, copy=n)
+        manifest.update(num_failed=n, reason="x" * 20_000, seconds=n)
     stop.set()
     reader.join()
     assert torn == []
@@ -280,16 +281,16 @@ def test_a_manifest_is_read_whole_while_it_is_being_written(tmp_path: Path) -> N
 
     # Control: written in place, the same reader meets half a manifest.
     plain = tmp_path / "plain.json"
-    plain.write_text(json.dumps({"n": 0, "copy": 0}))
+    plain.write_text(json.dumps({"num_failed": 0, "seconds": 0}))
     stop.clear()
     reader = threading.Thread(target=read, args=(plain,))
     reader.start()
     deadline = time.perf_counter() + 100
     while not torn and time.perf_counter() < deadline:
         with plain.open("w") as file:
-            file.write('{"n": 1, "padding": "')
+            file.write('{"num_failed": 1, "reason": "')
             file.flush()
-            file.write("x" * 20_000 + '", "copy": 1}')
+            file.write("x" * 20_000 + '", "seconds": 1}')
     stop.set()
     reader.join()
     assert torn
@@ -300,17 +301,14 @@ def test_a_manifest_is_read_whole_while_it_is_being_written(tmp_path: Path) -> N
 
 def test_a_manifest_keeps_what_it_was_given_and_says_what_changed(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "20260101-000000-demo-aaaaaaaa")
-    created = Manifest.create(paths, {"fingerprint": "f", "argv": ["run"], "text": "é \U0001f600", "path": Path("a")})
-    assert created["status"] == "running"
+    facts = {"text": "é \U0001f600", "path": Path("a")}
+    created = ManifestFile.create(paths, {"fingerprint": "f", "argv": ["run"]}, facts=facts)
+    assert created.now.status == "running"
     created.update(status="finished", seconds=1.5)
-    again = Manifest.reopen(paths)
-    assert (again["run_id"], again["text"], again["argv"], again["path"]) == (
-        paths.run_id,
-        "é \U0001f600",
-        ["run"],
-        "a",
-    )
-    assert (again["status"], again["seconds"], again.get("nothing", 7)) == ("finished", 1.5, 7)
+    again = ManifestFile.reopen(paths).now
+    assert again == created.now
+    assert (again.run_id, again.argv, again.status, again.seconds) == (paths.run_id, ["run"], "finished", 1.5)
+    assert (again.tree["text"], again.tree["path"]) == ("é \U0001f600", "a")
     assert state(read_manifest(paths)) == "finished"
 
 
@@ -320,17 +318,17 @@ def test_a_heartbeat_moves_while_the_run_lives_and_stops_with_it(
     monkeypatch.setattr(manifest_file, "HEARTBEAT_S", 0.02)
     ticks = iter(range(10**6))
     monkeypatch.setattr(manifest_file, "now_text", lambda: (NOW + timedelta(seconds=next(ticks))).isoformat())
-    manifest = Manifest.create(RunPaths(tmp_path / "r"), {"fingerprint": "f"})
+    manifest = ManifestFile.create(RunPaths(tmp_path / "r"), {"fingerprint": "f"})
     seen = set()
     with manifest.beating():
         deadline = time.perf_counter() + 100
         while len(seen) < 4 and time.perf_counter() < deadline:
-            seen.add(read_manifest(manifest.paths)["heartbeat"])
+            seen.add(read_manifest(manifest.paths).heartbeat)
             time.sleep(0.01)
     assert len(seen) == 4
-    last = read_manifest(manifest.paths)["heartbeat"]
+    last = read_manifest(manifest.paths).heartbeat
     time.sleep(0.1)
-    assert read_manifest(manifest.paths)["heartbeat"] == last
+    assert read_manifest(manifest.paths).heartbeat == last
     assert [t.name for t in threading.enumerate() if t.name == "heartbeat"] == []
 
 
@@ -339,16 +337,16 @@ def test_a_heartbeat_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     monkeypatch.setattr(manifest_file, "HEARTBEAT_S", 0.01)
     paths = RunPaths(tmp_path / "r")
-    manifest = Manifest.create(paths, {"fingerprint": "f"})
+    manifest = ManifestFile.create(paths, {"fingerprint": "f"})
     with manifest.beating():
         paths.folder.rename(tmp_path / "away")  # as a network disk does
         time.sleep(0.1)
         (tmp_path / "away").rename(paths.folder)
-        before = read_manifest(paths)["heartbeat"]
+        before = read_manifest(paths).heartbeat
         deadline = time.perf_counter() + 100
-        while read_manifest(paths)["heartbeat"] == before and time.perf_counter() < deadline:
+        while read_manifest(paths).heartbeat == before and time.perf_counter() < deadline:
             time.sleep(0.05)
-    assert read_manifest(paths)["heartbeat"] > before
+    assert str(read_manifest(paths).heartbeat) > str(before)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +364,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_end_the_run(
     ],
 )
 def test_a_run_whose_heartbeat_is_stale_reads_as_stopped(manifest: dict[str, str], shown: str) -> None:
-    assert state(manifest, NOW) == shown
+    assert state(saying(manifest), NOW) == shown
 
 
 # -- the lock

@@ -21,6 +21,7 @@ from harness.commands import launch, show
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES, bin_of
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import summarise
+from harness.run import Manifest
 from harness.stats import (
     Estimate,
     Intervals,
@@ -40,6 +41,7 @@ from harness.stats import (
     welch,
 )
 from harness.store import Batch, BatchResult, Failure, Reader, Row, Store
+from tests.commands import saying
 from tests.gravity import EXPERIMENT
 
 patient = settings(deadline=None)  # a busy machine is no failure
@@ -548,7 +550,7 @@ def measured() -> dict[str, list[Row]]:
 
 def test_a_summary_says_what_numpy_says_of_the_same_rows(reader_of) -> None:
     with reader_of(measured()) as reader:
-        result = summarise(reader, {})
+        result = summarise(reader, saying())
     baseline, negative = result.conditions
     assert (baseline.condition, negative.condition) == ("baseline", "negative")
     assert (baseline.num_prompts, negative.num_prompts) == (6, 7)
@@ -577,7 +579,7 @@ def test_a_summary_gives_the_numbers_that_the_analysis_stored_and_no_second_ones
         for (a, m, g), n in stored.items()
     ]  # fmt: skip
     with reader_of(rows) as reader:
-        (_, negative) = summarise(reader, {}).conditions
+        (_, negative) = summarise(reader, saying()).conditions
     assert negative.sample_rate == Estimate(0.5, 0.25, 0.75, 7, 0.1)
     assert negative.by_bin[4] == Estimate(0.5, 0.25, 0.75, 2, 0.1)
     assert negative.by_bin[0] is not None
@@ -596,7 +598,7 @@ def test_before_the_analysis_a_summary_resamples_with_the_runs_seed(reader_of, s
          "grouping": "all", "patch": "", "layer": -1, "head": -1, "value": 0.5, "n": 3}
     ]  # fmt: skip
     with reader_of(rows) as reader:
-        (_, negative) = summarise(reader, {"settings": {"runtime.seed": {"value": seed}}}).conditions
+        (_, negative) = summarise(reader, saying({"settings": {"runtime.seed": {"value": seed}}})).conditions
     rates = [VIOLATIONS[p] / 4 for p in sorted(VIOLATIONS)]
     assert negative.sample_rate == mean_interval(rates, seed)
     assert negative.sample_rate != mean_interval(rates, seed + 1)
@@ -604,7 +606,7 @@ def test_before_the_analysis_a_summary_resamples_with_the_runs_seed(reader_of, s
 
 def test_what_has_not_been_measured_is_none_and_no_condition_is_made_up(reader_of) -> None:
     with reader_of({"psem": measured()["psem"]}) as reader:
-        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
+        result, text = summarise(reader, saying()), shown(reader, saying())
     for one in result.conditions:
         assert (one.greedy_rate, one.sample_rate, one.format_rate, one.fit) == (None, None, None, None)
         assert one.by_bin == (None,) * 5
@@ -613,7 +615,7 @@ def test_what_has_not_been_measured_is_none_and_no_condition_is_made_up(reader_o
 
 def test_an_empty_run_has_an_empty_summary_that_can_be_shown(reader_of) -> None:
     with reader_of({}) as reader:
-        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
+        result, text = summarise(reader, saying()), shown(reader, saying())
     assert (result.conditions, result.bin_counts) == ((), (0,) * 5)
     assert "Run r" in text
 
@@ -624,9 +626,9 @@ def test_a_shown_summary_keeps_its_brackets_and_says_when_answers_were_planted(r
     for row in rows["psem"] + rows["detections"]:
         row["condition"] = row["condition"].replace("negative", "ban[/b]")
     with reader_of(rows, num_failed=3) as reader:
-        result = summarise(reader, {})
-        text = shown(reader, {"run_id": "r", "planted": True})
-        unplanted = shown(reader, {"run_id": "r"})
+        result = summarise(reader, saying())
+        text = shown(reader, saying({"planted": True}))
+        unplanted = shown(reader, saying())
     for name in BIN_NAMES:
         assert name in text
     rate = result.conditions[0].sample_rate
@@ -645,7 +647,7 @@ def test_the_fitted_line_is_shown_with_its_intervals(reader_of) -> None:
             for i, p in enumerate(p0.tolist()) for c in ("baseline", "negative")]  # fmt: skip
     found = [detection(f"p{i}", "negative", "sample", s, s < k) for i, k in enumerate(violations) for s in range(4)]
     with reader_of({"psem": psem, "detections": found}) as reader:
-        result, text = summarise(reader, {}), shown(reader, {"run_id": "r"})
+        result, text = summarise(reader, saying()), shown(reader, saying())
     fit = result.conditions[1].fit
     assert isinstance(fit, LogisticFit)
     assert fit.slope_interval[0] < SLOPE < fit.slope_interval[1]
@@ -663,13 +665,13 @@ def test_a_shown_summary_says_what_to_know_of_the_run(reader_of) -> None:
         ]
     }  # fmt: skip
     with reader_of(rows) as reader:
-        text = shown(reader, {"run_id": "r", "model": {"chat_template_sha256": "ab"}})
+        text = shown(reader, saying({"model": {"chat_template_sha256": "ab"}}))
     assert "Note: Under ban[/b], 6 of 6 greedy answers (100 %) are empty. Try `--gravity.chat true`" in text
 
 
 def test_a_sound_run_has_no_note(reader_of) -> None:
     with reader_of(measured()) as reader:
-        assert "Note" not in shown(reader, {"run_id": "r"})
+        assert "Note" not in shown(reader, saying())
 
 
 def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
@@ -680,7 +682,7 @@ def test_the_next_steps_name_the_run_and_where_it_is(tmp_path: Path) -> None:
     assert "`harness run another --model" in launch._next_steps("another", "20260101-demo", tmp_path)
 
 
-def shown(reader: Reader, manifest: dict[str, Any]) -> str:
+def shown(reader: Reader, manifest: Manifest) -> str:
     """What `harness show` and the end of a run print of the results."""
     file = io.StringIO()
     console = Console(markup=False, file=file, width=300)

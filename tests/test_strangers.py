@@ -151,7 +151,7 @@ def test_a_run_made_by_this_user_is_measured_again_without_naming_its_paths_and_
     assert "ok   again psem" not in told.out
     assert "say where it is with --model PATH" in told.out
     manifest = read_manifest(RunPaths(run))
-    paths = {name: manifest["settings"][name]["value"] for name in ("model.name", "data.prompts")}
+    paths = {name: manifest.settings[name].value for name in ("model.name", "data.prompts")}
     told = again("verify", run, "--model", paths["model.name"], "--prompts", paths["data.prompts"])
     assert "ok   again psem" in told.out
 

@@ -147,5 +147,5 @@ def test_the_planted_effects_are_there(reader: Reader) -> None:
 def test_the_command_prints_the_folder_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synthetic.main(["--prompts", "4", "--layers", "1", "--heads", "1", "--samples", "2", "--to", str(tmp_path)])
     folder = Path(capsys.readouterr().out.strip())
-    assert read_manifest(RunPaths(folder))["prompts"]["used"] == 4
-    assert datetime.fromisoformat(read_manifest(RunPaths(folder))["created"]).tzinfo == UTC
+    assert read_manifest(RunPaths(folder)).prompts.used == 4
+    assert datetime.fromisoformat(str(read_manifest(RunPaths(folder)).created)).tzinfo == UTC

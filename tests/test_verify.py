@@ -82,7 +82,7 @@ def sealed_anew(run: Path) -> None:
     with Store(paths.results, SCHEMA) as store:
         store.publish(paths.live)
         tables = store.seal(paths.row_digests)
-    now = read_manifest(paths)
+    now = dict(read_manifest(paths).tree)
     now["tables"] = {name: table.rows for name, table in tables.items()}
     now["table_sha256"] = {name: tables[name].sha256 for name in now["table_sha256"]}
     paths.manifest.write_text(json.dumps(now), "utf-8")

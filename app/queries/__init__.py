@@ -17,7 +17,7 @@ from app import experiments
 from harness.errors import HarnessError
 from harness.experiments.registry import resolve
 from harness.experiments.remarks import Remark
-from harness.run import RunEntry, RunPaths, list_runs, read_manifest
+from harness.run import Manifest, RunEntry, RunPaths, list_runs, read_manifest
 from harness.store import Reader, Schema
 
 
@@ -126,13 +126,15 @@ def _tables(live: str, published: float) -> frozenset[str]:
 
 def remarks(entry: RunEntry) -> list[Remark]:
     """What a run should say of itself; nothing where it has no snapshot that can be read."""
+    if entry.manifest is None:
+        return []
     try:
-        return _remarks(str(entry.paths.live), published(entry.paths), entry.manifest or {})
+        return _remarks(str(entry.paths.live), published(entry.paths), entry.manifest)
     except HarnessError:
         return []
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _remarks(live: str, published: float, _manifest: dict[str, Any]) -> list[Remark]:
+def _remarks(live: str, published: float, _manifest: Manifest) -> list[Remark]:
     with open_reader(Path(live)) as reader:
         return experiments.remarks_of(reader, _manifest)

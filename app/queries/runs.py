@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from app import experiments, queries
-from harness.run import RunEntry, RunPaths, differences, read_manifest
+from harness.run import Manifest, RunEntry, RunPaths, differences, read_manifest
 
 LIST_COLUMNS = (
     "run", "status", "experiment", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages",
@@ -32,20 +32,18 @@ def table(entries: Sequence[RunEntry]) -> pd.DataFrame:
 
 
 def _row(entry: RunEntry) -> dict[str, Any]:
-    manifest = entry.manifest or {}
-    try:
-        facts = entry.facts()
-        warnings = manifest.get("warnings")
-        return facts | {
-            "fingerprint": str(manifest.get("fingerprint") or "")[:8],
-            "warnings": None if warnings is None else sum(warnings.values()),
-            "sanity": verdict(manifest) if manifest else "",
-            "stages": _stages_done(manifest) if manifest else "",
-            "experiment": experiments.of_run(manifest) if manifest else "",
-            "reason": facts["reason"] or (manifest and experiments.problem(experiments.of_run(manifest))) or "",
-        }
-    except (AttributeError, TypeError, KeyError) as e:  # written by something else, or by hand
-        return {"run": entry.paths.run_id, "status": "broken", "reason": f"its manifest is not as expected: {e}"}
+    facts, manifest = entry.facts(), entry.manifest
+    if manifest is None:
+        return facts | dict.fromkeys(("fingerprint", "sanity", "stages", "experiment"), "")
+    experiment = experiments.of_run(manifest)
+    return facts | {
+        "fingerprint": manifest.fingerprint[:8],
+        "warnings": sum(manifest.warnings.values()) if manifest.says("warnings") else None,
+        "sanity": verdict(manifest),
+        "stages": _stages_done(manifest),
+        "experiment": experiment,
+        "reason": facts["reason"] or experiments.problem(experiment) or "",
+    }
 
 
 def unreadable(table: pd.DataFrame) -> pd.DataFrame:
@@ -58,18 +56,17 @@ def as_it_stands(entry: RunEntry) -> RunEntry:
     return entry._replace(manifest=read_manifest(entry.paths))
 
 
-def _stages_done(manifest: Mapping[str, Any]) -> str:
-    done, planned = len(manifest.get("stages") or {}), len(planned_stages(manifest))
+def _stages_done(manifest: Manifest) -> str:
+    done, planned = len(manifest.stages), len(planned_stages(manifest))
     return f"{done} of {planned}" if planned else str(done)
 
 
-def verdict(manifest: Mapping[str, Any]) -> str:
+def verdict(manifest: Manifest) -> str:
     """What the certificate says: `agrees`, `DISAGREES on …`, `not measured: …`, or `not checked`."""
-    certificate = manifest.get("sanity") or []
-    if not certificate:
+    if not manifest.sanity:
         return "not checked"
-    apart = [str(v["measurement"]) for v in certificate if v["ok"] is False]
-    missing = [str(v["measurement"]) for v in certificate if v["ok"] is None]
+    apart = [v.measurement for v in manifest.sanity if v.ok is False]
+    missing = [v.measurement for v in manifest.sanity if v.ok is None]
     if apart:
         return f"DISAGREES on {', '.join(apart)}"
     return f"not measured: {', '.join(missing)}" if missing else "agrees"
@@ -118,12 +115,9 @@ def _progress(rows: pd.DataFrame, planned: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def planned_stages(manifest: Mapping[str, Any]) -> list[str]:
+def planned_stages(manifest: Manifest) -> list[str]:
     """Names of the stages of a run, in order, as its fingerprint has them; none where it does not say."""
-    stages = _mapping(manifest.get("fingerprint_parts")).get("stages")
-    return (
-        [str(s["name"]) for s in stages if isinstance(s, Mapping) and "name" in s] if isinstance(stages, list) else []
-    )
+    return [stage.name for stage in manifest.fingerprint_parts.stages]
 
 
 def told_progress(stages: pd.DataFrame) -> str:
@@ -187,20 +181,16 @@ def certificate(paths: RunPaths) -> pd.DataFrame:
     )
 
 
-def settings(manifest: Mapping[str, Any]) -> pd.DataFrame:
+def settings(manifest: Manifest) -> pd.DataFrame:
     """setting, value, source of every setting, those that were not left at their default first."""
     rows = [
-        {
-            "setting": name,
-            "value": _told(_mapping(given).get("value")),
-            "source": str(_mapping(given).get("source", "")),
-        }
-        for name, given in _mapping(manifest.get("settings")).items()
+        {"setting": name, "value": _told(given.value), "source": given.source or ""}
+        for name, given in manifest.settings.items()
     ]
     return pd.DataFrame(sorted(rows, key=lambda r: r["source"] == "default"), columns=["setting", "value", "source"])
 
 
-def leaves(tree: Any, names: Sequence[str] = ()) -> pd.DataFrame:
+def leaves(tree: Mapping[str, Any], names: Sequence[str] = ()) -> pd.DataFrame:
     """key (dotted) and value of every leaf; those whose key is in `names` first, in that order."""
     found = [(key, _told(value)) for key, value in _leaves(tree).items()]
     order = {name: n for n, name in enumerate(names)}
@@ -214,42 +204,41 @@ _STAGE_COLUMNS = {
 }  # fmt: skip
 
 
-def stages(manifest: Mapping[str, Any]) -> pd.DataFrame:
+def stages(manifest: Manifest) -> pd.DataFrame:
     """stage, status, items, failed, rows, batches, splits, tokens, of_contexts, padding, seconds, tokens_per_s, peak_mb of
     every stage that ended, as the manifest has them; a column is empty where an older harness did not write it.
     """
     rows = []
-    for name, told in _mapping(manifest.get("stages")).items():
-        report = _mapping(told)
-        peak = report.get("peak_bytes")
-        found = {column: report.get(key) for column, key in _STAGE_COLUMNS.items()}
-        rows.append({"stage": name, **found, "peak_mb": peak / 1e6 if peak else None})
+    for name, stage in manifest.stages.items():
+        found = {column: getattr(stage, key) for column, key in _STAGE_COLUMNS.items()}
+        rows.append({"stage": name, **found, "peak_mb": stage.peak_bytes / 1e6 if stage.peak_bytes else None})
     return pd.DataFrame(rows, columns=["stage", *_STAGE_COLUMNS, "peak_mb"])
 
 
 # -- two runs
 
 
-def manifest_differences(this: Mapping[str, Any], other: Mapping[str, Any]) -> pd.DataFrame:
+def manifest_differences(this: Manifest, other: Manifest) -> pd.DataFrame:
     """part, key, this, other of every leaf on which two manifests differ: what decides results first (`identity`), then
     settings, code, packages, numerics, machine."""
-    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in differences.manifest_differences(this, other)]
+    found = differences.manifest_differences(this.tree, other.tree)
+    rows = [(part, d.key, _told(d.old), _told(d.new)) for part, d in found]
     return pd.DataFrame(rows, columns=["part", "key", "this", "other"])
 
 
-def shared_prompts(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[int, int, int] | None:
+def shared_prompts(this: Manifest, other: Manifest) -> tuple[int, int, int] | None:
     """How many prompts both runs used, and how many only this or only the other; None where one does not say."""
-    found = [_mapping(_mapping(m.get("prompts")).get("row_hashes")) for m in (this, other)]
+    found = [m.prompts.row_hashes for m in (this, other)]
     if not all(found):
         return None
     a, b = (set(hashes.items()) for hashes in found)
     return len(a & b), len(a - b), len(b - a)
 
 
-def equal_tables(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+def equal_tables(this: Manifest, other: Manifest) -> tuple[list[str], list[str]] | None:
     """Names of the measured tables that are the same in both runs, bit for bit, and of those that are not; None where one
     does not say: it is not finished, or was made by an older harness."""
-    found = [_mapping(m.get("table_sha256")) for m in (this, other)]
+    found = [m.table_sha256 for m in (this, other)]
     if not all(found):
         return None
     names = sorted(found[0].keys() | found[1].keys())
@@ -257,12 +246,8 @@ def equal_tables(this: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[lis
     return same, [name for name in names if name not in same]
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    return {d.key: d.new for d in differences.differences({}, _mapping(tree)) if d.key}
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {d.key: d.new for d in differences.differences({}, tree) if d.key}
 
 
 def _told(value: Any) -> str:

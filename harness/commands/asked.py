@@ -9,16 +9,15 @@ the question is asked in full.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from harness import environment
 from harness.commands import given
 from harness.experiments import registry
 from harness.experiments.experiment import Experiment
 from harness.models.fetch import FETCHABLE
-from harness.run import RunPaths, list_runs
+from harness.run import Manifest, RunPaths, list_runs
 from harness.settings import DEMO_MODEL, Resolved
 
 _MOST_FILES = 2_000
@@ -52,10 +51,10 @@ def hash_of(resolved: Resolved, experiment: Experiment) -> str | None:
 
 def finished_run(root: Path, asked: str) -> RunPaths | None:
     """The newest run that was asked for so and is finished; None where one of the same fingerprint is still to be ended."""
-    manifests = [(e.paths, e.manifest) for e in list_runs(root) if e.manifest and not e.manifest.get("parent")]
+    manifests = [(e.paths, e.manifest) for e in list_runs(root) if e.manifest and not e.manifest.parent]
     for paths, manifest in manifests:
-        if manifest.get("asked_sha256") == asked and _is_finished(manifest):
-            same = [m for _, m in manifests if m.get("fingerprint") == manifest.get("fingerprint")]
+        if manifest.asked_sha256 == asked and _is_finished(manifest):
+            same = [m for _, m in manifests if m.fingerprint == manifest.fingerprint]
             return paths if all(map(_is_finished, same)) else None
     return None
 
@@ -70,8 +69,8 @@ def _is_here(name: object) -> bool:
     return is_kept or Path(str(name)).exists()
 
 
-def _is_finished(manifest: Mapping[str, Any]) -> bool:
-    return manifest.get("status") == "finished"
+def _is_finished(manifest: Manifest) -> bool:
+    return manifest.status == "finished"
 
 
 def _lying(path: Path, at_most: int) -> list[tuple[str, int, int]]:

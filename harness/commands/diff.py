@@ -3,9 +3,9 @@
 Reads snapshots only; runs no model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from rich.table import Table
 from harness import log
 from harness.commands.recognise import experiment_of
 from harness.experiments.experiment import Experiment, Headline
-from harness.run import RunPaths, read_manifest, state
+from harness.run import Manifest, RunPaths, read_manifest, state
 from harness.run.differences import manifest_differences, shortened
 from harness.store import Aligned, Reader, Schema
 from harness.store.snapshot import open_snapshot
@@ -72,13 +72,9 @@ def command(one: RunPaths, other: RunPaths, *, ends_in_1: bool) -> int:
     with open_snapshot(one, experiment.schema) as a, open_snapshot(other, experiment.schema) as b:
         drifts = compare_results(a, b)
         log.print_out(*render_headlines(experiment, (a, b), manifests), *render_results(drifts))
-    grows = experiment.schema.grows if _source(manifests[0]) != _source(manifests[1]) else ()
+    sources = {manifest.code.source_sha256 for manifest in manifests}
+    grows = experiment.schema.grows if len(sources) > 1 else ()
     return 1 if ends_in_1 and not all(d.is_equal or (d.table in grows and not d.columns) for d in drifts) else 0
-
-
-def _source(manifest: Mapping[str, Any]) -> str | None:
-    """The digest of the code that made a run."""
-    return (manifest.get("code") or {}).get("source_sha256")
 
 
 def compare_results(one: Reader, other: Reader) -> list[TableDrift]:
@@ -145,11 +141,11 @@ def verdict(drifts: Sequence[TableDrift], dtype: str, schema: Schema) -> Verdict
     return "rounding" if is_near else "apart"
 
 
-def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Table | str]:
+def render_manifests(one: Manifest, other: Manifest) -> Iterator[Table | str]:
     """What the runs were made of, where it differs."""
-    if one.get("fingerprint") == other.get("fingerprint"):
+    if one.fingerprint == other.fingerprint:
         yield "The fingerprints are equal: what decides results is the same."
-    changes = manifest_differences(one, other)
+    changes = manifest_differences(one.tree, other.tree)
     if not changes:
         yield "The manifests say the same of identity, settings, code, packages, numerics and machine."
         return
@@ -162,7 +158,7 @@ def render_manifests(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
 
 
 def render_headlines(
-    experiment: Experiment, readers: Sequence[Reader], manifests: Sequence[Mapping[str, Any]]
+    experiment: Experiment, readers: Sequence[Reader], manifests: Sequence[Manifest]
 ) -> Iterator[Table]:
     """What the experiment calls its headlines, side by side, where any of them differs."""
     a, b = (

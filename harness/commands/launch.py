@@ -32,7 +32,7 @@ from harness.experiments.weights import Models, slug_of, told_of
 from harness.files import replacing
 from harness.models import device, noise
 from harness.run import (
-    Manifest,
+    ManifestFile,
     RunPaths,
     choosing,
     find_run,
@@ -182,7 +182,7 @@ def start(
                 return Ended(found, show.print_finished(plan.experiment, found))
         warnings = log.to_file(paths.log)
         store = stack.enter_context(Store(paths.results, plan.experiment.schema))
-        manifest = Manifest.reopen(paths)
+        manifest = ManifestFile.reopen(paths)
         if found is not None:
             _go_on(plan, paths, store, manifest, here, argv)
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
@@ -199,7 +199,7 @@ def start(
 
 def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> None:
     """What a new run has from its first moment: its manifest, a store with what was refused, and a snapshot of it."""
-    Manifest.create(paths, content, run_id)
+    ManifestFile.create(paths, content, run_id, plan.prepared.facts)
     _write_diff(paths)
     with Store(paths.results, plan.experiment.schema) as store:
         for kind, message in plan.prepared.events:
@@ -208,11 +208,12 @@ def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> N
 
 
 def _go_on(
-    plan: Plan, paths: RunPaths, store: Store, manifest: Manifest, here: Mapping[str, Any], argv: list[str] | None
+    plan: Plan, paths: RunPaths, store: Store, manifest: ManifestFile, here: Mapping[str, Any], argv: list[str] | None
 ) -> None:
     store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
-    apart = [d._asdict() for d in bit_differences(manifest.with_changes(), manifest.with_changes(**here))]
-    resumed = [*(manifest.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
+    was, now = manifest.now.tree, manifest.with_changes(**here).tree
+    apart = [d._asdict() for d in bit_differences(was, now)]
+    resumed = [*(was.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
     ended = dict.fromkeys(seal.LAST_KEYS)
     manifest.update(
         asked_sha256=plan.asked_sha256, **ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed
@@ -221,20 +222,20 @@ def _go_on(
 
 
 def _execute(
-    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: Manifest, retry_failed: bool,
+    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: ManifestFile, retry_failed: bool,
     warnings: log.WarningCount,
 ) -> int:  # fmt: skip
     """Run the stages; leave a manifest that tells the truth however it ends."""
-    limits = replace(_limits(settings), sizes=manifest.get("recorded_sizes") or {})
+    limits = replace(_limits(settings), sizes=manifest.now.recorded_sizes)
     start = time.perf_counter()
-    reports: dict[str, Any] = dict(manifest.get("stages") or {})
+    reports: dict[str, Any] = dict(manifest.now.part("stages"))
 
     def after_stage(report: StageReport) -> None:
         reports[report.name] = asdict(report)
         manifest.update(stages=reports)
 
     def ended(status: str, **more: Any) -> dict[str, Any]:
-        seconds = round(float(manifest.get("seconds") or 0) + time.perf_counter() - start, 3)
+        seconds = round((manifest.now.seconds or 0.0) + time.perf_counter() - start, 3)
         counts = dict(warnings.counts)
         return {"status": status, "ended": now_text(), "seconds": seconds, "warnings": counts, **more}
 
@@ -243,7 +244,8 @@ def _execute(
         with stop.droppable(), stop.at_once():
             whole = _estimate_once(plan, settings, store, manifest, stop)
         chosen = plan.stages if whole is None else _within(plan.stages, _CERTIFICATE_SHARE * _others_s(whole))
-        forecast = Forecast(whole, {name: told["seconds"] for name, told in reports.items()})
+        known_s = {name: stage.seconds for name, stage in manifest.now.stages.items() if stage.seconds is not None}
+        forecast = Forecast(whole, known_s)
         rates = {n: s.seconds / s.length for n, s in whole.stages.items() if s.length} if whole else {}
         with log.ConsoleProgress(forecast) as progress:
             engine = Engine(store, paths, _executor(plan, settings), replace(limits, rates=rates), progress, stop)
@@ -294,7 +296,7 @@ def _execute(
         table_sha256={name: tables[name].sha256 for name in plan.experiment.schema.measured},
         sanity=certificate,
     )
-    seal.write(paths, plan.experiment.schema, tables, manifest.with_changes(**last))
+    seal.write(paths, plan.experiment.schema, tables, manifest.with_changes(**last).tree)
     manifest.update(**last)
     return 1 if failed or not agrees(certificate) else 0
 
@@ -318,10 +320,10 @@ def _within(stages: Sequence[AnyStage], seconds: float) -> tuple[AnyStage, ...]:
 
 
 def _estimate_once(
-    plan: Plan, settings: Settings, store: Store, manifest: Manifest, stop: StopSignal
+    plan: Plan, settings: Settings, store: Store, manifest: ManifestFile, stop: StopSignal
 ) -> Estimate | None:
     """The run's estimate: made before its first batch, kept in its manifest. None where the run is too small for one."""
-    if (known := manifest.get("estimate")) is not None:
+    if (known := manifest.now.estimate) is not None:
         return Estimate.recorded(known)
     if store.stage_rows() or not _is_long(plan):
         return None
@@ -388,14 +390,14 @@ def _find_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> Run
     if resume not in ("auto", "new"):
         paths = find_run(root, resume)
         manifest = read_manifest(paths)
-        if manifest["fingerprint"] != plan.fingerprint:
-            changes = differences(manifest.get("fingerprint_parts") or {}, plan.parts)
+        if manifest.fingerprint != plan.fingerprint:
+            changes = differences(manifest.part("fingerprint_parts"), plan.parts)
             told = (
                 "; ".join(f"{c.key}: was {shortened(c.old)}, now {shortened(c.new)}" for c in changes) or "its format"
             )
             raise RunError(
                 f"run {paths.run_id} cannot be continued with other settings: {told}; it was started by "
-                f"`{' '.join(manifest.get('argv') or [])}`; use its settings, or --resume new"
+                f"`{' '.join(manifest.argv)}`; use its settings, or --resume new"
             )
         return paths
     if resume == "new":
@@ -404,16 +406,16 @@ def _find_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> Run
     same = [
         e
         for e in list_runs(root)
-        if e.manifest and e.manifest["fingerprint"] == plan.fingerprint and e.manifest.get("parent") == parent
+        if e.manifest and e.manifest.fingerprint == plan.fingerprint and e.manifest.parent == parent
     ]
-    unfinished = [e for e in same if e.manifest and e.manifest.get("status") != "finished"]
+    unfinished = [e for e in same if e.manifest and e.manifest.status != "finished"]
     if unfinished or (same and origin is None):
         return (unfinished or same)[0].paths
     return None
 
 
 def _finished(paths: RunPaths) -> bool:
-    return read_manifest(paths).get("status") == "finished"
+    return read_manifest(paths).status == "finished"
 
 
 def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
@@ -451,8 +453,6 @@ def _manifest(
         "random_numbers": noise.RULE,
         "model": told_of(plan.models.identity),
         **({"other": told_of(other)} if other is not None else {}),
-        **plan.prepared.facts,
-        "stages": {},
     }
 
 

@@ -1,26 +1,23 @@
 """Which experiment a run on disk is of: its manifest says so, as far as that experiment is installed here."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from harness.errors import RunError, SettingsError
 from harness.experiments import registry
 from harness.experiments.experiment import Experiment
-from harness.run import RunPaths, read_manifest
+from harness.run import Manifest, RunPaths, read_manifest
 from harness.store import Reader
 from harness.store.snapshot import open_snapshot
 
 
-def experiment_of(manifest: Mapping[str, Any]) -> Experiment:
+def experiment_of(manifest: Manifest) -> Experiment:
     """The experiment of a run. A manifest that names none is older than experiments are several.
 
     Raises RunError where it is not installed here, or cannot be imported.
     """
     try:
-        return registry.get(str(manifest.get("experiment") or registry.DEFAULT))
+        return registry.get(manifest.experiment or registry.DEFAULT)
     except SettingsError as e:
         raise RunError(
-            f"run {manifest['run_id']} is of an experiment that is not at hand: {e}; its manifest can be read, its tables cannot"
+            f"run {manifest.run_id} is of an experiment that is not at hand: {e}; its manifest can be read, its tables cannot"
         ) from e
 
 

@@ -1,11 +1,10 @@
 """Whether a run's numbers come out again: some of its batches computed once more, and compared with what it keeps."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from harness.commands.diff import TableDrift, table_drift
 from harness.commands.findings import Check, checks_of
@@ -19,7 +18,7 @@ from harness.engine.stage import kind_of, loaded
 from harness.engine.staging import compute, drop_folder
 from harness.errors import HarnessError
 from harness.models import device
-from harness.run import RunPaths
+from harness.run import Manifest, RunPaths
 from harness.run.differences import ABSENT, Difference, environment_differences, shortened, told
 from harness.settings import Resolved
 from harness.store import Batch, BatchResult, Reader, Row, Schema
@@ -27,9 +26,9 @@ from harness.tolerance import TOLERANCE
 
 
 def measured_again(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     reader: Reader,
-    again: Callable[[Mapping[str, Any]], Resolved],
+    again: Callable[[Manifest], Resolved],
     num_batches: int,
     seed: int,
 ) -> Iterator[Check]:
@@ -53,7 +52,7 @@ def measured_again(
         yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
         return
     here = surroundings(plan, resolved)
-    apart = environment_differences(manifest, {**here, "stages": manifest.get("stages")})
+    apart = environment_differences(manifest.tree, {**here, "stages": manifest.part("stages")})
     tolerance = 0.0 if not apart else TOLERANCE[plan.models.identity.dtype].nats
     how = (
         "bit for bit"

@@ -1,7 +1,6 @@
 """A recorded run made ready to be measured again: the settings it had, and what of it is not as it was."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ from harness.commands.launch import Plan, prepare
 from harness.commands.recognise import experiment_of
 from harness.errors import HarnessError, RunError
 from harness.experiments import registry
+from harness.run import Manifest
 from harness.run.differences import Difference, differences, shortened
+from harness.run.manifest import RecordedCode, RecordedPrompts
 from harness.settings import Resolved
 
 _TRUST = ("model.trust_remote_code", "other.trust_remote_code")
@@ -19,7 +20,7 @@ _LOCAL = "paths."
 """Settings that say where things are on the machine that ran it."""
 
 
-def settings_of(manifest: Mapping[str, Any], state: Path) -> dict[str, Any]:
+def settings_of(manifest: Manifest, state: Path) -> dict[str, Any]:
     """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had.
 
     Not among them: trust in a model's code, which is given anew or not at all, and paths that this user, whose state is
@@ -27,16 +28,15 @@ def settings_of(manifest: Mapping[str, Any], state: Path) -> dict[str, Any]:
     """
     values = _recorded(manifest)
     values = {name: value for name, value in values.items() if name not in (*_TRUST, *_strange_paths(manifest, state))}
-    if manifest.get("device") == "cpu" and manifest.get("threads"):
-        values["runtime.threads"] = min(manifest["threads"], os.cpu_count() or 1)
-    for section in ("model", "other"):
-        revision = (manifest.get(section) or {}).get("revision")
-        if revision not in (None, "local", "random"):
-            values[f"{section}.revision"] = revision
+    if manifest.device == "cpu" and manifest.threads:
+        values["runtime.threads"] = min(manifest.threads, os.cpu_count() or 1)
+    for section, model in (("model", manifest.model), ("other", manifest.other)):
+        if model.revision not in (None, "local", "random"):
+            values[f"{section}.revision"] = model.revision
     return values
 
 
-def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan, list[Difference]]:
+def prepare_again(manifest: Manifest, resolved: Resolved) -> tuple[Plan, list[Difference]]:
     """The plan of a recorded run, from settings that rest on `settings_of`, and what is not as it was: model, data or code.
 
     Raises HarnessError where something is not there at all, or has to be named by this user.
@@ -46,32 +46,31 @@ def prepare_again(manifest: Mapping[str, Any], resolved: Resolved) -> tuple[Plan
     if asked:
         named = " and ".join(f"{name} = {shortened(strange[name])}" for name in asked)
         raise RunError(
-            f"run {manifest['run_id']} records {named}, which this user did not give: "
+            f"run {manifest.run_id} records {named}, which this user did not give: "
             "no path that a run's folder names is opened; say where it is with "
             + " ".join(f"{given.FLAGS[name]} PATH" for name in asked)
         )
     try:
         plan = prepare(resolved, experiment_of(manifest))
     except HarnessError as e:
-        raise type(e)(f"run {manifest['run_id']} cannot be measured again here: {e}") from e
+        raise type(e)(f"run {manifest.run_id} cannot be measured again here: {e}") from e
     return plan, [*_differences_of_parts(manifest, plan), *_difference_of_code(manifest, plan)]
 
 
-def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    recorded = manifest.get("settings")
-    if not recorded:
-        raise RunError(f"the manifest of {manifest['run_id']} has no settings: it cannot be measured again from it")
-    return {name: told["value"] for name, told in recorded.items() if not name.startswith(_LOCAL)}
+def _recorded(manifest: Manifest) -> dict[str, Any]:
+    if not manifest.settings:
+        raise RunError(f"the manifest of {manifest.run_id} has no settings: it cannot be measured again from it")
+    return {name: told.value for name, told in manifest.settings.items() if not name.startswith(_LOCAL)}
 
 
-def _strange_paths(manifest: Mapping[str, Any], state: Path) -> dict[str, str]:
+def _strange_paths(manifest: Manifest, state: Path) -> dict[str, str]:
     values = _recorded(manifest)
-    return {} if given.is_own(values, manifest.get("given_here"), state) else given.recorded_paths(values)
+    return {} if given.is_own(values, manifest.given_here, state) else given.recorded_paths(values)
 
 
-def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
+def _differences_of_parts(manifest: Manifest, plan: Plan) -> list[Difference]:
     found = []
-    for change in differences(manifest.get("fingerprint_parts") or {}, plan.parts):
+    for change in differences(manifest.part("fingerprint_parts"), plan.parts):
         if change.key == "prompts.sha256":
             found.append(Difference("data (prompts.sha256)", change.old, f"{change.new}{_rows_told(manifest, plan)}"))
         else:
@@ -79,11 +78,9 @@ def _differences_of_parts(manifest: Mapping[str, Any], plan: Plan) -> list[Diffe
     return found
 
 
-def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
-    was, now = (
-        told.get("row_hashes") or {} if isinstance(told := facts.get("prompts"), Mapping) else {}
-        for facts in (manifest, plan.prepared.facts)
-    )
+def _rows_told(manifest: Manifest, plan: Plan) -> str:
+    here = RecordedPrompts.model_validate(plan.prepared.facts.get("prompts") or {})
+    was, now = manifest.prompts.row_hashes, here.row_hashes
     groups = {
         "changed": [i for i in was.keys() & now.keys() if was[i] != now[i]],
         "missing": list(was.keys() - now.keys()),
@@ -93,15 +90,14 @@ def _rows_told(manifest: Mapping[str, Any], plan: Plan) -> str:
     return f" (prompts: {', '.join(counted)})" if was and counted else ""
 
 
-def _difference_of_code(manifest: Mapping[str, Any], plan: Plan) -> list[Difference]:
+def _difference_of_code(manifest: Manifest, plan: Plan) -> list[Difference]:
     outside = registry.folder_outside(plan.experiment.name)
-    was, now = manifest.get("code") or {}, environment.code(outside)
-    if was.get("source_sha256") == now["source_sha256"]:
+    was, now = manifest.code, RecordedCode.model_validate(environment.code(outside))
+    if was.source_sha256 == now.source_sha256:
         return []
     return [Difference("code", _code_told(was), _code_told(now))]
 
 
-def _code_told(code: Mapping[str, Any]) -> str:
-    commit = str(code.get("git_commit") or "unknown")[:12]
-    dirty = " with uncommitted changes" if code.get("git_dirty") else ""
-    return f"commit {commit}{dirty}, sources {str(code.get('source_sha256') or 'not recorded')[:12]}"
+def _code_told(code: RecordedCode) -> str:
+    dirty = " with uncommitted changes" if code.git_dirty else ""
+    return f"commit {(code.git_commit or 'unknown')[:12]}{dirty}, sources {(code.source_sha256 or 'not recorded')[:12]}"

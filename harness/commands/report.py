@@ -17,7 +17,7 @@ from harness.errors import EnvironmentFault, RunError
 from harness.experiments.experiment import Drawn, Experiment, Report, Table
 from harness.experiments.remarks import lines, of_certificate
 from harness.files import replacing, sweep
-from harness.run import RunPaths, now_text, read_manifest, state
+from harness.run import Manifest, RunPaths, now_text, read_manifest, state
 from harness.store import Reader, open_snapshot
 
 _DPI = 150
@@ -78,14 +78,14 @@ def _render(content: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(content)
 
 
-def _content(experiment: Experiment, reader: Reader, manifest: Mapping[str, Any], told: Report) -> dict[str, Any]:
+def _content(experiment: Experiment, reader: Reader, manifest: Manifest, told: Report) -> dict[str, Any]:
     remarks = [*experiment.remarks(reader, manifest), *of_certificate(reader, manifest)]
     return {
-        "run_id": manifest["run_id"],
+        "run_id": manifest.run_id,
         "title": experiment.title,
         "question": told.question,
         "written": now_text(),
-        "planted": experiment.planted if manifest.get("planted") else "",
+        "planted": experiment.planted if manifest.planted else "",
         "facts": _facts(reader, manifest),
         "headlines": told.headlines,
         "remarks": lines(remarks),
@@ -99,29 +99,30 @@ def _content(experiment: Experiment, reader: Reader, manifest: Mapping[str, Any]
     }
 
 
-def _facts(reader: Reader, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(reader: Reader, manifest: Manifest) -> list[tuple[str, str]]:
     failed = reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"]
-    model, prompts, machine, code = (manifest.get(k) or {} for k in ("model", "prompts", "machine", "code"))
-    gpus = ", ".join(str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in machine.get("gpus") or [])
+    model, machine, code = manifest.model, manifest.machine, manifest.code
+    gpus = ", ".join(str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in machine.gpus)
     status = state(manifest)
     return [
-        ("status", status + (f" ({manifest['reason']})" if manifest.get("reason") else "")),
-        ("model", f"{model.get('name')}, revision {model.get('revision')}, {model.get('dtype')}"),
-        *_prompts_told(prompts),
+        ("status", status + (f" ({manifest.reason})" if manifest.reason else "")),
+        ("model", f"{model.name}, revision {model.revision}, {model.dtype}"),
+        *_prompts_told(manifest),
         ("failed items", str(failed)),
-        ("machine", f"{gpus or machine.get('cpu')}, device {manifest.get('device')}"),
-        ("computed in", f"{manifest['seconds']:,.0f} s" if manifest.get("seconds") else "–"),
-        ("created", str(manifest.get("created"))),
-        ("code", f"{code.get('version')}, commit {code.get('git_commit')}{' with changes' if code.get('git_dirty') else ''}"),
+        ("machine", f"{gpus or machine.cpu}, device {manifest.device}"),
+        ("computed in", f"{manifest.seconds:,.0f} s" if manifest.seconds else "–"),
+        ("created", str(manifest.created)),
+        ("code", f"{code.version}, commit {code.git_commit}{' with changes' if code.git_dirty else ''}"),
         ("results as of", f"{reader.age_s:,.0f} s before this page" if status == "running" else "the end of the run"),
     ]  # fmt: skip
 
 
-def _prompts_told(prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _prompts_told(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Nothing of an experiment that has none."""
-    if prompts:
-        yield "prompts", f"{_count(prompts.get('used'))} of {_count(prompts.get('read'))} in {prompts.get('path')}"
-        yield "rejected prompts", _counts(prompts.get("rejected") or {})
+    prompts = manifest.prompts
+    if manifest.part("prompts"):
+        yield "prompts", f"{_count(prompts.used)} of {_count(prompts.read)} in {prompts.path}"
+        yield "rejected prompts", _counts(prompts.rejected)
 
 
 def _sanity(reader: Reader) -> Table:
@@ -142,10 +143,8 @@ def _sanity(reader: Reader) -> Table:
 # -- the manifest
 
 
-def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]:
-    settings = [
-        (name, str(v.get("value")), str(v.get("source"))) for name, v in (manifest.get("settings") or {}).items()
-    ]
+def _manifest_tables(reader: Reader, manifest: Manifest) -> list[Table]:
+    settings = [(name, str(told.value), str(told.source)) for name, told in manifest.settings.items()]
     stages = [
         (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
          f"{r.get('num_rows') or 0:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
@@ -157,14 +156,13 @@ def _manifest_tables(reader: Reader, manifest: Mapping[str, Any]) -> list[Table]
         (r["level"], r["kind"], r["stage"] or "", r["item_key"] or "", r["message"] or "")
         for r in reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 50")
     ]
-    packages = [(name, str(version)) for name, version in (manifest.get("packages") or {}).items()]
+    packages = [(name, str(version)) for name, version in manifest.packages.items()]
     shown_apart = {"settings", "packages", "stages", "tables", "table_sha256"}
     rest = [
-        (name, value) for name, value in _leaves({k: v for k, v in manifest.items() if k not in shown_apart})
+        (name, value) for name, value in _leaves({k: v for k, v in manifest.tree.items() if k not in shown_apart})
         if not name.startswith("prompts.row_hashes")
     ]  # fmt: skip
-    hashes = manifest.get("table_sha256") or {}
-    tables = [(name, f"{n:,}", hashes.get(name, "")) for name, n in (manifest.get("tables") or {}).items()]
+    tables = [(name, f"{n:,}", manifest.table_sha256.get(name, "")) for name, n in manifest.tables.items()]
     return [
         Table("Settings, and where each came from", ("setting", "value", "source"), settings, num_words=3),
         Table("Stages", ("stage", "version", "status", "items", "done", "failed", "rows", "seconds", "tokens",

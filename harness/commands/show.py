@@ -1,8 +1,6 @@
 """`harness runs` and `harness show`: what is on disk, for people."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -10,8 +8,9 @@ from harness import log
 from harness.commands.recognise import experiment_of
 from harness.experiments import registry
 from harness.experiments.experiment import Experiment
-from harness.experiments.remarks import agrees, certificate_lines, lines, of_certificate
-from harness.run import RunPaths, find_run, list_runs, read_manifest, state
+from harness.experiments.remarks import certificate_lines, lines, of_certificate
+from harness.run import Manifest, RunPaths, find_run, list_runs, read_manifest, state
+from harness.run.manifest import RecordedModel, RecordedPrompts
 from harness.store import Reader, open_snapshot
 
 
@@ -76,13 +75,13 @@ def print_run(root: Path, wanted: str) -> None:
 def print_finished(experiment: Experiment, paths: RunPaths) -> int:
     """What a run came to that was finished before it was asked for; the exit code that it ended with."""
     manifest = read_manifest(paths)
-    failed = int(manifest.get("num_failed") or 0)
+    failed = manifest.num_failed or 0
     log.print_out(*headlines_of(experiment, paths))
     log.print_out(f"Run {paths.run_id} is finished already: nothing to do. (--resume new measures it all again.)")
     if failed:
         retry = f"{registry.run_command(experiment.name)} --retry-failed"
         log.print_out(f"{failed} items failed; `{retry}` tries just those.")
-    return 1 if failed or not agrees(manifest.get("sanity") or []) else 0
+    return 1 if failed or not all(measured.ok for measured in manifest.sanity) else 0
 
 
 def headlines_of(experiment: Experiment, paths: RunPaths) -> list[object]:
@@ -91,51 +90,49 @@ def headlines_of(experiment: Experiment, paths: RunPaths) -> list[object]:
         return headlines(experiment, reader, read_manifest(paths))
 
 
-def headlines(experiment: Experiment, reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
+def headlines(experiment: Experiment, reader: Reader, manifest: Manifest) -> list[object]:
     """What a run came to, for a terminal: the experiment's results, the certificate, and what is to be known of them."""
     shown = experiment.render(reader, manifest)
     if "sanity" in reader.tables():
         verdicts = reader.query("SELECT * FROM sanity ORDER BY measurement")
-        shown += certificate_lines(verdicts, is_whole="sanity" in (manifest.get("stages") or {}))
+        shown += certificate_lines(verdicts, is_whole="sanity" in manifest.stages)
     remarks = [*experiment.remarks(reader, manifest), *of_certificate(reader, manifest)]
     shown += [f"Note: {line}" for line in lines(remarks)]
     failed = int(reader.query("SELECT coalesce(sum(num_failed), 0) AS n FROM stages")[0]["n"])
     if failed:
         shown.append(f"{failed} items failed: they are rows of the table `events`.")
-    told = ", ".join(
-        f"{n} {level}s" if n != 1 else f"1 {level}" for level, n in (manifest.get("warnings") or {}).items()
-    )
+    told = ", ".join(f"{n} {level}s" if n != 1 else f"1 {level}" for level, n in manifest.warnings.items())
     if told:
         shown.append(f"{told} in the log (logs/run.log).")
-    if manifest.get("planted"):
+    if manifest.planted:
         shown.append(experiment.planted)
     return shown
 
 
-def _facts(manifest: dict[str, Any], reader: Reader) -> list[tuple[str, str]]:
-    model, other, prompts, machine = (manifest.get(k) or {} for k in ("model", "other", "prompts", "machine"))
-    changed = {k: v for k, v in (manifest.get("settings") or {}).items() if v.get("source") != "default"}
+def _facts(manifest: Manifest, reader: Reader) -> list[tuple[str, str]]:
+    machine = manifest.machine
     facts = [
-        ("run", manifest["run_id"]),
-        ("status", state(manifest) + (f" ({manifest['reason']})" if manifest.get("reason") else "")),
-        ("experiment", str(manifest.get("experiment"))),
-        *([("repeats", f"run {manifest['parent']}")] if manifest.get("parent") else []),
-        ("created", str(manifest.get("created"))),
+        ("run", manifest.run_id),
+        ("status", state(manifest) + (f" ({manifest.reason})" if manifest.reason else "")),
+        ("experiment", str(manifest.experiment)),
+        *([("repeats", f"run {manifest.parent}")] if manifest.parent else []),
+        ("created", str(manifest.created)),
         ("snapshot", f"{reader.age_s:.0f} s old"),
-        ("command", " ".join(manifest.get("argv") or [])),
-        ("model", f"{model.get('name')}, revision {model.get('revision')}, {model.get('dtype')}"),
-        *([("prompts", _prompts_told(prompts))] if prompts else []),
-        *(
-            [("other model", f"{other.get('name')}, revision {other.get('revision')}, {other.get('dtype')}")]
-            if other
-            else []
-        ),
-        ("machine", f"{machine.get('hostname')}, {machine.get('cpu')}, device {manifest.get('device')}"),
-        ("code", f"commit {(manifest.get('code') or {}).get('git_commit')}"),
-        ("fingerprint", str(manifest.get("fingerprint"))),
+        ("command", " ".join(manifest.argv)),
+        ("model", _model_told(manifest.model)),
+        *([("prompts", _prompts_told(manifest.prompts))] if manifest.part("prompts") else []),
+        *([("other model", _model_told(manifest.other))] if manifest.part("other") else []),
+        ("machine", f"{machine.hostname}, {machine.cpu}, device {manifest.device}"),
+        ("code", f"commit {manifest.code.git_commit}"),
+        ("fingerprint", manifest.fingerprint),
     ]
-    return facts + [("setting", f"{name} = {v['value']} ({v['source']})") for name, v in changed.items()]
+    changed = {name: told for name, told in manifest.settings.items() if told.source != "default"}
+    return facts + [("setting", f"{name} = {told.value} ({told.source})") for name, told in changed.items()]
 
 
-def _prompts_told(prompts: Mapping[str, Any]) -> str:
-    return f"{prompts.get('used')} of {prompts.get('path')}, rejected {prompts.get('rejected') or 'none'}"
+def _model_told(model: RecordedModel) -> str:
+    return f"{model.name}, revision {model.revision}, {model.dtype}"
+
+
+def _prompts_told(prompts: RecordedPrompts) -> str:
+    return f"{prompts.used} of {prompts.path}, rejected {prompts.rejected or 'none'}"

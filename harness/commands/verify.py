@@ -1,10 +1,9 @@
 """`harness verify`: whether a run is still what it was, hangs together, and gives the same numbers when measured again."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from harness import log
 from harness.commands.findings import Check, checks_of, print_checks
@@ -12,16 +11,14 @@ from harness.commands.recognise import experiment_of
 from harness.commands.remeasure import measured_again
 from harness.errors import DamagedManifest, RunError, Stopped, StoreError
 from harness.files import file_sha256, is_file, open_inside, sha256
-from harness.run import RunPaths, find_run, fingerprint, is_held, read_manifest
-from harness.run.differences import check_shape, told
+from harness.run import Manifest, RunPaths, find_run, fingerprint, is_held, read_manifest
+from harness.run.differences import told
 from harness.settings import Resolved
 from harness.store import AlteredStore, Reader, Row, Schema, open_copy, seal
 from harness.store.seal import Seal
 
 
-def command(
-    root: Path, wanted: str, again: Callable[[Mapping[str, Any]], Resolved], num_batches: int, seed: int
-) -> int:
+def command(root: Path, wanted: str, again: Callable[[Manifest], Resolved], num_batches: int, seed: int) -> int:
     """Print every check of a run; 1 where one failed. `again` gives the settings that a recorded run had."""
     paths = _find(root, wanted)
     log.print_out(f"Verifying {paths.run_id}")
@@ -45,11 +42,9 @@ def _moment(paths: RunPaths) -> tuple[object, ...]:
     return is_held(paths), *((s.st_ino, s.st_mtime_ns) if s else None for s in found)
 
 
-def examine(
-    paths: RunPaths, again: Callable[[Mapping[str, Any]], Resolved], num_batches: int, seed: int
-) -> Iterator[Check]:
+def examine(paths: RunPaths, again: Callable[[Manifest], Resolved], num_batches: int, seed: int) -> Iterator[Check]:
     """Every check, as it is made: manifest, rows, snapshot, keys, files, and `num_batches` of each stage once more."""
-    sealed, manifest = None, {}
+    sealed = None
     try:
         sealed = seal.read(paths)
     except RunError as e:
@@ -60,8 +55,7 @@ def examine(
         )
         sealed = None
     try:
-        manifest = sealed.manifest if sealed else read_manifest(paths)
-        check_shape(manifest)
+        manifest = Manifest.of(sealed.manifest) if sealed else read_manifest(paths)
     except RunError as e:
         yield Check("FAIL", "manifest", str(e))
         return
@@ -73,7 +67,7 @@ def examine(
         yield Check("FAIL", "experiment", str(e))
         return
     yield from _of_rows(paths, schema, sealed)
-    if not (paths.results.exists() or paths.live.exists() or sealed or manifest.get("status") == "finished"):
+    if not (paths.results.exists() or paths.live.exists() or sealed or manifest.status == "finished"):
         yield Check("skip", "store", "the run has no results yet")
         return
     try:
@@ -93,7 +87,7 @@ def _is_unfinished(paths: RunPaths) -> bool:
     """Whether the manifest is one of a run that is under way, in all that an end writes."""
     with suppress(RunError):
         now = read_manifest(paths)
-        return now.get("status") == "running" and not any(now.get(key) for key in seal.LAST_KEYS)
+        return now.status == "running" and not any(now.tree.get(key) for key in seal.LAST_KEYS)
     return False
 
 
@@ -120,9 +114,9 @@ def _find(root: Path, wanted: str) -> RunPaths:
 # -- what was sealed
 
 
-def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | None) -> Iterator[Check]:
+def _of_manifest(paths: RunPaths, manifest: Manifest, sealed: Seal | None) -> Iterator[Check]:
     if sealed is None and not paths.seal.exists():  # a damaged one was named already
-        should = manifest.get("status") == "finished" and manifest.get("table_sha256") is not None
+        should = manifest.status == "finished" and manifest.says("table_sha256")
         yield Check("FAIL" if should else "skip", "seal",
                     f"{paths.seal.name} is missing: what rows and manifest were cannot be told" if should else
                     "there is none: the run is not finished, or was made by an older harness")  # fmt: skip
@@ -131,15 +125,14 @@ def _of_manifest(paths: RunPaths, manifest: Mapping[str, Any], sealed: Seal | No
             problems = [told([change], most=80) for change in seal.changed_keys(sealed, paths)]
         except RunError as e:
             problems = [str(e)]
-        yield from checks_of("manifest", problems, f"as it was sealed, {manifest['ended']}")
-    parts = manifest.get("fingerprint_parts") or {}
+        yield from checks_of("manifest", problems, f"as it was sealed, {manifest.ended}")
     problems = []
-    if fingerprint(parts) != manifest["fingerprint"]:
+    if fingerprint(manifest.part("fingerprint_parts")) != manifest.fingerprint:
         problems.append("fingerprint: it is not that of fingerprint_parts")
-    if manifest["run_id"] != paths.run_id:
-        problems.append(f"run_id: {manifest['run_id']} lies in a folder called {paths.run_id}")
-    yield from checks_of("identity", problems, f"fingerprint {manifest['fingerprint'][:12]}")
-    expected = (manifest.get("code") or {}).get("diff_sha256")
+    if manifest.run_id != paths.run_id:
+        problems.append(f"run_id: {manifest.run_id} lies in a folder called {paths.run_id}")
+    yield from checks_of("identity", problems, f"fingerprint {manifest.fingerprint[:12]}")
+    expected = manifest.code.diff_sha256
     if expected:
         yield from checks_of("code", _broken_diff(paths, expected), f"{paths.tree_diff.name} is the one that was saved")
 
@@ -175,18 +168,18 @@ def _of_schema(reader: Reader, sealed: Seal | None) -> Iterator[Check]:
     yield Check("ok", "schema", f"version {schema.version}, {len(schema.tables) + len(schema.views)} tables and views")
 
 
-def _broken_keys(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _broken_keys(reader: Reader, manifest: Manifest) -> Iterator[str]:
     for name, sql in reader.schema.orphans.items():
         for row in reader.query(sql):
             yield f"{name}: no row it belongs to for {_values(row)}"
     for name, sql in reader.schema.sense.items():
         for row in reader.query(sql):
             yield f"{name}: {_values(row)}"
-    if manifest.get("status") == "finished":
-        planned = [s["name"] for s in (manifest.get("fingerprint_parts") or {}).get("stages") or ()]
+    if manifest.status == "finished":
+        planned = [stage.name for stage in manifest.fingerprint_parts.stages]
         done = {r["stage"] for r in reader.query("SELECT stage FROM stages WHERE status <> 'running'")}
         yield from (f"stages: {name} was planned and is not there" for name in planned if name not in done)
-        for name, count in (manifest.get("tables") or {}).items():
+        for name, count in manifest.tables.items():
             rows = reader.query(f"SELECT count(*) AS n FROM {name}")[0]["n"] if name in reader.tables() else "no table"
             if rows != count:
                 yield f"{name}: the manifest counts {count} rows, found {rows}"

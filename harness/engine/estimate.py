@@ -18,6 +18,7 @@ from harness.engine.executors import Executor
 from harness.engine.plan import Pace, unmeasured_cap
 from harness.engine.stop import StopSignal
 from harness.run import RunPaths
+from harness.run.manifest import RecordedEstimate
 from harness.store import Schema, Store
 
 Clock = Callable[[], float]
@@ -80,15 +81,11 @@ class Estimate:
         return {"seconds": round(self.seconds, 1), "stages": rounded, "measured_on": on}
 
     @classmethod
-    def recorded(cls, record: Mapping[str, Any]) -> "Estimate":
+    def recorded(cls, record: RecordedEstimate) -> "Estimate":
         """What a manifest keeps."""
-        on = record["measured_on"]
-        stages = {
-            name: StageEstimate(float(told["seconds"]), told["tokens"], told["items"], float(told["length"]))
-            for name, told in record["stages"].items()
-        }
-        num = on["subjects"] if "subjects" in on else on["prompts"]  # as it was called while there was one experiment
-        return cls(stages, num, on["of"], float(on["seconds"]))
+        on = record.measured_on
+        stages = {name: StageEstimate(s.seconds, s.tokens, s.items, s.length) for name, s in record.stages.items()}
+        return cls(stages, on.subjects, on.of, on.seconds)
 
 
 def measure(

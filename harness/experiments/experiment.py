@@ -14,6 +14,7 @@ from harness.engine import AnyStage
 from harness.errors import SettingsError, nearest
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
+from harness.run import Manifest
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
 
@@ -109,7 +110,8 @@ class Prepared:
     about: str
     """In a few words, for the log: `250 texts, in nats`."""
     facts: Mapping[str, Any]
-    """For the manifest, by key."""
+    """For the manifest, by key: `prompts` and `planted`, which every command shows, and any of the experiment's own, which are
+    in its `tree`."""
     some: Callable[[int, tuple[str, ...]], Any]
     """`given` of so many of its subjects and these stages, for the estimate."""
     num_contexts: int
@@ -199,19 +201,19 @@ class Experiment(Protocol):
         Raises HarnessError, one line, for input that cannot be used."""
         ...
 
-    def render(self, reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
+    def render(self, reader: Reader, manifest: Manifest) -> list[object]:
         """The headline results for a terminal: lines and Rich tables."""
         ...
 
-    def remarks(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+    def remarks(self, reader: Reader, manifest: Manifest) -> list[Remark]:
         """What the run should say of itself."""
         ...
 
-    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Manifest) -> list[Headline]:
         """The numbers that `harness diff` shows side by side."""
         ...
 
-    def report(self, reader: Reader, manifest: Mapping[str, Any]) -> Report:
+    def report(self, reader: Reader, manifest: Manifest) -> Report:
         """Its part of the page that `harness report` writes."""
         ...
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from harness.run import Manifest
 from harness.store import Reader
 
 NEAR = 0.5
@@ -68,19 +69,19 @@ def certificate_lines(rows: Sequence[Mapping[str, Any]], is_whole: bool) -> Iter
     yield line + (f"; {left} further comparisons left out for its budget, see `sanity`." if left else ".")
 
 
-def of_certificate(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+def of_certificate(reader: Reader, manifest: Manifest) -> list[Remark]:
     """What there is to say of the certificate, where the run has one."""
     known = set(reader.tables())
     found = [*_certificate(reader, manifest)] if "sanity" in known else []
     return found + ([*_left_out(reader, manifest)] if "sanity_items" in known else [])
 
 
-def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _certificate(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     rows = reader.query("SELECT measurement, max_abs, tolerance, ok FROM sanity ORDER BY max_abs / tolerance DESC")
     near = [r for r in rows if r["ok"] and r["max_abs"] is not None and r["max_abs"] > NEAR * r["tolerance"] > 0]
     if near:
         told = ", ".join(f"{r['measurement']} {r['max_abs']:.1e} of {r['tolerance']:.0e}" for r in near[:3])
-        half = _model(manifest, "dtype") in ("bfloat16", "float16")
+        half = manifest.model.dtype in ("bfloat16", "float16")
         yield Remark(
             "certificate", None, len(near), len(rows),
             f"{len(near)} of {len(rows)} measurements of the certificate are near the tolerance: {told}"
@@ -91,7 +92,7 @@ def _certificate(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark
         )  # fmt: skip
 
 
-def _left_out(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _left_out(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     """Measurements of which nothing was compared; that some comparisons had no time, the certificate's own line tells."""
     rows = reader.query("SELECT * FROM sanity_items")
     names = {str(row.get("measurement")) for row in rows}
@@ -103,11 +104,6 @@ def _left_out(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
             "Try `harness sanity --full` with the same settings.",
             "an incomplete certificate",
         )  # fmt: skip
-
-
-def _model(manifest: Mapping[str, Any], name: str) -> Any:
-    model = manifest.get("model")
-    return model.get(name) if isinstance(model, Mapping) else None
 
 
 def share_told(number: int, total: int, what: str) -> str:

@@ -1,15 +1,11 @@
 """How two manifests differ, by the dotted name of each leaf, and which of that may change the last bits of a result.
 
-Pure functions on what a manifest's JSON says; opens no file.
+Pure functions on trees of JSON, as a manifest keeps its own whole (`Manifest.tree`); opens no file.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import BaseModel, Field, ValidationError
-
-from harness.errors import DamagedManifest
+from typing import Any, NamedTuple
 
 ABSENT = "(absent)"
 """Stands for the value of a key that one of two manifests does not have."""
@@ -27,28 +23,6 @@ class Difference(NamedTuple):
     key: str
     old: Any
     new: Any
-
-
-def setting(manifest: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """The value that a setting had in a run, by its dotted name; `default` where its manifest does not say."""
-    settings = manifest.get("settings")
-    told = settings.get(name) if isinstance(settings, Mapping) else None
-    return told.get("value", default) if isinstance(told, Mapping) else default
-
-
-def own_setting(manifest: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """As `setting`, of the experiment's own section: a run that is older than these sections have names calls it `experiment`."""
-    found = setting(manifest, f"{manifest.get('experiment')}.{name}", _NO)
-    return setting(manifest, f"experiment.{name}", default) if found is _NO else found
-
-
-_NO = object()
-
-
-def seed_of(manifest: Mapping[str, Any]) -> int:
-    """The run's seed: what is resampled again for a picture takes the draws that its stored numbers took."""
-    seed = setting(manifest, "runtime.seed", 0)
-    return seed if isinstance(seed, int) and seed >= 0 else 0
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -139,100 +113,3 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}.{name}")
     else:
         yield prefix, tree
-
-
-# -- what a manifest is: it may come from a stranger, or a hand may have been in it
-
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _Setting(BaseModel):
-    value: Any
-
-
-class _StagePart(BaseModel):
-    name: str
-
-
-class _Parts(BaseModel):
-    stages: list[_StagePart] = []
-
-
-class _StageReport(BaseModel):
-    sizes: list[Annotated[int, Field(ge=1)]] | None = None
-    retried: _Count | None = None
-
-
-class _Prompts(BaseModel):
-    path: str | None = None
-    row_hashes: dict[str, str] | None = None
-    rejected: dict[str, _Count] | None = None
-
-
-class _Model(BaseModel):
-    name: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-
-
-class _Change(BaseModel):
-    key: str
-    old: Any
-    new: Any
-
-
-class _Resume(BaseModel):
-    bit_differences: list[_Change] | None = None
-
-
-class _Measurement(BaseModel):
-    measurement: str
-    ok: bool | None
-
-
-class _Shape(BaseModel):
-    """What is read of a manifest, anywhere; the rest of it is its own affair."""
-
-    run_id: Annotated[str, Field(min_length=1, max_length=255)]
-    fingerprint: str
-    experiment: str | None = None
-    parent: str | None = None
-    status: str | None = None
-    reason: str | None = None
-    created: str | None = None
-    heartbeat: str | None = None
-    ended: str | None = None
-    device: str | None = None
-    planted: bool | None = None
-    argv: list[str] | None = None
-    threads: Annotated[int, Field(ge=1)] | None = None
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    num_failed: _Count | None = None
-    warnings: dict[str, _Count] | None = None
-    settings: dict[str, _Setting] | None = None
-    fingerprint_parts: _Parts | None = None
-    stages: dict[str, _StageReport] | None = None
-    recorded_sizes: dict[str, list[Annotated[int, Field(ge=1)]]] | None = None
-    resumed: list[_Resume] | None = None
-    accepted_differences: list[_Change] | None = None
-    prompts: _Prompts | None = None
-    code: dict[str, Any] | None = None
-    packages: dict[str, Any] | None = None
-    numerics: dict[str, Any] | None = None
-    machine: dict[str, Any] | None = None
-    model: _Model | None = None
-    tables: dict[str, _Count] | None = None
-    table_sha256: dict[str, str] | None = None
-    sanity: list[_Measurement] | None = None
-
-
-def check_shape(manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedManifest where a part that is read somewhere is not of the kind that a manifest has."""
-    try:
-        _Shape.model_validate(manifest, strict=True)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedManifest(
-            f"the manifest of {shortened(manifest.get('run_id'))} is damaged: {shortened(where)}: {first['msg'].lower()}"
-        ) from e

@@ -1,13 +1,13 @@
 """The runs of a folder: all of them, broken ones too, and the one that somebody names."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.errors import RunError
 from harness.files import is_folder
 from harness.run.differences import shortened
-from harness.run.manifest import read_manifest, state
+from harness.run.manifest import Manifest, state
+from harness.run.manifest_file import read_manifest
 from harness.run.paths import RunPaths
 
 
@@ -15,25 +15,24 @@ class RunEntry(NamedTuple):
     """One folder of runs: its manifest, or why it cannot be read."""
 
     paths: RunPaths
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     problem: str | None
 
     def facts(self) -> dict[str, Any]:
         """One row of a list of runs; of a broken run its name, `broken` and the reason."""
-        manifest = self.manifest or {}
-        model, prompts, stages = (
-            part if isinstance(part := manifest.get(name), Mapping) else {} for name in ("model", "prompts", "stages")
-        )
-        return {
-            "run": self.paths.run_id,
-            "status": state(manifest) if self.manifest else "broken",
-            "model": str(model.get("name", "")).rsplit("/", 1)[-1],
-            "prompts": prompts.get("used"),
-            "stages done": ", ".join(stages),
-            "failed": manifest.get("num_failed"),
-            "seconds": manifest.get("seconds"),
-            "created": manifest.get("created"),
-            "reason": self.problem or manifest.get("reason") or "",
+        told = {"run": self.paths.run_id, "status": "broken", "model": "", "prompts": None, "stages done": "", "failed": None,
+                "seconds": None, "created": None, "reason": self.problem or ""}  # fmt: skip
+        if (manifest := self.manifest) is None:
+            return told
+        return told | {
+            "status": state(manifest),
+            "model": (manifest.model.name or "").rsplit("/", 1)[-1],
+            "prompts": manifest.prompts.used,
+            "stages done": ", ".join(manifest.stages),
+            "failed": manifest.num_failed,
+            "seconds": manifest.seconds,
+            "created": manifest.created,
+            "reason": manifest.reason or "",
         }
 
 

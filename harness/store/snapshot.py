@@ -17,7 +17,7 @@ def open_snapshot(paths: RunPaths, schema: Schema, *, threads: int | None = None
     if not paths.results.exists() and not paths.live.exists():
         raise RunError(f"run {paths.run_id} has no results yet")
     broken: StoreError | None = None
-    if paths.live.exists() and (read_manifest(paths).get("status") in _PUBLISHED or is_held(paths)):
+    if paths.live.exists() and (read_manifest(paths).status in _PUBLISHED or is_held(paths)):
         try:
             return Reader(paths.live, schema, threads=threads)
         except AlteredStore:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from app.experiments import CORE, Extras, Page
 from app.queries import runs as asked
 from harness.errors import SettingsError
 from harness.experiments.remarks import Remark
-from harness.run import RunEntry, RunPaths, list_runs
+from harness.run import Manifest, RunEntry, RunPaths, list_runs
 from harness.store import Reader, Schema, Store
 from tests import synthetic
 from tests.app.conftest import PAGES, open_file, open_view, page_file
+from tests.commands import saying
 from tests.synthetic import Shape
 
 APP = Path(__file__).parents[2] / "app"
@@ -32,7 +33,7 @@ from app.selection import Selection
 
 selected = frame.open_page(__file__, Selection)
 if selected:
-    st.text(f"{selected.paths.run_id} has {selected.manifest['marbles']} marbles")
+    st.text(f"{selected.paths.run_id} has {selected.manifest.tree['marbles']} marbles")
 '''
 EXTRAS = """
 import streamlit as st
@@ -64,7 +65,7 @@ class Toy:
         (folder / "extras.py").write_text(EXTRAS)
         self.pages = tuple(Page(name, title, folder / f"{name}.py", ("stages",), kinds) for name, title, kinds in pages)
 
-    def remarks(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+    def remarks(self, reader: Reader, manifest: Manifest) -> list[Remark]:
         assert "marbles" in reader.tables()
         return [Remark("heap", None, 3, 3, "Too many marbles.", "Take some away.", "a heap")]
 
@@ -118,7 +119,7 @@ def runs_offered(test: AppTest) -> Sequence[str]:
 
 
 def entry(**manifest: Any) -> RunEntry:
-    return RunEntry(RunPaths(Path("x")), manifest, None)
+    return RunEntry(RunPaths(Path("x")), saying(manifest), None)
 
 
 def test_the_core_names_no_experiment() -> None:

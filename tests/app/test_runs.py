@@ -21,6 +21,7 @@ from harness.run.differences import ABSENT
 from harness.store import Batch, BatchResult, Failure, Store
 from tests import synthetic
 from tests.app.conftest import AHEAD, open_view, page_file
+from tests.commands import saying
 from tests.fakes import older_store
 from tests.synthetic import Shape
 
@@ -38,7 +39,7 @@ def folder_of(root: Path, name: str, text: str) -> RunPaths:
 
 
 def edited(paths: RunPaths, **changes: Any) -> None:
-    paths.manifest.write_text(json.dumps(read_manifest(paths) | changes))
+    paths.manifest.write_text(json.dumps({**read_manifest(paths).tree, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,8 @@ def test_every_run_is_a_row_with_its_state_and_what_was_checked_of_it(root: Path
 
 
 def test_a_run_without_a_certificate_was_not_checked() -> None:
-    assert asked.verdict({}) == asked.verdict({"sanity": []}) == "not checked"
-    assert asked.verdict({"sanity": [{"measurement": m, "ok": m == "c"} for m in "abc"]}) == "DISAGREES on a, b"
+    assert asked.verdict(saying()) == asked.verdict(saying({"sanity": []})) == "not checked"
+    assert asked.verdict(saying({"sanity": [{"measurement": m, "ok": m == "c"} for m in "abc"]})) == "DISAGREES on a, b"
 
 
 # -- progress
@@ -156,15 +157,15 @@ def test_a_duration_is_told_for_people(seconds: float, told: str) -> None:
 
 def test_changed_settings_stand_first() -> None:
     given = {"a": {"value": 1, "source": "default"}, "b": {"value": [1], "source": "flag: --b"}}
-    rows = asked.settings({"settings": given})
+    rows = asked.settings(saying({"settings": given}))
     assert rows.to_numpy().tolist() == [["b", "[1]", "flag: --b"], ["a", "1", "default"]]
-    assert asked.settings({}).empty
+    assert asked.settings(saying()).empty
 
 
 def test_leaves_are_dotted_and_the_named_ones_first() -> None:
     rows = asked.leaves({"a": {"b": None, "c": "x"}, "z": 1}, ["z"])
     assert rows.to_numpy().tolist() == [["z", "1"], ["a.b", "null"], ["a.c", "x"]]
-    assert asked.leaves("no tree").empty
+    assert asked.leaves({}).empty
 
 
 def test_differences_say_what_decides_results_first_and_what_only_one_run_has() -> None:
@@ -172,26 +173,26 @@ def test_differences_say_what_decides_results_first_and_what_only_one_run_has() 
             "settings": {"s": {"value": 1, "source": "default"}}}  # fmt: skip
     other = {"fingerprint_parts": {"seed": 1}, "packages": {"numpy": "2"},
              "settings": {"s": {"value": 1, "source": "flag"}}}  # fmt: skip
-    rows = asked.manifest_differences(this, other)
+    rows = asked.manifest_differences(saying(this), saying(other))
     assert rows.to_numpy().tolist() == [
         ["identity", "old", "null", ABSENT],
         ["identity", "seed", "0", "1"],
         ["packages", "numpy", "1", "2"],
     ]
-    assert asked.manifest_differences(this, this).empty
+    assert asked.manifest_differences(saying(this), saying(this)).empty
 
 
 def test_tables_that_are_the_same_bits_are_told_from_those_that_are_not() -> None:
-    a, b = ({"table_sha256": h} for h in ({"psem": "1", "lens": "2"}, {"psem": "1", "lens": "3", "new": "4"}))
+    a, b = (saying({"table_sha256": h}) for h in ({"psem": "1", "lens": "2"}, {"psem": "1", "lens": "3", "new": "4"}))
     assert asked.equal_tables(a, a) == (["lens", "psem"], [])
     assert asked.equal_tables(a, b) == (["psem"], ["lens", "new"])
-    assert asked.equal_tables(a, {}) is None
+    assert asked.equal_tables(a, saying()) is None
 
 
 def test_shared_prompts_are_counted_by_what_they_say() -> None:
-    a, b = ({"prompts": {"row_hashes": h}} for h in ({"p": "1", "q": "2"}, {"p": "1", "q": "3", "r": "4"}))
+    a, b = (saying({"prompts": {"row_hashes": h}}) for h in ({"p": "1", "q": "2"}, {"p": "1", "q": "3", "r": "4"}))
     assert asked.shared_prompts(a, b) == (1, 1, 2)
-    assert asked.shared_prompts(a, {}) is None
+    assert asked.shared_prompts(a, saying()) is None
 
 
 # -- two runs

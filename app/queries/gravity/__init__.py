@@ -9,7 +9,7 @@ import pandas as pd
 
 from app import queries
 from app.selection import Selection
-from harness.run import RunPaths, differences
+from harness.run import RunPaths, seed_of
 
 EXAMPLES: dict[str, str] = {
     "Rates": (
@@ -91,7 +91,7 @@ class View(Selection):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return differences.seed_of(self.manifest)
+        return seed_of(self.manifest)
 
 
 def conditions(paths: RunPaths) -> list[str]:

@@ -1,12 +1,11 @@
 """What the patching page asks: means by layer and kind of patch, the prompts behind a cell, one prompt's own grid."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from app import queries
-from harness.run import RunPaths
+from harness.run import Manifest, RunPaths
 
 GROUPS = ("all", "success", "failure", "difference")
 EFFECTS = {"ΔP": "delta_p", "flipped": "flip"}
@@ -17,14 +16,13 @@ _OUTCOME = "CASE WHEN g.word_present THEN 'failure' WHEN NOT g.word_present THEN
 _NORMAL = 1.959964
 
 
-def patched_condition(paths: RunPaths, manifest: Mapping[str, Any]) -> str:
+def patched_condition(paths: RunPaths, manifest: Manifest) -> str:
     """The condition that was patched from baseline: by its own statistics, or else by the run's settings."""
     if "statistics" in queries.tables(paths):
         found = queries.ask(paths, "SELECT condition FROM statistics WHERE analysis = 'patching' LIMIT 1")
         if len(found):
             return str(found["condition"][0])
-    stages = (manifest.get("fingerprint_parts") or {}).get("stages") or []
-    named = [s.get("condition") for s in stages if isinstance(s, dict) and s.get("name") == "patching"]
+    named = [s.params.get("condition") for s in manifest.fingerprint_parts.stages if s.name == "patching"]
     return str(next((c for c in named if c), "negative"))
 
 

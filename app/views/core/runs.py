@@ -1,6 +1,7 @@
 """Every run; of one of them how it goes, its certificate and what it was made of; and how it differs from another."""
 
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -68,8 +69,8 @@ def _stages(run: Selection) -> None:
     age = queries.snapshot_age_s(run.paths)
     told = "no snapshot yet" if age is None else f"snapshot {asked.duration(age)} old"
     st.text(f"{asked.told_progress(stages)} The run is {run.status}; {told}.")
-    if run.manifest.get("reason"):
-        st.text(f"Why: {run.manifest['reason']}")
+    if run.manifest.reason:
+        st.text(f"Why: {run.manifest.reason}")
     st.dataframe(
         stages, hide_index=True, key="stages", height=40 + 35 * len(stages),
         column_config={
@@ -128,23 +129,22 @@ def _certificate(entry: RunEntry) -> None:
 
 
 def _manifest(entry: RunEntry) -> None:
-    manifest = entry.manifest or {}
+    manifest = Selection(entry).manifest
     st.download_button(
         "JSON", entry.paths.manifest.read_bytes(), "manifest.json", "application/json", key="download-manifest",
         icon=":material/download:", type="tertiary", on_click="ignore",
     )  # fmt: skip
     st.subheader("What was run")
-    argv = manifest.get("argv")
-    if isinstance(argv, list):
-        st.code(shlex.join(map(str, argv)), language=None, wrap_lines=True)
+    if manifest.argv:
+        st.code(shlex.join(manifest.argv), language=None, wrap_lines=True)
     names = ("run_id", "parent", "accepted_differences", "experiment", "created", "ended", "seconds", "status", "reason",
              "device", "threads", "num_failed", "warnings", "resumed", "random_numbers")  # fmt: skip
-    what = {name: manifest.get(name) for name in names}
+    what = {name: manifest.tree.get(name) for name in names}
     _leaves({k: v for k, v in what.items() if v not in (None, [], {})}, names)
     st.subheader("Identity")
     st.caption("The fingerprint is a hash of everything that decides results.")
-    st.code(str(manifest.get("fingerprint")), language=None)
-    _leaves(manifest.get("fingerprint_parts"))
+    st.code(manifest.fingerprint, language=None)
+    _leaves(manifest.part("fingerprint_parts"))
     st.subheader("Settings")
     settings = asked.settings(manifest)
     changed = int((settings["source"] != "default").sum())
@@ -156,18 +156,17 @@ def _manifest(entry: RunEntry) -> None:
         column_config={"peak_mb": _number("peak memory, MB", "%.0f"), "seconds": _number("seconds", "%.1f"),
                        "of_contexts": _number("of contexts", "%.0f"), "tokens_per_s": _number("tokens/s", "%.0f")},
     )  # fmt: skip
-    if manifest.get("tables"):
+    if manifest.tables:
         st.caption("Rows of each table")
-        _leaves(manifest["tables"])
+        _leaves(manifest.tables)
     st.subheader("Model")
-    _leaves(manifest.get("model"), ("name", "revision", "dtype", "num_parameters", "path", "weights_sha256"))
+    _leaves(manifest.part("model"), ("name", "revision", "dtype", "num_parameters", "path", "weights_sha256"))
     st.subheader("Prompts")
-    prompts = manifest.get("prompts")
-    _leaves({k: v for k, v in prompts.items() if k != "row_hashes"} if isinstance(prompts, dict) else None)
+    _leaves({k: v for k, v in manifest.part("prompts").items() if k != "row_hashes"})
     left, right = st.columns(2)
     with left:
         st.subheader("Code and machine")
-        _leaves({name: manifest.get(name) for name in ("code", "machine", "numerics") if manifest.get(name)})
+        _leaves({name: part for name in ("code", "machine", "numerics") if (part := manifest.part(name))})
         if entry.paths.tree_diff.exists():
             st.download_button(
                 "Uncommitted changes of the code", entry.paths.tree_diff.read_bytes(), "working_tree.diff", "text/x-diff",
@@ -175,10 +174,10 @@ def _manifest(entry: RunEntry) -> None:
             )  # fmt: skip
     with right:
         st.subheader("Packages")
-        _leaves(manifest.get("packages"))
+        _leaves(manifest.packages)
 
 
-def _leaves(tree: Any, names: tuple[str, ...] | list[str] = ()) -> None:
+def _leaves(tree: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     rows = asked.leaves(tree, names)
     if rows.empty:
         st.caption("The manifest does not say.")
@@ -199,10 +198,10 @@ def _compare(view: Selection | None, extras: Extras, entry: RunEntry, entries: l
     if name is None:
         return
     other = others[str(name)]
-    this, that = entry.manifest or {}, other.manifest or {}
+    this, that = Selection(entry).manifest, Selection(other).manifest
     st.subheader("What differs")
     changes = asked.manifest_differences(this, that)
-    if this.get("fingerprint") == that.get("fingerprint"):
+    if this.fingerprint == that.fingerprint:
         st.caption("Both have the same fingerprint: what decides results is the same.")
     if (shared := asked.shared_prompts(this, that)) is not None:
         st.caption(f"{shared[0]:,} prompts in both, {shared[1]:,} only in this, {shared[2]:,} only in the other.")

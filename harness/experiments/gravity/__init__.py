@@ -16,6 +16,7 @@ from harness.experiments.experiment import Case, Entry, Headline, Page, Prepared
 from harness.experiments.gravity.settings import GravitySettings
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
+from harness.run import Manifest
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
 
@@ -60,22 +61,22 @@ class Gravity:
 
         return prepare(resolved, models, stages)
 
-    def render(self, reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
+    def render(self, reader: Reader, manifest: Manifest) -> list[object]:
         from harness.experiments.gravity import summary
 
         return summary.render(summary.summarise(reader, manifest), manifest)
 
-    def remarks(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+    def remarks(self, reader: Reader, manifest: Manifest) -> list[Remark]:
         from harness.experiments.gravity.remarks import remarks_of
 
         return remarks_of(reader, manifest)
 
-    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Manifest) -> list[Headline]:
         from harness.experiments.gravity.summary import headlines
 
         return headlines(reader)
 
-    def report(self, reader: Reader, manifest: Mapping[str, Any]) -> Report:
+    def report(self, reader: Reader, manifest: Manifest) -> Report:
         from harness.experiments.gravity.report import report
 
         return report(reader, manifest)

@@ -8,11 +8,11 @@ says what was counted and what to try. Every threshold stands here with its reas
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.remarks import Remark, share_told
-from harness.run.differences import own_setting
+from harness.run import Manifest, own_setting
 from harness.store import Reader, Row
 
 Kind = Literal["empty", "cut", "one_outcome", "one_bin", "fit", "split"]
@@ -39,7 +39,7 @@ _EMPTY_SQL = r"regexp_full_match(coalesce(answer, ''), '[\s\p{Z}]*')"
 _MODES = {"greedy": "greedy answers", "sample": "samples"}
 
 
-def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """What there is to say of a run, the answers first; of an unfinished one, as far as it came. The certificate has its own."""
     known = set(reader.tables())
     found: list[Remark] = []
@@ -52,7 +52,7 @@ def remarks_of(reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
 # -- answers
 
 
-def _empty(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _empty(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     asked = _per_condition(
         reader, "completions", _EMPTY_SQL,
         f"{_EMPTY_SQL} AND (finish_reason = 'newline' OR contains(text, chr(10)))",
@@ -65,9 +65,9 @@ def _empty(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
         yield _of_modes("empty", condition, modes, "empty", advice)
 
 
-def _to_be_answered(manifest: Mapping[str, Any], begins_lines: bool) -> str:
+def _to_be_answered(manifest: Manifest, begins_lines: bool) -> str:
     """What to try where a model does not answer."""
-    if _model(manifest, "chat_template_sha256") and not own_setting(manifest, "chat"):
+    if manifest.model.chat_template_sha256 and not own_setting(manifest, "chat"):
         return "Try `--gravity.chat true`: the model has a chat template, and was asked in raw text."
     if begins_lines:
         return (
@@ -77,7 +77,7 @@ def _to_be_answered(manifest: Mapping[str, Any], begins_lines: bool) -> str:
     return "The model ends its text at once. Try other words (`[gravity.templates]`), or a model that follows instructions."
 
 
-def _cut(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _cut(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     # What stands behind a newline is no part of the answer, so an answer that has one is whole.
     for condition, modes in _per_condition(
         reader, "completions", "finish_reason = 'length' AND NOT contains(text, chr(10))"
@@ -95,7 +95,7 @@ def _cut(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
             yield _of_modes("cut", condition, modes, "cut by their length", advice)
 
 
-def _one_outcome(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _one_outcome(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     advice = (
         "Where all end alike there is nothing to compare. Try more prompts (`--limit all`), or prompts that pull {} "
         "toward X."
@@ -140,7 +140,7 @@ def _of_modes(kind: Kind, condition: str, modes: Mapping[str, Row], how: str, ad
 # -- pressure
 
 
-def _one_bin(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _one_bin(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     rows = reader.query("SELECT p_sem FROM psem WHERE condition = 'baseline' AND p_sem IS NOT NULL")
     if len(rows) < FEWEST:
         return
@@ -157,7 +157,7 @@ def _one_bin(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
         )  # fmt: skip
 
 
-def _fit(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _fit(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     """A slope that the data leave open, and a fit that they do not determine at all."""
     more = "Try more prompts (`--limit all`), or prompts whose P0 lie further apart."
     pressed = reader.query(
@@ -187,7 +187,7 @@ def _fit(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
             )  # fmt: skip
 
 
-def _split(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
+def _split(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     (row,) = reader.query(
         "SELECT count(*) AS total, count(*) FILTER (shortest > 1) AS number FROM ("
         "SELECT prompt_id, min(list_min([len(s) FOR s IN sequences])) AS shortest FROM psem "
@@ -202,7 +202,7 @@ def _split(reader: Reader, manifest: Mapping[str, Any]) -> Iterator[Remark]:
         )  # fmt: skip
 
 
-_Look = Callable[[Reader, Mapping[str, Any]], Iterator[Remark]]
+_Look = Callable[[Reader, Manifest], Iterator[Remark]]
 _LOOKS: tuple[tuple[tuple[str, ...], _Look], ...] = (
     (("completions",), _empty),
     (("completions",), _cut),
@@ -212,8 +212,3 @@ _LOOKS: tuple[tuple[tuple[str, ...], _Look], ...] = (
     (("psem",), _split),
 )
 """What each look needs to be in the snapshot, in the order of showing."""
-
-
-def _model(manifest: Mapping[str, Any], name: str) -> Any:
-    model = manifest.get("model")
-    return model.get(name) if isinstance(model, Mapping) else None

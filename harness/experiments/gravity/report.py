@@ -18,7 +18,7 @@ from harness.experiments.gravity import figures, method
 from harness.experiments.gravity.bins import BIN_NAMES
 from harness.experiments.gravity.figures import FigureData
 from harness.experiments.gravity.summary import Summary, summarise
-from harness.run.differences import seed_of
+from harness.run import Manifest, seed_of
 from harness.stats import Estimate, Support
 from harness.store import Reader, Row
 
@@ -55,7 +55,7 @@ class Example:
     """The lens' p_target and p_emitted as points of a polyline, 0…100 wide and 0…30 high."""
 
 
-def report(reader: Reader, manifest: Mapping[str, Any]) -> Report:
+def report(reader: Reader, manifest: Manifest) -> Report:
     """All of it, of a run that may still go on."""
     data = figures.gather(reader, seed_of(manifest))
     summary = summarise(reader, manifest)
@@ -370,9 +370,9 @@ def _taxonomy(reader: Reader, data: FigureData) -> Section:
     )  # fmt: skip
 
 
-def _paper(manifest: Mapping[str, Any], data: FigureData) -> list[Section]:
+def _paper(manifest: Manifest, data: FigureData) -> list[Section]:
     """The published numbers beside ours, for the model they were published for."""
-    name = str((manifest.get("model") or {}).get("name", "")).rstrip("/")
+    name = (manifest.model.name or "").rstrip("/")
     if name.rsplit("/", 1)[-1] != _PAPER_MODEL:
         return []
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from harness.experiments.experiment import Headline
 from harness.experiments.gravity.bins import BIN_NAMES, bin_of
 from harness.experiments.gravity.fit import Pressed, fit_of
-from harness.run.differences import seed_of
+from harness.run import Manifest, seed_of
 from harness.stats import Estimate, LogisticFit, estimate_of
 from harness.store import Reader, Row
 
@@ -42,7 +42,7 @@ class Summary:
     """Rows of `statistics`: for each patch the layer of largest mean ΔP in magnitude."""
 
 
-def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
+def summarise(reader: Reader, manifest: Manifest) -> Summary:
     """Rates by condition and pressure bin, and the fitted line; whatever has not been measured yet is None.
 
     Intervals and the line are those that stage `analysis` stored; before it has, they are computed as it will.
@@ -93,10 +93,10 @@ def summarise(reader: Reader, manifest: Mapping[str, Any]) -> Summary:
     return Summary(tuple(conditions), tuple(int(c) for c in counts), taxonomy, tuple(strongest))
 
 
-def render(result: Summary, manifest: Mapping[str, Any]) -> list[object]:
+def render(result: Summary, manifest: Manifest) -> list[object]:
     """Tables for a terminal."""
     shown: list[object] = []
-    overview = Table(title=f"Run {manifest['run_id']}", title_justify="left")
+    overview = Table(title=f"Run {manifest.run_id}", title_justify="left")
     for column in (
         "condition",
         "prompts",

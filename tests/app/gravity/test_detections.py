@@ -16,6 +16,7 @@ from harness.run import RunEntry, RunPaths
 from harness.store import Store
 from tests import synthetic
 from tests.app.conftest import open_view, page_file
+from tests.commands import saying
 from tests.synthetic import Shape
 
 PAGE = page_file("detections")
@@ -72,7 +73,7 @@ def _events(store: Store) -> None:
 
 
 def _view(paths: RunPaths, category: str | None = None, outcome: str | None = None) -> View:
-    entry = RunEntry(paths, {}, None)
+    entry = RunEntry(paths, saying(), None)
     return View(entry, ("negative",), "negative", category, outcome, None, None)
 
 

@@ -14,6 +14,7 @@ from harness.run import RunPaths
 from harness.store import Reader, Store
 from tests import synthetic
 from tests.app.conftest import open_view, page_file, store_of
+from tests.commands import saying
 from tests.synthetic import Shape
 
 PAGE = page_file("patching")
@@ -128,8 +129,8 @@ def test_counted_means_agree_with_the_stored_statistics(run: RunPaths) -> None:
 def test_the_patched_condition_is_known_without_statistics(tmp_path: Path) -> None:
     bare = store_of(tmp_path, lambda store: None)
     stages = {"fingerprint_parts": {"stages": [{"name": "psem"}, {"name": "patching", "condition": "reframed"}]}}
-    assert asking.patched_condition(bare, stages) == "reframed"
-    assert asking.patched_condition(bare, {}) == "negative"
+    assert asking.patched_condition(bare, saying(stages)) == "reframed"
+    assert asking.patched_condition(bare, saying()) == "negative"
 
 
 # -- drawings

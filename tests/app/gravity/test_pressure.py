@@ -23,12 +23,12 @@ from harness.experiments.gravity.figures import FIGURES, gather
 from harness.experiments.gravity.schema import SCHEMA
 from harness.experiments.gravity.summary import render, summarise
 from harness.experiments.remarks import lines
-from harness.run import RunEntry, RunPaths, read_manifest
-from harness.run.differences import seed_of
+from harness.run import RunEntry, RunPaths, read_manifest, seed_of
 from harness.stats import Estimate
 from harness.store import Store, open_snapshot
 from tests import gravity, synthetic
 from tests.app.conftest import open_view, page_file, store_of
+from tests.commands import saying
 from tests.gravity import resolve
 from tests.synthetic import HOSTILE, Shape
 
@@ -67,7 +67,7 @@ def _three_prompts(store: Store) -> None:
 
 
 def _view(paths: RunPaths, category: str | None = None, outcome: str | None = None) -> View:
-    entry = RunEntry(paths, {}, None)
+    entry = RunEntry(paths, saying(), None)
     return View(entry, ("baseline", "negative"), "negative", category, outcome, None, None)
 
 

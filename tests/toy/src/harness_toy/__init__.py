@@ -20,6 +20,7 @@ from typing import Any, Literal
 from harness.experiments.experiment import Case, Entry, Headline, Page, Prepared, Report
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
+from harness.run import Manifest
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
 from harness_toy.schema import SCHEMA
@@ -54,20 +55,20 @@ class Toy:
 
         return prepare(resolved, models)
 
-    def render(self, reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
+    def render(self, reader: Reader, manifest: Manifest) -> list[object]:
         from harness_toy import results
 
         return results.render(reader, manifest)
 
-    def remarks(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Remark]:
+    def remarks(self, reader: Reader, manifest: Manifest) -> list[Remark]:
         return []
 
-    def headlines(self, reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
+    def headlines(self, reader: Reader, manifest: Manifest) -> list[Headline]:
         from harness_toy import results
 
         return results.headlines(reader, manifest)
 
-    def report(self, reader: Reader, manifest: Mapping[str, Any]) -> Report:
+    def report(self, reader: Reader, manifest: Manifest) -> Report:
         from harness_toy import results
 
         return results.report(reader, manifest)

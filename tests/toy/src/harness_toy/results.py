@@ -1,19 +1,17 @@
 """What people read of a run of surprisal: in the terminal, side by side with another run, and on a page."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from harness.experiments.experiment import Drawn, Headline, Report, Section, Table
-from harness.run.differences import own_setting
+from harness.run import Manifest, own_setting
 from harness.stats import mean_interval
 from harness.store import Reader, Row
 from harness_toy.settings import UNITS
 
 
-def headlines(reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
+def headlines(reader: Reader, manifest: Manifest) -> list[Headline]:
     """The mean over texts; none where no text was measured."""
     rows, unit = _rows(reader), _unit(manifest)
     if not rows:
@@ -22,7 +20,7 @@ def headlines(reader: Reader, manifest: Mapping[str, Any]) -> list[Headline]:
     return [Headline("all texts", f"{unit} a token", found.mean, found.low, found.high)]
 
 
-def render(reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
+def render(reader: Reader, manifest: Manifest) -> list[object]:
     """The same in a sentence, beside what a model gives that knows nothing."""
     return [
         f"Surprisal: {h.value:.3f} [{h.low:.3f}, {h.high:.3f}] {h.measure}; "
@@ -31,12 +29,12 @@ def render(reader: Reader, manifest: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def ignorance(manifest: Mapping[str, Any]) -> float:
+def ignorance(manifest: Manifest) -> float:
     """The surprisal of a uniform guess over the vocabulary: ln V, in the run's unit."""
-    return UNITS[_unit(manifest)] * math.log(manifest["model"]["config"]["vocab_size"])
+    return UNITS[_unit(manifest)] * math.log(manifest.model.config["vocab_size"])
 
 
-def report(reader: Reader, manifest: Mapping[str, Any]) -> Report:
+def report(reader: Reader, manifest: Manifest) -> Report:
     """Its section of the page, with one figure."""
     rows, unit = _rows(reader), _unit(manifest)
     cells = [(r["text_id"], f"{r['num_tokens']:,}", f"{r['mean']:.3f}") for r in rows]
@@ -73,5 +71,5 @@ def _rows(reader: Reader) -> list[Row]:
     return reader.query("SELECT text_id, num_tokens, mean FROM surprisals ORDER BY mean, text_id")
 
 
-def _unit(manifest: Mapping[str, Any]) -> str:
+def _unit(manifest: Manifest) -> str:
     return str(own_setting(manifest, "unit"))
