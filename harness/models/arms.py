@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from harness import tally
 from harness.errors import NOT_FINITE, ItemFailed, NotFinite
 from harness.models.amplify import arm_log_probs, log_probs
+from harness.models.load import LM
 from harness.models.rollout import Pair
 from harness.models.score import rows_of_trees, too_long, tree_batch
 from harness.text.words import Trie
@@ -89,7 +92,10 @@ def _scored(
 
 
 def _picked(
-    pair: Pair, heads: Sequence[tuple], wanted: Sequence[dict[int, int]], alphas: tuple[float, ...]
+    pair: Pair,
+    heads: Sequence[tuple[LM, Float[Tensor, "N D"]]],
+    wanted: Sequence[dict[int, int]],
+    alphas: tuple[float, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
     """[N, T, K] of the wanted tokens of each row, and [N] whether all that either model says there is a number."""
     widest = max(1, *map(len, wanted))

@@ -115,6 +115,7 @@ class Decoder:
     def __init__(self, pair: Pair, rule: Rule, arms: Sequence[float] = ()):
         """`arms`: those under which every text is to be scored; both models are needed for that."""
         assert not arms or len(pair.lms) == 2, "texts are scored under arms by two models"
+        assert not rule.floor or pair.after is not None, "the floor is what the model after finds plausible"
         self.pair, self.rule, self.arms = pair, rule, tuple(map(float, arms))
         self._live: dict[int, _Live] = {}
         self._failed: dict[int, ItemFailed] = {}

@@ -277,6 +277,8 @@ def test_a_model_that_no_arm_needs_is_not_run() -> None:
         Pair(None, None, 256)
     with pytest.raises(AssertionError, match="by two models"):
         Decoder(Pair(lm, None, 256), FREE, (0.0, 1.0))
+    with pytest.raises(AssertionError, match="what the model after finds plausible"):
+        Decoder(Pair(None, lm, 256), Rule(floor=0.1))
 
 
 # ---- failures stay alone --------------------------------------------------------------------------------------
