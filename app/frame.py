@@ -145,9 +145,15 @@ def download(data: pd.DataFrame, name: str) -> None:
     """The data of a chart or table, as a CSV file; where they hold text, as one for spreadsheets too."""
     with st.container(horizontal=True):
         st.download_button(
-            "Data", lambda: csv_of(data), f"{name}.csv", "text/csv", key=f"download-{name}", icon=":material/download:",
-            type="tertiary", on_click="ignore",
-        )  # fmt: skip
+            "Data",
+            lambda: csv_of(data),
+            f"{name}.csv",
+            "text/csv",
+            key=f"download-{name}",
+            icon=":material/download:",
+            type="tertiary",
+            on_click="ignore",
+        )
         if len(data.select_dtypes(include=["object", "string", "category"]).columns):
             safe, number = for_spreadsheets(data)
             download_for_spreadsheets(lambda: csv_of(safe), number, name)
@@ -156,11 +162,17 @@ def download(data: pd.DataFrame, name: str) -> None:
 def download_for_spreadsheets(make: Callable[[], bytes], number: int, name: str) -> None:
     """A second file, in which `number` cells of text were changed so that a spreadsheet shows them and computes nothing."""
     st.download_button(
-        f"CSV for spreadsheets ({number:,} changed)", make, f"{name}-for-spreadsheets.csv", "text/csv",
-        key=f"download-safe-{name}", icon=":material/download:", type="tertiary", on_click="ignore",
+        f"CSV for spreadsheets ({number:,} changed)",
+        make,
+        f"{name}-for-spreadsheets.csv",
+        "text/csv",
+        key=f"download-safe-{name}",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
         help="Text that a spreadsheet would take for a formula, such as an answer that begins with =, has an apostrophe "
         "in front. Numbers are as they were.",
-    )  # fmt: skip
+    )
 
 
 def for_spreadsheets(data: pd.DataFrame) -> tuple[pd.DataFrame, int]:

@@ -105,9 +105,14 @@ def _started(channel: int, snapshot: int, limit_s: float, memory_bytes: int) -> 
     nothing = subprocess.DEVNULL
     try:
         return subprocess.Popen(
-            [sys.executable, "-sPB", "-m", "harness.asking", *told], cwd="/", env=environment, pass_fds=(channel, snapshot),
-            stdin=nothing, stdout=nothing, stderr=nothing,
-        )  # fmt: skip
+            [sys.executable, "-sPB", "-m", "harness.asking", *told],
+            cwd="/",
+            env=environment,
+            pass_fds=(channel, snapshot),
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+        )
     except OSError as e:
         raise StoreError(f"the process that answers could not be started: {e.strerror}") from e
 

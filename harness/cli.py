@@ -240,8 +240,19 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-_SWITCHES = ("--verbose", "--retry-failed", "--dry-run", "--list", "--safe", "--anyway", "--exit-code", "--full", "--tokens",
-             "--help", "-h")  # fmt: skip
+_SWITCHES = (
+    "--verbose",
+    "--retry-failed",
+    "--dry-run",
+    "--list",
+    "--safe",
+    "--anyway",
+    "--exit-code",
+    "--full",
+    "--tokens",
+    "--help",
+    "-h",
+)
 """Flags without a value: the word behind any other one belongs to it."""
 
 

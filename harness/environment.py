@@ -118,8 +118,11 @@ def _blas() -> list[str]:
 
 
 def _gpu(properties: Any) -> dict[str, Any]:
-    return {"name": properties.name, "memory_bytes": properties.total_memory,
-            "compute_capability": f"{properties.major}.{properties.minor}"}  # fmt: skip
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
 
 
 def _driver() -> str | None:

@@ -218,9 +218,13 @@ class ConsoleProgress:
 
 def _bar() -> Progress:
     return Progress(
-        SpinnerColumn(), TextColumn("{task.description:<12}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"), console=console,
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+    )
 
 
 def print_out(*objects: object) -> None:

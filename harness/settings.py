@@ -42,8 +42,14 @@ ALIASES = {
     "OUTPUT_ROOT": "paths.runs",
 }
 """Environment names that people already have, and the setting each one is."""
-NOT_SETTINGS = ("HARNESS_IMAGE_REVISION", "HARNESS_IMAGE_VERSION", "HARNESS_IMAGE_CREATED", "HARNESS_IMAGE_SOURCE",
-                "HARNESS_IMAGE_DIGEST", "HARNESS_IMAGE_SBOM_SHA256")  # fmt: skip
+NOT_SETTINGS = (
+    "HARNESS_IMAGE_REVISION",
+    "HARNESS_IMAGE_VERSION",
+    "HARNESS_IMAGE_CREATED",
+    "HARNESS_IMAGE_SOURCE",
+    "HARNESS_IMAGE_DIGEST",
+    "HARNESS_IMAGE_SBOM_SHA256",
+)
 """What a container says about itself, its labels and what it was handed: facts for the manifest."""
 SHORT_FLAGS = {"model": "model.name", "other": "other.name", "prompts": "data.prompts", "limit": "data.limit"}
 """Short names of flags; `--stages` is that of the experiment's own section."""

@@ -241,10 +241,16 @@ def fit_with_curve(
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     se = np.std(draws, axis=0, ddof=1)
     fit = LogisticFit(
-        *line, (float(low[0]), float(high[0])), (float(low[1]), float(high[1])),
-        len(p0), int(trials.sum()), _mcfadden(counts, whole[0] + whole[1] * p0), float(se[0]), float(se[1]),
+        *line,
+        (float(low[0]), float(high[0])),
+        (float(low[1]), float(high[1])),
+        len(p0),
+        int(trials.sum()),
+        _mcfadden(counts, whole[0] + whole[1] * p0),
+        float(se[0]),
+        float(se[1]),
         support_of(p0),
-    )  # fmt: skip
+    )
     return Fitted(fit, _curve(line, fit.support, draws))
 
 
@@ -308,8 +314,12 @@ def calibration(
 
 
 def _lines_of_draws(
-    p0: Float[np.ndarray, " N"], counts: Float[np.ndarray, "N 2"], whole: tuple[float, float], seed: int, num_bootstraps: int
-) -> Float[np.ndarray, "R 2"] | None:  # fmt: skip
+    p0: Float[np.ndarray, " N"],
+    counts: Float[np.ndarray, "N 2"],
+    whole: tuple[float, float],
+    seed: int,
+    num_bootstraps: int,
+) -> Float[np.ndarray, "R 2"] | None:
     """Intercept and slope of each draw of prompts that determines them; None where more than a tenth do not.
 
     `whole` is the line of all prompts: the search for a draw's begins there.

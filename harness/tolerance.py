@@ -30,9 +30,12 @@ def in_words() -> str:
     """`TOLERANCE` as the documentation says it."""
     half = TOLERANCE["bfloat16"]
     assert all(TOLERANCE[dtype] == half for dtype in HALF), "they are told of together"
-    return "; ".join([
-        *(f"{name} {_sizes(held)}" for name, held in TOLERANCE.items() if name not in HALF), f"half precision {_sizes(half)}"
-    ])  # fmt: skip
+    return "; ".join(
+        [
+            *(f"{name} {_sizes(held)}" for name, held in TOLERANCE.items() if name not in HALF),
+            f"half precision {_sizes(half)}",
+        ]
+    )
 
 
 def _sizes(held: Tolerance) -> str:

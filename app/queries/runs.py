@@ -13,9 +13,19 @@ from app import experiments, queries
 from harness.run import Manifest, RunEntry, RunPaths, differences, read_manifest
 
 LIST_COLUMNS = (
-    "run", "status", "experiment", "model", "fingerprint", "prompts", "warnings", "failed", "sanity", "seconds", "stages",
+    "run",
+    "status",
+    "experiment",
+    "model",
+    "fingerprint",
+    "prompts",
+    "warnings",
+    "failed",
+    "sanity",
+    "seconds",
+    "stages",
     "reason",
-)  # fmt: skip
+)
 
 
 # -- the list
@@ -107,8 +117,22 @@ def progress(paths: RunPaths, planned: Sequence[str] = ()) -> pd.DataFrame:
 def _progress(rows: pd.DataFrame, planned: Sequence[str]) -> pd.DataFrame:
     waiting = [name for name in planned if name not in set(rows["stage"])]
     later = pd.DataFrame({"stage": waiting, "status": "not begun"}, columns=["stage", "status"])
-    names = ["stage", "status", "done", "items", "total", "failed", "items_s", "tokens_s", "seconds", "left_s", "last_items",
-             "last_tokens", "number", "splits"]  # fmt: skip
+    names = [
+        "stage",
+        "status",
+        "done",
+        "items",
+        "total",
+        "failed",
+        "items_s",
+        "tokens_s",
+        "seconds",
+        "left_s",
+        "last_items",
+        "last_tokens",
+        "number",
+        "splits",
+    ]
     frame = pd.DataFrame([*rows.to_dict("records"), *later.to_dict("records")], columns=names)
     numbers = frame.columns.difference(["stage", "status"])
     frame[numbers] = frame[numbers].apply(pd.to_numeric)
@@ -167,8 +191,19 @@ def certificate(paths: RunPaths) -> pd.DataFrame:
     """The certificate: measurement, verdict, max_abs, tolerance, max_rel, num_items, flips, near_ties, worst, repeated, left_out;
     what disagrees first. Without rows where nothing was checked.
     """
-    names = ["measurement", "verdict", "max_abs", "tolerance", "max_rel", "num_items", "flips", "near_ties", "worst",
-             "repeated", "left_out"]  # fmt: skip
+    names = [
+        "measurement",
+        "verdict",
+        "max_abs",
+        "tolerance",
+        "max_rel",
+        "num_items",
+        "flips",
+        "near_ties",
+        "worst",
+        "repeated",
+        "left_out",
+    ]
     tables = queries.tables(paths)
     if "sanity" not in tables:
         return pd.DataFrame(columns=names)
@@ -198,10 +233,18 @@ def leaves(tree: Mapping[str, Any], names: Sequence[str] = ()) -> pd.DataFrame:
 
 
 _STAGE_COLUMNS = {
-    "status": "status", "items": "num_items", "failed": "num_failed", "rows": "num_rows", "batches": "num_batches",
-    "splits": "splits", "tokens": "tokens", "of_contexts": "prefill_tokens", "padding": "padding_tokens",
-    "seconds": "seconds", "tokens_per_s": "tokens_per_s",
-}  # fmt: skip
+    "status": "status",
+    "items": "num_items",
+    "failed": "num_failed",
+    "rows": "num_rows",
+    "batches": "num_batches",
+    "splits": "splits",
+    "tokens": "tokens",
+    "of_contexts": "prefill_tokens",
+    "padding": "padding_tokens",
+    "seconds": "seconds",
+    "tokens_per_s": "tokens_per_s",
+}
 
 
 def stages(manifest: Manifest) -> pd.DataFrame:

@@ -63,9 +63,11 @@ def as_csv(rows: pa.Table) -> bytes:
 def as_parquet(rows: pa.Table) -> bytes:
     """A Parquet file; what the format does not have, such as an interval, as text."""
     kept = [
-        pa.array([None if v is None else str(v) for v in c.to_pylist()], pa.string()) if pa.types.is_interval(c.type) else c
+        pa.array([None if v is None else str(v) for v in c.to_pylist()], pa.string())
+        if pa.types.is_interval(c.type)
+        else c
         for c in rows.columns
-    ]  # fmt: skip
+    ]
     file = io.BytesIO()
     pq.write_table(pa.table(kept, names=rows.column_names), file)
     return file.getvalue()

@@ -39,9 +39,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False)
 
@@ -64,10 +66,19 @@ def taught(tokenizer: PreTrainedTokenizerFast, context: str, answers: Mapping[st
 def small_llama(tokenizer: PreTrainedTokenizerFast, num_layers: int, seed: int = 0) -> torch.nn.Module:
     """A Llama-style decoder 128 wide, with random weights, ready for our attention."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=num_layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-        rope_theta=10_000.0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_theta=10_000.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attend.registered())
 
@@ -78,9 +89,13 @@ def entropy(rows: Sequence[Sequence[float]]) -> float:
 
 
 def fit(
-    model: torch.nn.Module, rows: Sequence[Taught], epochs: int, batch: int, rate: float,
+    model: torch.nn.Module,
+    rows: Sequence[Taught],
+    epochs: int,
+    batch: int,
+    rate: float,
     keep: Callable[[int], None] = lambda epoch: None,
-) -> Iterator[tuple[int, float, float]]:  # fmt: skip
+) -> Iterator[tuple[int, float, float]]:
     """Train, and tell of (epoch, mean cross-entropy in nats, seconds). The rate warms up and follows a cosine."""
     rows = sorted(rows, key=lambda r: len(r.context) + len(r.trie))
     rng = np.random.default_rng(0)

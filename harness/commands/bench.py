@@ -109,10 +109,18 @@ def _table(figures: Sequence[Figure], title: str) -> Table:
         work = (f"{f.tokens:,.0f}", f"{f.tokens / f.seconds:,.0f}", f"{f.gflops:,.0f}", f"{f.of_product:.0%}")
         tokens, rate, gflops, share = work if f.tokens else ("?", "", "", "")
         table.add_row(
-            f.stage, f.way, f"{f.seconds:.2f}", f"{f.cpu_seconds:.2f}", tokens, rate,
-            f"{f.new_tokens / f.seconds:,.0f}" if f.new_tokens else "", gflops, share,
-            f"{f.speedup:.2f}" if f.speedup < 1.5 else f"{f.speedup:.1f}", told(f),
-        )  # fmt: skip
+            f.stage,
+            f.way,
+            f"{f.seconds:.2f}",
+            f"{f.cpu_seconds:.2f}",
+            tokens,
+            rate,
+            f"{f.new_tokens / f.seconds:,.0f}" if f.new_tokens else "",
+            gflops,
+            share,
+            f"{f.speedup:.2f}" if f.speedup < 1.5 else f"{f.speedup:.1f}",
+            told(f),
+        )
     return table
 
 

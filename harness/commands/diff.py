@@ -233,9 +233,13 @@ def _column_drift(name: str, rows: Aligned) -> ColumnDrift | None:
     scaled = gap / np.maximum(1.0, scale)
     worst = int(np.argmax(scaled))
     return ColumnDrift(
-        name, len(np.unique(row)), float(gap.max()), float((gap / scale).max()), float(scaled[worst]),
+        name,
+        len(np.unique(row)),
+        float(gap.max()),
+        float((gap / scale).max()),
+        float(scaled[worst]),
         _key_of(rows, int(row[worst])),
-    )  # fmt: skip
+    )
 
 
 class _Apart(NamedTuple):

@@ -156,9 +156,13 @@ def estimate_table(whole: Estimate) -> Iterator[object]:
 
 
 def start(
-    plan: Plan, resolved: Resolved, resume: str = "auto", retry_failed: bool = False, argv: list[str] | None = None,
+    plan: Plan,
+    resolved: Resolved,
+    resume: str = "auto",
+    retry_failed: bool = False,
+    argv: list[str] | None = None,
     origin: Origin | None = None,
-) -> Ended:  # fmt: skip
+) -> Ended:
     """Start or go on with the run of a plan, to its end. With `origin` it repeats that run."""
     settings = resolved.settings
     here = surroundings(plan, resolved)
@@ -222,9 +226,14 @@ def _go_on(
 
 
 def _execute(
-    plan: Plan, settings: Settings, paths: RunPaths, store: Store, manifest: ManifestFile, retry_failed: bool,
+    plan: Plan,
+    settings: Settings,
+    paths: RunPaths,
+    store: Store,
+    manifest: ManifestFile,
+    retry_failed: bool,
     warnings: log.WarningCount,
-) -> int:  # fmt: skip
+) -> int:
     """Run the stages; leave a manifest that tells the truth however it ends."""
     limits = replace(_limits(settings), sizes=manifest.now.recorded_sizes)
     start = time.perf_counter()

@@ -114,7 +114,7 @@ def _facts(reader: Reader, manifest: Manifest) -> list[tuple[str, str]]:
         ("created", str(manifest.created)),
         ("code", f"{code.version}, commit {code.git_commit}{' with changes' if code.git_dirty else ''}"),
         ("results as of", f"{reader.age_s:,.0f} s before this page" if status == "running" else "the end of the run"),
-    ]  # fmt: skip
+    ]
 
 
 def _prompts_told(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -127,16 +127,37 @@ def _prompts_told(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _sanity(reader: Reader) -> Table:
     rows = reader.query("SELECT * FROM sanity ORDER BY ok, measurement") if "sanity" in reader.tables() else []
-    columns = ("measurement", "verdict", "items", "largest difference", "relative", "tolerance", "flips", "near ties",
-               "worst item", "repeated", "left out")  # fmt: skip
+    columns = (
+        "measurement",
+        "verdict",
+        "items",
+        "largest difference",
+        "relative",
+        "tolerance",
+        "flips",
+        "near ties",
+        "worst item",
+        "repeated",
+        "left out",
+    )
     cells = [
-        (r["measurement"], "left out" if r["ok"] is None else "agrees" if r["ok"] else "DISAGREES", _count(r["num_items"]),
-         *(_power(r[k]) for k in ("max_abs", "max_rel", "tolerance")), _count(r["flips"]), _count(r["near_ties"]),
-         r["worst"] or "–", r["repeated"] or "–", ", ".join(r.get("left_out") or ()) or "–")
+        (
+            r["measurement"],
+            "left out" if r["ok"] is None else "agrees" if r["ok"] else "DISAGREES",
+            _count(r["num_items"]),
+            *(_power(r[k]) for k in ("max_abs", "max_rel", "tolerance")),
+            _count(r["flips"]),
+            _count(r["near_ties"]),
+            r["worst"] or "–",
+            r["repeated"] or "–",
+            ", ".join(r.get("left_out") or ()) or "–",
+        )
         for r in rows
-    ]  # fmt: skip
-    note = ("Every measurement of the fast, batched path against a plain one-by-one reference, on a few prompts of this run; and "
-            "which of them its budget of time left out.")  # fmt: skip
+    ]
+    note = (
+        "Every measurement of the fast, batched path against a plain one-by-one reference, on a few prompts of this run; and "
+        "which of them its budget of time left out."
+    )
     return Table("Sanity certificate", columns, cells, note, 2, "not checked in this run")
 
 
@@ -146,12 +167,22 @@ def _sanity(reader: Reader) -> Table:
 def _manifest_tables(reader: Reader, manifest: Manifest) -> list[Table]:
     settings = [(name, str(told.value), str(told.source)) for name, told in manifest.settings.items()]
     stages = [
-        (r["stage"], str(r["version"]), r["status"], f"{r['num_items']:,}", f"{r['num_done']:,}", f"{r['num_failed']:,}",
-         f"{r.get('num_rows') or 0:,}", f"{r['seconds']:,.1f}", f"{r['tokens']:,}", f"{r.get('prefill_tokens') or 0:,}",
-         f"{r.get('padding_tokens') or 0:,}",
-         f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "")
+        (
+            r["stage"],
+            str(r["version"]),
+            r["status"],
+            f"{r['num_items']:,}",
+            f"{r['num_done']:,}",
+            f"{r['num_failed']:,}",
+            f"{r.get('num_rows') or 0:,}",
+            f"{r['seconds']:,.1f}",
+            f"{r['tokens']:,}",
+            f"{r.get('prefill_tokens') or 0:,}",
+            f"{r.get('padding_tokens') or 0:,}",
+            f"{r['tokens'] / r['seconds']:,.0f}" if r["seconds"] and r["tokens"] else "",
+        )
         for r in reader.query("SELECT * FROM stages ORDER BY rowid")
-    ]  # fmt: skip
+    ]
     events = [
         (r["level"], r["kind"], r["stage"] or "", r["item_key"] or "", r["message"] or "")
         for r in reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 50")
@@ -159,20 +190,44 @@ def _manifest_tables(reader: Reader, manifest: Manifest) -> list[Table]:
     packages = [(name, str(version)) for name, version in manifest.packages.items()]
     shown_apart = {"settings", "packages", "stages", "tables", "table_sha256"}
     rest = [
-        (name, value) for name, value in _leaves({k: v for k, v in manifest.tree.items() if k not in shown_apart})
+        (name, value)
+        for name, value in _leaves({k: v for k, v in manifest.tree.items() if k not in shown_apart})
         if not name.startswith("prompts.row_hashes")
-    ]  # fmt: skip
+    ]
     tables = [(name, f"{n:,}", manifest.table_sha256.get(name, "")) for name, n in manifest.tables.items()]
     return [
         Table("Settings, and where each came from", ("setting", "value", "source"), settings, num_words=3),
-        Table("Stages", ("stage", "version", "status", "items", "done", "failed", "rows", "seconds", "tokens",
-                         "of contexts", "padding", "tokens/s"), stages, num_words=3),
-        Table("Warnings and errors", ("level", "kind", "stage", "item", "message"), events,
-              "The first 50; all are in the table `events`.", 5, "none"),
+        Table(
+            "Stages",
+            (
+                "stage",
+                "version",
+                "status",
+                "items",
+                "done",
+                "failed",
+                "rows",
+                "seconds",
+                "tokens",
+                "of contexts",
+                "padding",
+                "tokens/s",
+            ),
+            stages,
+            num_words=3,
+        ),
+        Table(
+            "Warnings and errors",
+            ("level", "kind", "stage", "item", "message"),
+            events,
+            "The first 50; all are in the table `events`.",
+            5,
+            "none",
+        ),
         Table("Rows of each table", ("table", "rows", "sha256 of what was measured"), tables),
         Table("Packages", ("package", "version"), packages, num_words=2),
         Table("Everything else in the manifest", ("key", "value"), rest, num_words=2),
-    ]  # fmt: skip
+    ]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

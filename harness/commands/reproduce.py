@@ -75,12 +75,14 @@ def _compare(was: Manifest, original: RunPaths | None, again: RunPaths) -> bool:
     log.print_out(*diff.render_results(drifts))
     dtype = str(now.model.dtype)
     found = diff.verdict(drifts, dtype, a.schema)
-    log.print_out({
-        "identical": "Reproduced: bit for bit the same results.",
-        "rounding": f"Reproduced up to rounding: within {TOLERANCE[dtype].nats:g} of every measured number, the same tokens, "
-        "texts and verdicts." + ("" if apart else " Nothing here explains that the bits are not the same."),
-        "apart": "Not reproduced: results differ by more than rounding.",
-    }[found])  # fmt: skip
+    log.print_out(
+        {
+            "identical": "Reproduced: bit for bit the same results.",
+            "rounding": f"Reproduced up to rounding: within {TOLERANCE[dtype].nats:g} of every measured number, the same tokens, "
+            "texts and verdicts." + ("" if apart else " Nothing here explains that the bits are not the same."),
+            "apart": "Not reproduced: results differ by more than rounding.",
+        }[found]
+    )
     return found == "identical" or (found == "rounding" and bool(apart))
 
 

@@ -72,9 +72,15 @@ def render(verdicts: Sequence[Mapping[str, Any]], title: str) -> Table:
     for v in verdicts:
         sizes = ("–" if v[k] is None else f"{v[k]:.1e}" for k in ("max_abs", "max_rel"))
         table.add_row(
-            v["measurement"], str(v["num_items"]), *sizes, str(v["flips"]), str(v["near_ties"]), f"{v['tolerance']:.0e}",
-            _verdict(v), v["worst"] or "–",
-        )  # fmt: skip
+            v["measurement"],
+            str(v["num_items"]),
+            *sizes,
+            str(v["flips"]),
+            str(v["near_ties"]),
+            f"{v['tolerance']:.0e}",
+            _verdict(v),
+            v["worst"] or "–",
+        )
     return table
 
 

@@ -59,11 +59,17 @@ def print_run(root: Path, wanted: str) -> None:
         progress.add_column(column, justify="left" if column in ("stage", "status") else "right")
     for row in reader.query("SELECT s.* FROM stages s ORDER BY s.rowid"):
         progress.add_row(
-            row["stage"], row["status"], str(row["num_items"]), str(row["num_done"]), str(row["num_failed"]),
-            f"{row['seconds']:.1f}", f"{row['tokens']:,}", f"{row.get('prefill_tokens') or 0:,}",
+            row["stage"],
+            row["status"],
+            str(row["num_items"]),
+            str(row["num_done"]),
+            str(row["num_failed"]),
+            f"{row['seconds']:.1f}",
+            f"{row['tokens']:,}",
+            f"{row.get('prefill_tokens') or 0:,}",
             f"{row.get('padding_tokens') or 0:,}",
             f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"] and row["seconds"] else "",
-        )  # fmt: skip
+        )
     log.print_out(progress)
     events = reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 20")
     for event in events:

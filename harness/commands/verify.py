@@ -117,9 +117,13 @@ def _find(root: Path, wanted: str) -> RunPaths:
 def _of_manifest(paths: RunPaths, manifest: Manifest, sealed: Seal | None) -> Iterator[Check]:
     if sealed is None and not paths.seal.exists():  # a damaged one was named already
         should = manifest.status == "finished" and manifest.says("table_sha256")
-        yield Check("FAIL" if should else "skip", "seal",
-                    f"{paths.seal.name} is missing: what rows and manifest were cannot be told" if should else
-                    "there is none: the run is not finished, or was made by an older harness")  # fmt: skip
+        yield Check(
+            "FAIL" if should else "skip",
+            "seal",
+            f"{paths.seal.name} is missing: what rows and manifest were cannot be told"
+            if should
+            else "there is none: the run is not finished, or was made by an older harness",
+        )
     elif sealed:
         try:
             problems = [told([change], most=80) for change in seal.changed_keys(sealed, paths)]

@@ -228,9 +228,15 @@ class _Course:
     """
 
     def __init__(
-        self, engine: Engine, stage: AnyStage, tables: Tables, items: Mapping[str, Item[Any]], plan: Plan, budget: Budget,
+        self,
+        engine: Engine,
+        stage: AnyStage,
+        tables: Tables,
+        items: Mapping[str, Item[Any]],
+        plan: Plan,
+        budget: Budget,
         failed: set[str],
-    ):  # fmt: skip
+    ):
         self._engine, self._stage, self._tables, self._items = engine, stage, tables, items
         self._plan, self._budget, self._failed = plan, budget, set(failed)
         self._store, self._paths, self._stop = engine._store, engine._paths, engine._stop
@@ -476,9 +482,14 @@ def collect(batch: Batch, outcome: Outcome, dropped: list[str]) -> BatchResult:
     """The rows of the items that worked; a failure for each that did not, NaN and infinity included."""
     forwarded = outcome.forwarded
     result = BatchResult(
-        seconds=outcome.seconds, work_s=outcome.work_s, tokens=round(forwarded.tokens), prefill_tokens=round(forwarded.prefill),
-        padding_tokens=round(forwarded.padding), peak_bytes=outcome.peak_bytes, dropped=dropped,
-    )  # fmt: skip
+        seconds=outcome.seconds,
+        work_s=outcome.work_s,
+        tokens=round(forwarded.tokens),
+        prefill_tokens=round(forwarded.prefill),
+        padding_tokens=round(forwarded.padding),
+        peak_bytes=outcome.peak_bytes,
+        dropped=dropped,
+    )
     keys = [key for key in batch.keys if key not in dropped]
     whole = outcome.error or (
         "does not fit in memory even alone; shorten it or free memory" if outcome.out_of_memory else None

@@ -83,13 +83,17 @@ def _certificate(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
         told = ", ".join(f"{r['measurement']} {r['max_abs']:.1e} of {r['tolerance']:.0e}" for r in near[:3])
         half = manifest.model.dtype in ("bfloat16", "float16")
         yield Remark(
-            "certificate", None, len(near), len(rows),
+            "certificate",
+            None,
+            len(near),
+            len(rows),
             f"{len(near)} of {len(rows)} measurements of the certificate are near the tolerance: {told}"
             f"{', …' if len(near) > 3 else ''}.",
-            "Try `--model.dtype float32`, which computes closer." if half
+            "Try `--model.dtype float32`, which computes closer."
+            if half
             else "Try `harness sanity --num-prompts 16` with the same settings: it compares more subjects.",
             "a certificate near its tolerance",
-        )  # fmt: skip
+        )
 
 
 def _left_out(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
@@ -99,11 +103,14 @@ def _left_out(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     missing = sorted(names - {str(row.get("measurement")) for row in rows if not row.get("left_out")})
     if missing:
         yield Remark(
-            "left_out", None, len(missing), len(names),
+            "left_out",
+            None,
+            len(missing),
+            len(names),
             f"{share_told(len(missing), len(names), 'measurements')} of the certificate were left out: {', '.join(missing)}.",
             "Try `harness sanity --full` with the same settings.",
             "an incomplete certificate",
-        )  # fmt: skip
+        )
 
 
 def share_told(number: int, total: int, what: str) -> str:

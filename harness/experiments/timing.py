@@ -126,8 +126,12 @@ def told(f: Figure) -> str:
     """How far a way's results are from the fast path's, in words."""
     if f.apart is None or f.unit is None:
         return ""
-    return {"relative": f"{f.apart:.1e}", "probability": f"{f.apart:.1e} of p", "standard errors": f"{f.apart:.1f} σ",
-            "share of samples": f"{f.apart:.1%} of samples"}[f.unit]  # fmt: skip
+    return {
+        "relative": f"{f.apart:.1e}",
+        "probability": f"{f.apart:.1e} of p",
+        "standard errors": f"{f.apart:.1f} σ",
+        "share of samples": f"{f.apart:.1%} of samples",
+    }[f.unit]
 
 
 def disagreements(figures: Sequence[Figure], dtype: str) -> list[str]:
@@ -180,8 +184,20 @@ def in_turn(course: Course, stage: str, ways: Sequence[Way]) -> list[Figure]:
         tokens, heads = way.scale * tokens, round(way.scale * heads)
         gflops = operations(course.lm, tokens, heads) / seconds / 1e9
         apart, unit = way.compare(work[0][2], result) if way.compare else (None, None)
-        figures.append(Figure(
-            stage, way.name, seconds, cpu_seconds, tokens, heads, gflops, gflops / course.product_gflops,
-            seconds / figures[0].seconds if figures else 1.0, apart, unit, way.num_new(result),
-        ))  # fmt: skip
+        figures.append(
+            Figure(
+                stage,
+                way.name,
+                seconds,
+                cpu_seconds,
+                tokens,
+                heads,
+                gflops,
+                gflops / course.product_gflops,
+                seconds / figures[0].seconds if figures else 1.0,
+                apart,
+                unit,
+                way.num_new(result),
+            )
+        )
     return figures

@@ -249,9 +249,12 @@ def attention(
 
 
 def _grouped(
-    query: Float[Tensor, "R H T K"], key: Float[Tensor, "R G S K"], value: Float[Tensor, "R G S V"], mask: Tensor | None,
+    query: Float[Tensor, "R H T K"],
+    key: Float[Tensor, "R G S K"],
+    value: Float[Tensor, "R G S V"],
+    mask: Tensor | None,
     scaling: float | None,
-) -> Float[Tensor, "R T H V"]:  # fmt: skip
+) -> Float[Tensor, "R T H V"]:
     """SDPA in which the heads that share keys stand as further queries of one head: keys and values are not repeated,
     which on a CPU takes longer than the attention itself."""
     rows, heads, num, width = query.shape
@@ -270,9 +273,14 @@ def _grouped(
 
 
 def _explicit(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Scores written out, softmax in float32, with soft-capping and sinks as transformers' eager attention has them."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -285,9 +293,14 @@ def _explicit(
 
 
 def _weights_of_rows(
-    query: Float[Tensor, "R H T K"], key: Float[Tensor, "R G S K"], at: Int[Tensor, "R Q"],
-    allowed: Bool[Tensor, "R Q S"], scaling: float | None, softcap: float | None, sinks: Tensor | None,
-) -> Float[Tensor, "R H Q S"]:  # fmt: skip
+    query: Float[Tensor, "R H T K"],
+    key: Float[Tensor, "R G S K"],
+    at: Int[Tensor, "R Q"],
+    allowed: Bool[Tensor, "R Q S"],
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Float[Tensor, "R H Q S"]:
     """Attention weights of some query tokens. Heads that share keys are multiplied together, so keys are not repeated."""
     wide = torch.promote_types(query.dtype, torch.float32)
     rows, heads, _, width = query.shape

@@ -162,9 +162,7 @@ class _Tree:
         lengths = self.lengths[self.rows]
         # Nodes stand behind the padding of shorter prompts, so causality does not hide it from them any more.
         prompt = np.arange(self.width)[None, :] < lengths[:, None]
-        allowed = np.concatenate(
-            [np.repeat(prompt[:, None, :], new, axis=1), self._slot_sees[:, old:, :]], axis=2
-        )  # fmt: skip
+        allowed = np.concatenate([np.repeat(prompt[:, None, :], new, axis=1), self._slot_sees[:, old:, :]], axis=2)
         k_positions = np.concatenate([np.tile(np.arange(self.width), (rows, 1)), self._slot_positions], axis=1)
         layout = Layout(
             torch.from_numpy(k_positions[:, self.width + old :]).to(device),
@@ -236,9 +234,14 @@ def _decode(
 
 
 def _choose(
-    logits: tuple[Float[Tensor, "N V"], ...], nodes: Sequence[int], live: Sequence[int], keys: Int[Tensor, " R"],
-    step: int, sampling: Sampling, combine: Combine | None,
-) -> list[tuple[int, float, float, bool]]:  # fmt: skip
+    logits: tuple[Float[Tensor, "N V"], ...],
+    nodes: Sequence[int],
+    live: Sequence[int],
+    keys: Int[Tensor, " R"],
+    step: int,
+    sampling: Sampling,
+    combine: Combine | None,
+) -> list[tuple[int, float, float, bool]]:
     """For each completion its next token, that token's log-probability, the margin of first over second, finiteness.
 
     Everything that depends on the node alone is computed once a node. One transfer to the host.
@@ -320,9 +323,15 @@ def _log_sums(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 1"]:
 
 
 def _record(
-    results: list[Completion | ItemFailed], i: int, token: int, logprob: float, margin: float, finite: bool, lm: LM,
+    results: list[Completion | ItemFailed],
+    i: int,
+    token: int,
+    logprob: float,
+    margin: float,
+    finite: bool,
+    lm: LM,
     sampling: Sampling,
-) -> bool:  # fmt: skip
+) -> bool:
     """Append a token to completion `i`; whether it goes on."""
     if not finite:
         results[i] = NotFinite(NOT_FINITE)

@@ -38,12 +38,19 @@ def be_exact() -> dict[str, object]:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    kernels = {"flash": torch.backends.cuda.flash_sdp_enabled(), "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-               "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-               "math": torch.backends.cuda.math_sdp_enabled()}  # fmt: skip
-    return {"matmul_tf32": False, "cudnn_tf32": False, "cudnn_benchmark": False,
-            "sdpa_kernels": [name for name, is_on in kernels.items() if is_on],
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled()}  # fmt: skip
+    kernels = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+    return {
+        "matmul_tf32": False,
+        "cudnn_tf32": False,
+        "cudnn_benchmark": False,
+        "sdpa_kernels": [name for name, is_on in kernels.items() if is_on],
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 class CudaMemory:

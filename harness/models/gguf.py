@@ -44,8 +44,22 @@ _STRING, _ARRAY = 8, 9
 _PLAIN_TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 """Ways to split text that take each digit alone and then split as GPT-2 does (llama.cpp, src/llama-vocab.cpp)."""
-_AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "mpt",
-            "olmo", "jais", "trillion", "granite-docling"}  # fmt: skip
+_AS_GPT2 = {
+    "gpt-2",
+    "phi-2",
+    "jina-es",
+    "jina-de",
+    "jina-v2-es",
+    "jina-v2-de",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "granite-docling",
+}
 
 
 class Placed(NamedTuple):
@@ -362,10 +376,16 @@ def load_model(
     header = read_header(path)
     with _parsed_once(header):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=_name(path), config=config, dtype=dtype, attn_implementation=attention,
-            quantization_config=GgufConfig(dequantize=True), local_files_only=True, output_loading_info=True,
+            str(path.parent),
+            gguf_file=_name(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
         model, info = loaded
         processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
         places = get_gguf_hf_weights_map(model, processor)

@@ -142,9 +142,16 @@ class _Host:
 
 
 def _view(
-    probe: Probe, row: int, columns: Sequence[int], places: Sequence[int], host: _Host, lens: dict[str, np.ndarray],
-    p_mid: np.ndarray, p_start: np.ndarray, whole: int | None,
-) -> View | ItemFailed:  # fmt: skip
+    probe: Probe,
+    row: int,
+    columns: Sequence[int],
+    places: Sequence[int],
+    host: _Host,
+    lens: dict[str, np.ndarray],
+    p_mid: np.ndarray,
+    p_start: np.ndarray,
+    whole: int | None,
+) -> View | ItemFailed:
     """Of everything the batch gave, what belongs to one probe; its padding cut off."""
     view = View(resid_norm=host.resid_norm[row, :, : len(probe.tokens)])
     if host.top_neurons.size:
@@ -152,9 +159,13 @@ def _view(
     for q, column, n in zip(probe.at, columns, places, strict=True):
         p_out = lens["p_target"][n]
         step = StepView(
-            host.masses[row, :, :, column], host.mean_rows[row, :, column, : q + 1], {k: v[n] for k, v in lens.items()},
-            np.concatenate([p_start[n : n + 1], p_out[:-1]]), p_mid[n], p_out,
-        )  # fmt: skip
+            host.masses[row, :, :, column],
+            host.mean_rows[row, :, column, : q + 1],
+            {k: v[n] for k, v in lens.items()},
+            np.concatenate([p_start[n : n + 1], p_out[:-1]]),
+            p_mid[n],
+            p_out,
+        )
         if whole is not None:
             step.rows = host.whole_rows[whole, :, :, column, : q + 1]
             step.resid = host.resid[whole, :, column]
@@ -208,9 +219,15 @@ def _unembed(
             log_ps = [lens_log_p(lm, torch.cat(out))] if out else []
             if last:
                 log_ps.append(final)
-            layers.append(measure.lens_rows(
-                torch.cat(log_ps), final.repeat(again, 1), targets_again, is_target_again, emitted[some].repeat(again)
-            ))  # fmt: skip
+            layers.append(
+                measure.lens_rows(
+                    torch.cat(log_ps),
+                    final.repeat(again, 1),
+                    targets_again,
+                    is_target_again,
+                    emitted[some].repeat(again),
+                )
+            )
         p_mid.append(torch.stack(mids, 1))
         for name in layers[0].__dataclass_fields__:
             parts = torch.cat([getattr(x, name) for x in layers])

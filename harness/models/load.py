@@ -43,8 +43,16 @@ from harness.text.words import Vocabulary
 transformers_logging.disable_progress_bar()
 
 RANDOM = "random:"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-                    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _HUB_FILES = [*_TOKENIZER_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 _MOST_TEXT_BYTES = 256_000_000
 """Of a checkpoint's files but its weights; the largest tokenizers known are a tenth of this."""
@@ -307,10 +315,15 @@ def load(spec: ModelSpec, identity: ModelIdentity | None = None) -> LM:
                 model, info = gguf.load_model(identity.path, config, dtype, attend.registered())
             else:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    identity.path, dtype=dtype, attn_implementation=attend.registered(), use_safetensors=True,
-                    local_files_only=True, trust_remote_code=spec.trust_remote_code, output_loading_info=True,
+                    identity.path,
+                    dtype=dtype,
+                    attn_implementation=attend.registered(),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=spec.trust_remote_code,
+                    output_loading_info=True,
                     ignore_mismatched_sizes=True,
-                )  # fmt: skip
+                )
                 model, info = loaded
             # Transformers fills what a checkpoint lacks with random numbers and goes on.
             wrong = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]

@@ -97,9 +97,15 @@ Names = Sequence[tuple[str, int]]
 
 @torch.inference_mode()
 def sweep(
-    lm: LM, pair: Pair, patches: Sequence[str], trie: Trie, max_new_tokens: int, stop_at_newline: bool = True,
-    layers: Sequence[int] | None = None, top_k: int = 10,
-) -> list[Patched | ItemFailed]:  # fmt: skip
+    lm: LM,
+    pair: Pair,
+    patches: Sequence[str],
+    trie: Trie,
+    max_new_tokens: int,
+    stop_at_newline: bool = True,
+    layers: Sequence[int] | None = None,
+    top_k: int = 10,
+) -> list[Patched | ItemFailed]:
     """The untouched target, then every patch at every layer (all of them, unless `layers` names some).
 
     A row whose logits are not finite comes back as ItemFailed. Raises ItemFailed for a pair that cannot be patched.
@@ -131,9 +137,15 @@ def begin(lm: LM, pair: Pair, patches: Sequence[str]) -> Start:
 
 @torch.inference_mode()
 def run_rows(
-    lm: LM, pair: Pair, start: Start, names: Names, trie: Trie, max_new_tokens: int, stop_at_newline: bool = True,
+    lm: LM,
+    pair: Pair,
+    start: Start,
+    names: Names,
+    trie: Trie,
+    max_new_tokens: int,
+    stop_at_newline: bool = True,
     top_k: int = 10,
-) -> list[Patched | ItemFailed]:  # fmt: skip
+) -> list[Patched | ItemFailed]:
     """One row for each of `names`, all in one forward of the target's last token and the word's nodes."""
     cache = fork(start.prefix, len(names))
     for patch_name, move in (("kv_question", pair.question), ("kv_instruction", pair.instruction)):
@@ -169,8 +181,10 @@ def _check(lm: LM, pair: Pair, patches: Sequence[str], trie: Trie, max_new_token
     if max(reach, len(pair.source)) > lm.max_positions:
         raise ItemFailed(f"needs {reach} positions, the model has {lm.max_positions}; shorten the prompt")
     needed = {
-        "kv_question": pair.question, "kv_instruction": pair.instruction, "knockout_instruction": pair.prohibition,
-    }  # fmt: skip
+        "kv_question": pair.question,
+        "kv_instruction": pair.instruction,
+        "knockout_instruction": pair.prohibition,
+    }
     for name in patches:
         assert name in PATCHES, f"no patch {name}"
         if name in needed and needed[name] is None:
@@ -299,9 +313,15 @@ def _knockouts(pair: Pair, names: Names, allowed: Bool[Tensor, "R T S"]) -> Mapp
 
 
 def _continue(
-    lm: LM, logits: Tensor, cache: DynamicCache, names: Names, seen: int, num_nodes: int, max_new_tokens: int,
+    lm: LM,
+    logits: Tensor,
+    cache: DynamicCache,
+    names: Names,
+    seen: int,
+    num_nodes: int,
+    max_new_tokens: int,
     stop_at_newline: bool,
-) -> list[Completion]:  # fmt: skip
+) -> list[Completion]:
     """Greedy completions from the logits after `seen` tokens; the word's nodes, in the cache too, are not looked at.
 
     Rows that are finished leave the cache.

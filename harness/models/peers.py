@@ -72,9 +72,13 @@ def twin(lm: LM, attention: str, at_head: Hook | None = None) -> PreTrainedModel
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, contexts: Sequence[Tokens], num_samples: int, sampling: Sampling, stop_ids: Sequence[int],
+    model: PreTrainedModel,
+    contexts: Sequence[Tokens],
+    num_samples: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
     seed: int,
-) -> list[Tokens]:  # fmt: skip
+) -> list[Tokens]:
     """transformers' own sampling, all contexts in one left-padded batch: `num_samples` after each, one context after the other.
 
     The law is that of `decode`, the random numbers are torch's. A sample ends with the token that stopped it.
@@ -83,9 +87,16 @@ def generate(
     tokens = torch.tensor([[*[0] * (width - len(c)), *c] for c in contexts], device=device)
     mask = torch.tensor([[*[0] * (width - len(c)), *[1] * len(c)] for c in contexts], device=device)
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p,
-        top_k=0, num_return_sequences=num_samples, eos_token_id=list(stop_ids) or None, pad_token_id=0, use_cache=True,
-    )  # fmt: skip
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        num_return_sequences=num_samples,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=0,
+        use_cache=True,
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         draw: Any = model.generate  # for a type checker it may be anything that a module holds
@@ -158,9 +169,10 @@ class NNsight:
         tokens, mask = self._padded([a.tokens for a in asked])
         rows = torch.arange(len(asked), device=self._device)
         last = mask.sum(-1) - 1
-        with torch.inference_mode(), self._model.trace(
-            input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=1
-        ):  # fmt: skip
+        with (
+            torch.inference_mode(),
+            self._model.trace(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=1),
+        ):
             lens = save([_masses(final(head(norm(_tensor(b.output)[rows, last]))), asked) for b in blocks])
         return list(np.stack(lens, 1))
 
@@ -174,9 +186,10 @@ class NNsight:
         width = tokens.shape[1] - at
         found = []
         for block, value in zip(blocks, values, strict=True):
-            with torch.inference_mode(), self._model.trace(
-                input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=width
-            ):  # fmt: skip
+            with (
+                torch.inference_mode(),
+                self._model.trace(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=width),
+            ):
                 _tensor(block.output)[:, at] = value
                 logits = save(self._model.output.logits)
             found.append(_together(logits, sequences))
@@ -244,9 +257,13 @@ class LlamaCpp:
         self.name = _versioned("llama-cpp-python", "llama-cpp-python")
         with willing(self.name):
             self._model = llama_cpp.Llama(
-                str(path), n_ctx=num_tokens, n_threads=torch.get_num_threads(), seed=0, verbose=False,
+                str(path),
+                n_ctx=num_tokens,
+                n_threads=torch.get_num_threads(),
+                seed=0,
+                verbose=False,
                 n_gpu_layers=-1 if lm.device.type == "cuda" else 0,
-            )  # fmt: skip
+            )
 
     def sample(
         self, contexts: Sequence[Tokens], num_samples: int, sampling: Sampling, stop_ids: Sequence[int]
@@ -257,9 +274,14 @@ class LlamaCpp:
     def _one(self, context: Tokens, sampling: Sampling, stop_ids: Sequence[int]) -> Tokens:
         made: list[int] = []
         for token in self._model.generate(
-            list(context), top_k=0, top_p=sampling.top_p, min_p=0.0, typical_p=1.0, temp=sampling.temperature,
+            list(context),
+            top_k=0,
+            top_p=sampling.top_p,
+            min_p=0.0,
+            typical_p=1.0,
+            temp=sampling.temperature,
             repeat_penalty=1.0,
-        ):  # fmt: skip
+        ):
             made.append(int(token))
             if token in stop_ids or len(made) == sampling.max_new_tokens:
                 break

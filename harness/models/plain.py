@@ -201,8 +201,11 @@ def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]
     parts |= {f"attention {n}": module for n, module in enumerate(a.attention_out)}
     entered: list[Tensor] = []
     neurons: dict[int, Tensor] = {}
-    handles = [a.blocks[0].register_forward_pre_hook(
-        lambda _m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)]  # fmt: skip
+    handles = [
+        a.blocks[0].register_forward_pre_hook(
+            lambda _m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    ]
 
     def keep(n: int) -> Callable[[nn.Module, tuple], None]:
         return lambda _module, args: neurons.update({n: args[0]})
@@ -228,10 +231,13 @@ def layers(lm: LM, probe: Probe, at: int, emitted: int) -> dict[str, np.ndarray]
         middle = before[0, at] + a.multiplier * outputs[f"attention {n}"][0, at]
         log_p_before, log_p = log_p, lens(after[0, at])
         for name, value in {
-            "p_in": log_p_before[targets].exp().sum(), "p_attn": lens(middle)[targets].exp().sum(),
-            "p_out": log_p[targets].exp().sum(), "p_emitted": log_p[emitted].exp(),
-            "entropy": -(log_p.exp() * log_p).sum(), "kl_final": (final.exp() * (final - log_p)).sum(),
-        }.items():  # fmt: skip
+            "p_in": log_p_before[targets].exp().sum(),
+            "p_attn": lens(middle)[targets].exp().sum(),
+            "p_out": log_p[targets].exp().sum(),
+            "p_emitted": log_p[emitted].exp(),
+            "entropy": -(log_p.exp() * log_p).sum(),
+            "kl_final": (final.exp() * (final - log_p)).sum(),
+        }.items():
             found.setdefault(name, []).append(float(value))
         found.setdefault("resid_norm", []).append(after[0].double().norm(dim=-1).cpu().numpy())
         if a.neurons is not None:
@@ -271,9 +277,14 @@ def before(lm: LM, pair: Pair) -> Before:
 
 @torch.inference_mode()
 def patched(
-    lm: LM, pair: Pair, patch: str, layer: int, sequences: Sequence[Sequence[int]], sampling: Sampling,
+    lm: LM,
+    pair: Pair,
+    patch: str,
+    layer: int,
+    sequences: Sequence[Sequence[int]],
+    sampling: Sampling,
     start: Before | None = None,
-) -> tuple[Float[np.ndarray, " N"], Completion]:  # fmt: skip
+) -> tuple[Float[np.ndarray, " N"], Completion]:
     """ln P of each sequence and the greedy completion with one patch at one layer ('' for none), by Hugging Face's own
     caches: each forward gets a copy of the cache it goes on from. `start`: `before` of the same pair, where it is there."""
     start = start or before(lm, pair)
@@ -283,9 +294,11 @@ def patched(
             _copy_keys(lm, pair, patch, layer, start, cache)
         with _patched_forward(lm, pair, patch, layer, start):
             logits = lm.model(
-                input_ids=_row(lm, pair.target[-1:]), past_key_values=cache, use_cache=True,
+                input_ids=_row(lm, pair.target[-1:]),
+                past_key_values=cache,
+                use_cache=True,
                 attention_mask=torch.ones(1, len(pair.target), dtype=torch.long, device=lm.device),
-            ).logits[0, -1]  # fmt: skip
+            ).logits[0, -1]
         logprobs = []
         for sequence in sequences:
             own, after, log_p = copy.deepcopy(cache) if len(sequence) > 1 else cache, logits, 0.0

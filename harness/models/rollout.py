@@ -238,9 +238,13 @@ class Decoder:
         return found.cpu().tolist()
 
     def _draw_some(
-        self, rows: "_Rows", at: Int[Tensor, " N"], alpha: Float[Tensor, " N"], node: Int[Tensor, " L"],
+        self,
+        rows: "_Rows",
+        at: Int[Tensor, " N"],
+        alpha: Float[Tensor, " N"],
+        node: Int[Tensor, " L"],
         live: Sequence[_Live],
-    ) -> Float[Tensor, "L C"]:  # fmt: skip
+    ) -> Float[Tensor, "L C"]:
         """As `_draw`, for the completions `live`, which are at `node` of these texts `at` and arms."""
         after, before = (None if table is None else table[at] for table in (rows.after, rows.before))
         z = amplified(after, before, alpha)
@@ -261,9 +265,13 @@ class Decoder:
         ]
         is_finite = torch.stack([~x.isnan().any(-1) for x in (after, before) if x is not None]).all(0)
         columns = [
-            token.double(), is_finite[node].double(), *picked, own[node, token].double(),
-            (best[:, 0] - best[:, 1]).double()[node], (1 - (1 - removed) * held).clamp(min=0)[node],
-        ]  # fmt: skip
+            token.double(),
+            is_finite[node].double(),
+            *picked,
+            own[node, token].double(),
+            (best[:, 0] - best[:, 1]).double()[node],
+            (1 - (1 - removed) * held).clamp(min=0)[node],
+        ]
         found = torch.stack(columns, -1)
         if not self.arms:
             return found
@@ -296,9 +304,13 @@ class Decoder:
         return cut, p.masked_fill(stays, 0).sum(-1)
 
     def _chosen(
-        self, cut: Float[Tensor, "N V"], keys: Int[Tensor, " L"], steps: Int[Tensor, " L"], node: Int[Tensor, " L"],
+        self,
+        cut: Float[Tensor, "N V"],
+        keys: Int[Tensor, " L"],
+        steps: Int[Tensor, " L"],
+        node: Int[Tensor, " L"],
         held: Float[Tensor, " N"],
-    ) -> Int[Tensor, " L"]:  # fmt: skip
+    ) -> Int[Tensor, " L"]:
         rule = self.rule
         if rule.temperature == 0:
             return cut.argmax(-1)[node]
@@ -324,9 +336,14 @@ class _Rows:
     """
 
     def __init__(
-        self, pair: Pair, caches: Sequence[GridCache], is_filled: Bool[np.ndarray, "R S"],
-        positions: Int[np.ndarray, "R S"], lengths: Int[np.ndarray, " R"], tables: Sequence[Float[Tensor, "R V"]],
-    ):  # fmt: skip
+        self,
+        pair: Pair,
+        caches: Sequence[GridCache],
+        is_filled: Bool[np.ndarray, "R S"],
+        positions: Int[np.ndarray, "R S"],
+        lengths: Int[np.ndarray, " R"],
+        tables: Sequence[Float[Tensor, "R V"]],
+    ):
         self.pair, self.caches = pair, list(caches)
         self._is_filled, self._positions, self._lengths = is_filled, positions, lengths
         self._tables = list(tables)
@@ -383,11 +400,13 @@ class _Rows:
         for cache, new in zip(self.caches, other.caches, strict=True):
             cache.join(new)
         return _Rows(
-            self.pair, self.caches,
-            np.concatenate([self._is_filled, other._is_filled]), np.concatenate([self._positions, other._positions]),
+            self.pair,
+            self.caches,
+            np.concatenate([self._is_filled, other._is_filled]),
+            np.concatenate([self._positions, other._positions]),
             np.concatenate([self._lengths, other._lengths]),
             [torch.cat(both) for both in zip(self._tables, other._tables, strict=True)],
-        )  # fmt: skip
+        )
 
     def grow(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         """Row n becomes the text of row `parents[n]` with `tokens[n]` behind it; rows that nobody goes on from leave."""

@@ -10,11 +10,27 @@ from typing import Any, NamedTuple
 ABSENT = "(absent)"
 """Stands for the value of a key that one of two manifests does not have."""
 _PARTS = (
-    ("identity", "fingerprint_parts"), ("settings", "settings"), ("code", "code"), ("packages", "packages"),
-    ("numerics", "numerics"), ("machine", "machine"),
-)  # fmt: skip
-_HARDWARE = ("cpu", "cpu_capability", "blas", "gpus", "torch", "cuda", "cudnn", "driver", "python", "device", "threads",
-             "cublas_workspace_config")  # fmt: skip
+    ("identity", "fingerprint_parts"),
+    ("settings", "settings"),
+    ("code", "code"),
+    ("packages", "packages"),
+    ("numerics", "numerics"),
+    ("machine", "machine"),
+)
+_HARDWARE = (
+    "cpu",
+    "cpu_capability",
+    "blas",
+    "gpus",
+    "torch",
+    "cuda",
+    "cudnn",
+    "driver",
+    "python",
+    "device",
+    "threads",
+    "cublas_workspace_config",
+)
 
 
 class Difference(NamedTuple):

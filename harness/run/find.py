@@ -20,8 +20,17 @@ class RunEntry(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """One row of a list of runs; of a broken run its name, `broken` and the reason."""
-        told = {"run": self.paths.run_id, "status": "broken", "model": "", "prompts": None, "stages done": "", "failed": None,
-                "seconds": None, "created": None, "reason": self.problem or ""}  # fmt: skip
+        told = {
+            "run": self.paths.run_id,
+            "status": "broken",
+            "model": "",
+            "prompts": None,
+            "stages done": "",
+            "failed": None,
+            "seconds": None,
+            "created": None,
+            "reason": self.problem or "",
+        }
         if (manifest := self.manifest) is None:
             return told
         return told | {

@@ -308,9 +308,12 @@ def open_copy(results: Path, schema: Schema, *, threads: int | None = None) -> R
 
 
 _BEFORE = (
-    "temp_directory = ''", "autoinstall_known_extensions = false", "autoload_known_extensions = false",
-    "allow_community_extensions = false", "python_enable_replacements = false",
-)  # fmt: skip
+    "temp_directory = ''",
+    "autoinstall_known_extensions = false",
+    "autoload_known_extensions = false",
+    "allow_community_extensions = false",
+    "python_enable_replacements = false",
+)
 # Once the snapshot is attached. A file that is attached already stays readable with external access off, and its path
 # writable for a COPY inside a WITH: that is why the file system goes as well. Locked, none of it can be taken back.
 _AFTER = ("enable_external_access = false", "disabled_filesystems = 'LocalFileSystem'", "lock_configuration = true")

@@ -188,10 +188,19 @@ class Store:
             "SELECT * FROM batches WHERE stage = ? AND status = coalesce(?, status) ORDER BY batch_id", [stage, status]
         )
         return [
-            Batch(r["stage"], r["batch_id"], tuple(r["keys"]), r["padded_tokens"], r["parent"], r["attempt"], r["status"],
-                  r["peak_bytes"], r["work_s"])
+            Batch(
+                r["stage"],
+                r["batch_id"],
+                tuple(r["keys"]),
+                r["padded_tokens"],
+                r["parent"],
+                r["attempt"],
+                r["status"],
+                r["peak_bytes"],
+                r["work_s"],
+            )
             for r in rows
-        ]  # fmt: skip
+        ]
 
     def add_batches(
         self, batches: Sequence[Batch], split: Batch | None = None, message: str = "", kind: str = ""
@@ -232,9 +241,17 @@ class Store:
             self._con.execute(
                 "UPDATE batches SET status = 'done', seconds = ?, peak_bytes = ?, work_s = ?, tokens = ?, "
                 "prefill_tokens = ?, padding_tokens = ? WHERE stage = ? AND batch_id = ?",
-                [result.seconds, result.peak_bytes, result.work_s, result.tokens, result.prefill_tokens,
-                 result.padding_tokens, batch.stage, batch.batch_id],
-            )  # fmt: skip
+                [
+                    result.seconds,
+                    result.peak_bytes,
+                    result.work_s,
+                    result.tokens,
+                    result.prefill_tokens,
+                    result.padding_tokens,
+                    batch.stage,
+                    batch.batch_id,
+                ],
+            )
             done = len(batch.keys) - len(failed) - len(result.dropped)
             # To count them is to read every event; most batches change nothing in it.
             has_news = bool(failed or result.dropped or batch.attempt > 1)
@@ -243,9 +260,17 @@ class Store:
                 "tokens = tokens + ?, "
                 "prefill_tokens = prefill_tokens + ?, padding_tokens = padding_tokens + ?, num_rows = num_rows + ? "
                 "WHERE stage = ?",
-                [done, len(self._failed(batch.stage)) if has_news else None, result.seconds, result.tokens, result.prefill_tokens,
-                 result.padding_tokens, num_rows, batch.stage],
-            )  # fmt: skip
+                [
+                    done,
+                    len(self._failed(batch.stage)) if has_news else None,
+                    result.seconds,
+                    result.tokens,
+                    result.prefill_tokens,
+                    result.padding_tokens,
+                    num_rows,
+                    batch.stage,
+                ],
+            )
 
     def event(self, level: str, kind: str, message: str, stage: str | None = None, item_key: str | None = None) -> None:
         with self._transaction():
@@ -403,10 +428,15 @@ class Store:
     @staticmethod
     def _batch_row(batch: Batch) -> Row:
         return {
-            "stage": batch.stage, "batch_id": batch.batch_id, "parent": batch.parent, "status": batch.status,
-            "keys": list(batch.keys), "num_items": len(batch.keys), "padded_tokens": batch.padded_tokens,
+            "stage": batch.stage,
+            "batch_id": batch.batch_id,
+            "parent": batch.parent,
+            "status": batch.status,
+            "keys": list(batch.keys),
+            "num_items": len(batch.keys),
+            "padded_tokens": batch.padded_tokens,
             "attempt": batch.attempt,
-        }  # fmt: skip
+        }
 
 
 def certificate(items: Sequence[Row]) -> list[Row]:

@@ -49,9 +49,16 @@ def grid(
     cells = rows.assign(x=rows["position"], y=rows["layer"], value=coloured(rows, scale))
     names = axis(texts, length)
     option = charts.heatmap(
-        cells, names, [f"▸ {i}" if i == layer else str(i) for i in range(layers)], low=low, high=high, x_title="",
-        y_title="", value_title=SCALES[scale], is_signed=scale == "relative",
-    )  # fmt: skip
+        cells,
+        names,
+        [f"▸ {i}" if i == layer else str(i) for i in range(layers)],
+        low=low,
+        high=high,
+        x_title="",
+        y_title="",
+        value_title=SCALES[scale],
+        is_signed=scale == "relative",
+    )
     for item, row in zip(option["series"][0]["data"], cells.dropna(subset=["value"]).to_dict("records"), strict=False):
         note = f"{names[int(row['x'])]}, layer {int(row['y'])}: norm {row['norm']:.4g}, {row['relative']:.3g} × the layer's mean"
         item["tooltip"] = {"formatter": as_template(note)}
@@ -124,11 +131,18 @@ def bars(rows: pd.DataFrame, *, top: float) -> charts.Option:
         "animation": False,
         "grid": {"left": 8, "right": 24, "top": 8, "bottom": 32},
         "tooltip": {"trigger": "item", "formatter": "neuron {b}: {c}"},
-        "xAxis": {"type": "value", "min": -top, "max": top, "axisLabel": {"showMinLabel": True, "showMaxLabel": True},
-                  "name": "activation", "nameLocation": "middle", "nameGap": 28},
+        "xAxis": {
+            "type": "value",
+            "min": -top,
+            "max": top,
+            "axisLabel": {"showMinLabel": True, "showMaxLabel": True},
+            "name": "activation",
+            "nameLocation": "middle",
+            "nameGap": 28,
+        },
         "yAxis": {"type": "category", "data": [str(int(n)) for n in rows["neuron"]]},
         "series": [{"type": "bar", "name": "activation", "data": data}],
-    }  # fmt: skip
+    }
 
 
 def neuron_table(rows: pd.DataFrame, columns: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:

@@ -12,9 +12,12 @@ from app.charts.gravity import OUTCOME_COLOURS
 
 SIDES = ("difference", "failure", "success")
 SPAN_COLOURS = {
-    "instruction": charts.ORANGE, "negation": charts.RED, "mention": charts.PURPLE, "question": charts.GREEN,
+    "instruction": charts.ORANGE,
+    "negation": charts.RED,
+    "mention": charts.PURPLE,
+    "question": charts.GREEN,
     "answer": charts.GREY,
-}  # fmt: skip
+}
 SIGNIFICANT = 0.05
 PLAIN_TOOLTIP: Option = {"trigger": "item", "renderMode": "richText", "formatter": "{b}"}
 """An item's name, drawn on the canvas: names hold tokens, which must not be taken for markup."""
@@ -73,9 +76,17 @@ def head_grid(
     """Layer × head. Hovering tells a head's numbers, the locked head has a frame."""
     low, high = head_range(cells, side)
     option = charts.heatmap(
-        cells, range(num_heads), range(num_layers), low=low, high=high, x_title="head", y_title="layer",
-        value_title=side, is_signed=low < 0, text="mark",
-    )  # fmt: skip
+        cells,
+        range(num_heads),
+        range(num_layers),
+        low=low,
+        high=high,
+        x_title="head",
+        y_title="layer",
+        value_title=side,
+        is_signed=low < 0,
+        text="mark",
+    )
     series = option["series"][0]
     series["select"] = {"itemStyle": {"borderWidth": 0}}  # a frame is for what is locked, which a slider may have moved
     for item, cell in zip(series["data"], cells.dropna(subset=["value"]).to_dict("records"), strict=False):
@@ -119,17 +130,24 @@ def histogram(bins: pd.DataFrame, title: str) -> Option:
     edges = bins[["start", "end"]].drop_duplicates().sort_values("start")
     labels = [f"{(a + b) / 2:.3f}" for a, b in edges.to_numpy()]
     series = [
-        {"type": "bar", "name": f"{outcome} (n {int(some['n'].sum())})", "barGap": "-100%", "barCategoryGap": "4%",
-         "data": some["share"].tolist(), "itemStyle": {"color": OUTCOME_COLOURS[str(outcome)], "opacity": 0.55}}
+        {
+            "type": "bar",
+            "name": f"{outcome} (n {int(some['n'].sum())})",
+            "barGap": "-100%",
+            "barCategoryGap": "4%",
+            "data": some["share"].tolist(),
+            "itemStyle": {"color": OUTCOME_COLOURS[str(outcome)], "opacity": 0.55},
+        }
         for outcome, some in bins.groupby("outcome")
-    ]  # fmt: skip
+    ]
     return {
-        "grid": {"left": 24, "right": 16, "top": 40, "bottom": 4}, "legend": {"top": 0},
+        "grid": {"left": 24, "right": 16, "top": 40, "bottom": 4},
+        "legend": {"top": 0},
         "tooltip": {"trigger": "axis", "valueFormatter": "percent"},
         "xAxis": {"type": "category", "data": labels, "name": title, "nameLocation": "middle", "nameGap": 28},
         "yAxis": {"type": "value", "name": "share of prompts", "nameLocation": "middle", "nameGap": 40},
         "series": series,
-    }  # fmt: skip
+    }
 
 
 def largest_share(rows: Sequence[pd.DataFrame]) -> float:
@@ -144,10 +162,15 @@ def chips_of(row: pd.DataFrame, top: float) -> list[Chip]:
     `row`: position, token_id, text, span, share.
     """
     return [
-        Chip(t["text"], shade(min(t["share"], top), top / _DARKEST), _told(t), is_missing=t["share"] != t["share"],
-             underline=SPAN_COLOURS.get(t["span"], ""))
+        Chip(
+            t["text"],
+            shade(min(t["share"], top), top / _DARKEST),
+            _told(t),
+            is_missing=t["share"] != t["share"],
+            underline=SPAN_COLOURS.get(t["span"], ""),
+        )
         for t in row.to_dict("records")
-    ]  # fmt: skip
+    ]
 
 
 def _told(token: Mapping) -> str:
@@ -175,8 +198,15 @@ def masses(rows: Mapping[str, pd.DataFrame], spans: Mapping[str, Mapping[str, tu
         rest = np.setdiff1d(np.arange(len(share)), np.concatenate(list(parts.values())))
         for part, where in (parts | {"else": rest}).items():
             if len(where):
-                found.append({"where": name, "part": part, "tokens": len(where), "mass": float(share[where].sum()),
-                              "per token": float(share[where].mean())})  # fmt: skip
+                found.append(
+                    {
+                        "where": name,
+                        "part": part,
+                        "tokens": len(where),
+                        "mass": float(share[where].sum()),
+                        "per token": float(share[where].mean()),
+                    }
+                )
     return pd.DataFrame(found, columns=["where", "part", "tokens", "mass", "per token"])
 
 

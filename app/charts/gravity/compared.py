@@ -22,18 +22,35 @@ def intervals(
             bottom, top = (value if pd.isna(end) else end for end in (bottom, top))
             told = f"{row['grouping']}: {value:.3f}" + (f" [{bottom:.3f}, {top:.3f}]" if top > bottom else "")
             data.append({"name": told, "value": [bottom, value, value, value, top]})
-        series.append({
-            "type": "boxplot", "name": name, "data": data, "boxWidth": [8, 28],
-            "itemStyle": {"color": colour, "borderColor": colour, "borderWidth": 2},
-            "emphasis": {"itemStyle": {"borderWidth": 3}},
-        })  # fmt: skip
+        series.append(
+            {
+                "type": "boxplot",
+                "name": name,
+                "data": data,
+                "boxWidth": [8, 28],
+                "itemStyle": {"color": colour, "borderColor": colour, "borderWidth": 2},
+                "emphasis": {"itemStyle": {"borderWidth": 3}},
+            }
+        )
     return {
         "grid": {"left": 64, "right": 24, "top": 48, "bottom": 56},
         "legend": {"top": 0, "data": list(names)},
         "tooltip": {"trigger": "item", "formatter": "{a}<br/>{b}"},
-        "xAxis": {"type": "category", "data": [str(g) for g in rows["grouping"]], "name": "prompts by pressure P0",
-                  "nameLocation": "middle", "nameGap": 32},
-        "yAxis": {"type": "value", "name": y_title, "nameLocation": "middle", "nameGap": 44, "min": low, "max": high,
-                  "scale": low is None},
+        "xAxis": {
+            "type": "category",
+            "data": [str(g) for g in rows["grouping"]],
+            "name": "prompts by pressure P0",
+            "nameLocation": "middle",
+            "nameGap": 32,
+        },
+        "yAxis": {
+            "type": "value",
+            "name": y_title,
+            "nameLocation": "middle",
+            "nameGap": 44,
+            "min": low,
+            "max": high,
+            "scale": low is None,
+        },
         "series": series,
-    }  # fmt: skip
+    }

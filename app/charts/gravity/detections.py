@@ -81,9 +81,16 @@ def rate_histogram(counts: pd.DataFrame, num_samples: int | None) -> Option:
         "tooltip": {"trigger": "axis", "axisPointer": {"type": "shadow"}},
         "xAxis": {"type": "category", "data": names, "name": title, "nameLocation": "middle", "nameGap": 28},
         "yAxis": {"type": "value", "name": "prompts", "nameLocation": "middle", "nameGap": 44, "minInterval": 1},
-        "series": [{"type": "bar", "name": "prompts", "data": counts["n"].astype(int).tolist(), "barCategoryGap": "8%",
-                    "itemStyle": {"color": BLUE}}],
-    }  # fmt: skip
+        "series": [
+            {
+                "type": "bar",
+                "name": "prompts",
+                "data": counts["n"].astype(int).tolist(),
+                "barCategoryGap": "8%",
+                "itemStyle": {"color": BLUE},
+            }
+        ],
+    }
 
 
 def _at(values: Sequence[Any], n: int) -> float | None:

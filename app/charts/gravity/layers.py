@@ -27,10 +27,17 @@ def lens_cells(lens: Sequence[tuple[str, pd.DataFrame]], shade: str) -> pd.DataF
         for row in rows.to_dict("records"):
             probs, tokens = row["top_probs"], row["tokens"]
             top = {"p_top": float(probs[0]) if len(tokens) else float("nan")}
-            found.append({
-                "x": x, "y": int(row["layer"]), "value": (row | top)[shade], "token": visible(tokens[0]) if len(tokens) else "",
-                "column": title, "layer": int(row["layer"]), "told": _told(title, row),
-            })  # fmt: skip
+            found.append(
+                {
+                    "x": x,
+                    "y": int(row["layer"]),
+                    "value": (row | top)[shade],
+                    "token": visible(tokens[0]) if len(tokens) else "",
+                    "column": title,
+                    "layer": int(row["layer"]),
+                    "told": _told(title, row),
+                }
+            )
     return pd.DataFrame(found, columns=["x", "y", "value", "token", "column", "layer", "told"])
 
 
@@ -45,9 +52,16 @@ def lens_grid(cells: pd.DataFrame, titles: Sequence[str], num_layers: int, shade
     """Layer × condition, each cell with its top token; hovering tells the top five, the locked layer has a frame."""
     low, high = lens_range(cells, shade)
     option = charts.heatmap(
-        cells, [plain(t) for t in titles], range(num_layers), low=low, high=high, x_title="", y_title="layer",
-        value_title=SHADES[shade], text="token",
-    )  # fmt: skip
+        cells,
+        [plain(t) for t in titles],
+        range(num_layers),
+        low=low,
+        high=high,
+        x_title="",
+        y_title="layer",
+        value_title=SHADES[shade],
+        text="token",
+    )
     option["series"][0]["select"] = {"itemStyle": {"borderWidth": 0}}
     known = cells.dropna(subset=["value"]).to_dict("records")
     for item, cell in zip(option["series"][0]["data"], known, strict=False):
@@ -88,10 +102,17 @@ def contribution_bars(rows: pd.DataFrame, limit: float) -> Option:
         for part in PARTS
     ]
     return _by_layer(limit) | {
-        "xAxis": {"type": "category", "data": [str(n) for n in rows["layer"]], "name": "layer", "nameLocation": "middle",
-                  "nameGap": 28, "axisLine": {"onZero": False}},
-        "tooltip": {"trigger": "axis", "valueFormatter": "%.4f"}, "series": series,
-    }  # fmt: skip
+        "xAxis": {
+            "type": "category",
+            "data": [str(n) for n in rows["layer"]],
+            "name": "layer",
+            "nameLocation": "middle",
+            "nameGap": 28,
+            "axisLine": {"onZero": False},
+        },
+        "tooltip": {"trigger": "axis", "valueFormatter": "%.4f"},
+        "series": series,
+    }
 
 
 def contribution_curves(rows: Mapping[str, pd.DataFrame], measured: str, limit: float) -> Option:
@@ -105,8 +126,15 @@ def contribution_curves(rows: Mapping[str, pd.DataFrame], measured: str, limit: 
             curves.append((title, curve.rename(columns={"layer": "x", "value": "y"})[["x", "y", "low", "high"]]))
             colours.append(OUTCOME_COLOURS[str(outcome)])
             dashed += [title] if part == "attn_contrib" else []
-    option = charts.lines(curves, x_title="layer", y_title="added to p_target", colours=colours or charts.COLOURS,
-                          low=-limit, high=limit, dashed=dashed)  # fmt: skip
+    option = charts.lines(
+        curves,
+        x_title="layer",
+        y_title="added to p_target",
+        colours=colours or charts.COLOURS,
+        low=-limit,
+        high=limit,
+        dashed=dashed,
+    )
     option["xAxis"]["axisLine"] = {"onZero": False}
     option["yAxis"]["interval"] = limit / 2
     return with_lines_first(option)
@@ -123,7 +151,15 @@ def axis_limit(*values: pd.Series) -> float:
 
 def _by_layer(limit: float) -> Option:
     return {
-        "grid": {"left": 24, "right": 16, "top": 40, "bottom": 4}, "legend": {"top": 0},
-        "yAxis": {"type": "value", "name": "added to p_target", "nameLocation": "middle", "nameGap": 44, "min": -limit,
-                  "max": limit, "interval": limit / 2},
-    }  # fmt: skip
+        "grid": {"left": 24, "right": 16, "top": 40, "bottom": 4},
+        "legend": {"top": 0},
+        "yAxis": {
+            "type": "value",
+            "name": "added to p_target",
+            "nameLocation": "middle",
+            "nameGap": 44,
+            "min": -limit,
+            "max": limit,
+            "interval": limit / 2,
+        },
+    }

@@ -43,9 +43,14 @@ def top_of(values: pd.Series) -> float:
 
 
 def means(
-    cells: pd.DataFrame, kinds: Sequence[str], layers: int, *, top: float, title: str,
+    cells: pd.DataFrame,
+    kinds: Sequence[str],
+    layers: int,
+    *,
+    top: float,
+    title: str,
     chosen: tuple[int, str] | None = None,
-) -> charts.Option:  # fmt: skip
+) -> charts.Option:
     """The grid of means: `cells` as `placed` gives them, with low, high, n."""
     shown = cells.assign(label=[short(v) for v in cells["value"]])
     option = _grid(shown, kinds, layers, top, title, "label" if layers <= 32 else None)
@@ -108,9 +113,17 @@ def _grid(
     cells: pd.DataFrame, kinds: Sequence[str], layers: int, top: float, title: str, text: str | None
 ) -> charts.Option:
     option = charts.heatmap(
-        cells, range(layers), kinds, low=-top, high=top, x_title="layer", y_title="", value_title=title, is_signed=True,
+        cells,
+        range(layers),
+        kinds,
+        low=-top,
+        high=top,
+        x_title="layer",
+        y_title="",
+        value_title=title,
+        is_signed=True,
         text=text,
-    )  # fmt: skip
+    )
     option["grid"] |= {"left": 8, "right": 16, "top": 8, "bottom": 76}
     option["animation"] = False
     option["series"][0]["select"] = {"itemStyle": {"borderWidth": 0}}  # the chosen cell has a frame of its own

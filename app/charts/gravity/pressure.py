@@ -55,22 +55,29 @@ def scatter(found: Sequence[Group], x_title: str, y_title: str, chosen: Mapping[
     """`py` against `px`, both in 0 to 1, with the diagonal; `chosen` (a name and a prompt's id) are ringed."""
     series = [
         {
-            "type": "scatter", "name": g.name, "datasetIndex": n, "encode": {"x": "px", "y": "py", "itemName": "prompt_id"},
-            "symbol": g.symbol, "symbolSize": 6, "itemStyle": {"color": g.colour, "opacity": 0.55},
-            "selectedMode": "single", "select": {"itemStyle": {"borderColor": ORANGE, "borderWidth": 2, "opacity": 1}},
+            "type": "scatter",
+            "name": g.name,
+            "datasetIndex": n,
+            "encode": {"x": "px", "y": "py", "itemName": "prompt_id"},
+            "symbol": g.symbol,
+            "symbolSize": 6,
+            "itemStyle": {"color": g.colour, "opacity": 0.55},
+            "selectedMode": "single",
+            "select": {"itemStyle": {"borderColor": ORANGE, "borderWidth": 2, "opacity": 1}},
             "tooltip": {"formatter": "{@prompt_id}<br>X = {@target}<br>{@px} → {@py}<br>greedy answer: {@outcome}"},
         }
         for n, g in enumerate(found)
-    ]  # fmt: skip
+    ]
     rings = _rings(found, chosen, "px", "py")
     return {
         "grid": _GRID,
         "legend": {"top": 0, "data": [s["name"] for s in [*series, *rings]]},
         "tooltip": {"trigger": "item"},
-        "xAxis": _unit_axis(x_title, 28), "yAxis": _unit_axis(y_title, 44),
+        "xAxis": _unit_axis(x_title, 28),
+        "yAxis": _unit_axis(y_title, 44),
         "dataset": [{"source": _rounded(g.rows[["prompt_id", "target", "px", "py", "outcome"]])} for g in found],
         "series": [*series, *rings, _diagonal()],
-    }  # fmt: skip
+    }
 
 
 def histogram(found: Sequence[Group], column: str) -> pd.DataFrame:
@@ -79,10 +86,11 @@ def histogram(found: Sequence[Group], column: str) -> pd.DataFrame:
     low, high = _RANGES[column] or _symmetric(values)
     edges = np.linspace(low, high, _NUM_BINS + 1)
     rows = [
-        pd.DataFrame({"group": g.name, "low": edges[:-1], "high": edges[1:],
-                      "n": np.histogram(np.clip(v, low, high), edges)[0]})
+        pd.DataFrame(
+            {"group": g.name, "low": edges[:-1], "high": edges[1:], "n": np.histogram(np.clip(v, low, high), edges)[0]}
+        )
         for g, v in zip(found, values, strict=True)
-    ]  # fmt: skip
+    ]
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["group", "low", "high", "n"])
 
 
@@ -98,11 +106,15 @@ def suppression(counts: pd.DataFrame, found: Sequence[Group], title: str, mean: 
     bins = [f"{a + 0:.3g} to {b + 0:.3g}" for a, b in zip(first["low"].round(6), first["high"].round(6), strict=True)]
     series: list[Option] = [
         {
-            "type": "bar", "stack": "prompts", "name": g.name, "barCategoryGap": "8%", "itemStyle": {"color": g.colour},
+            "type": "bar",
+            "stack": "prompts",
+            "name": g.name,
+            "barCategoryGap": "8%",
+            "itemStyle": {"color": g.colour},
             "data": counts.loc[counts["group"] == g.name, "n"].astype(int).tolist(),
         }
         for g in found
-    ]  # fmt: skip
+    ]
     low, high = float(first["low"].min()), float(first["high"].max())
     lines = [_upright(0.0, "", GREY)]
     if mean is not None and mean == mean:
@@ -113,42 +125,67 @@ def suppression(counts: pd.DataFrame, found: Sequence[Group], title: str, mean: 
         "tooltip": {"trigger": "axis", "axisPointer": {"type": "shadow"}},
         "xAxis": [
             {"type": "category", "data": bins, "show": False},
-            {"type": "value", "min": low, "max": high, "position": "bottom", "name": title, "nameLocation": "middle",
-             "nameGap": 28, "axisPointer": {"show": False}, "splitLine": {"show": False}},
+            {
+                "type": "value",
+                "min": low,
+                "max": high,
+                "position": "bottom",
+                "name": title,
+                "nameLocation": "middle",
+                "nameGap": 28,
+                "axisPointer": {"show": False},
+                "splitLine": {"show": False},
+            },
         ],
         "yAxis": [
             {"type": "value", "name": "prompts", "nameLocation": "middle", "nameGap": 44, "minInterval": 1},
             {"type": "value", "min": 0, "max": 1, "show": False},
         ],
         "series": [*series, *lines],
-    }  # fmt: skip
+    }
 
 
 def said(
-    points: pd.DataFrame, bins: pd.DataFrame, curve: pd.DataFrame | None, *, is_whole: bool, chosen: Mapping[str, str | None]
-) -> Option:  # fmt: skip
+    points: pd.DataFrame,
+    bins: pd.DataFrame,
+    curve: pd.DataFrame | None,
+    *,
+    is_whole: bool,
+    chosen: Mapping[str, str | None],
+) -> Option:
     """Share of samples that say X against P0: the prompts (moved up or down a little, so that equal shares do not hide
     each other), the means of bins with their intervals, and the fitted curve (`queries.pressure.curve`) with its band;
     dashed and paler where no prompt's P0 reaches, and all of it thin where it is of more prompts than are shown."""
     moved = points.assign(shown=_jittered(points))
     group = Group("prompt", GREY, "circle", moved)
     dots: Option = {
-        "type": "scatter", "name": "prompt", "datasetIndex": 0, "symbolSize": 5, "clip": False,
-        "encode": {"x": "p0", "y": "shown", "itemName": "prompt_id"}, "itemStyle": {"color": GREY, "opacity": 0.35},
-        "selectedMode": "single", "select": {"itemStyle": {"borderColor": ORANGE, "borderWidth": 2, "opacity": 1}},
-        "tooltip": {"formatter": "{@prompt_id}<br>X = {@target}<br>P0 {@p0}<br>"
-                    "{@num_violations} of {@num_samples} samples say X"},
-    }  # fmt: skip
+        "type": "scatter",
+        "name": "prompt",
+        "datasetIndex": 0,
+        "symbolSize": 5,
+        "clip": False,
+        "encode": {"x": "p0", "y": "shown", "itemName": "prompt_id"},
+        "itemStyle": {"color": GREY, "opacity": 0.35},
+        "selectedMode": "single",
+        "select": {"itemStyle": {"borderColor": ORANGE, "borderWidth": 2, "opacity": 1}},
+        "tooltip": {
+            "formatter": "{@prompt_id}<br>X = {@target}<br>P0 {@p0}<br>"
+            "{@num_violations} of {@num_samples} samples say X"
+        },
+    }
     series = [dots, *_rings([group], chosen, "p0", "shown"), *_bin_means(bins), *_curve(curve, is_whole)]
     names = [s["name"] for s in series if s.get("name")]
     return {
         "grid": _GRID,
         "legend": {"top": 0, "data": list(dict.fromkeys(names))},
         "tooltip": {"trigger": "item"},
-        "xAxis": _unit_axis("P0: p_sem under baseline", 28), "yAxis": _unit_axis("share of samples that say X", 44),
-        "dataset": [{"source": _rounded(moved[["prompt_id", "target", "p0", "shown", "rate", "num_violations", "num_samples"]])}],
+        "xAxis": _unit_axis("P0: p_sem under baseline", 28),
+        "yAxis": _unit_axis("share of samples that say X", 44),
+        "dataset": [
+            {"source": _rounded(moved[["prompt_id", "target", "p0", "shown", "rate", "num_violations", "num_samples"]])}
+        ],
         "series": series,
-    }  # fmt: skip
+    }
 
 
 def clicked_rate(points: pd.DataFrame, series: int, index: int) -> str | None:
@@ -193,11 +230,19 @@ def spelling_bars(rows: pd.DataFrame, conditions: Sequence[str], top: float) -> 
         )
     return {
         "grid": {"left": 24, "right": 32, "top": 40, "bottom": 48, "containLabel": True},
-        "legend": {"top": 0}, "tooltip": {"trigger": "axis", "valueFormatter": "%.5f", "axisPointer": {"type": "shadow"}},
-        "xAxis": {"type": "value", "min": 0, "max": top, "name": "probability", "nameLocation": "middle", "nameGap": 28},
+        "legend": {"top": 0},
+        "tooltip": {"trigger": "axis", "valueFormatter": "%.5f", "axisPointer": {"type": "shadow"}},
+        "xAxis": {
+            "type": "value",
+            "min": 0,
+            "max": top,
+            "name": "probability",
+            "nameLocation": "middle",
+            "nameGap": 28,
+        },
         "yAxis": {"type": "category", "inverse": True, "data": names, "axisLabel": {"interval": 0}},
         "series": series,
-    }  # fmt: skip
+    }
 
 
 def spelling_height(rows: pd.DataFrame, num_conditions: int) -> int:
@@ -217,11 +262,19 @@ def _rings(found: Sequence[Group], chosen: Mapping[str, str | None], x: str, y: 
         for g in found:
             at = g.rows[g.rows["prompt_id"] == prompt_id]
             if len(at):
-                rings.append({
-                    "type": "scatter", "name": name, "data": [[float(at[x].iloc[0]), float(at[y].iloc[0])]], "silent": True,
-                    "symbol": ("circle", "diamond")[n % 2], "symbolSize": 16, "z": 5, "tooltip": {"show": False},
-                    "itemStyle": {"color": "transparent", "borderColor": ORANGE, "borderWidth": 3},
-                })  # fmt: skip
+                rings.append(
+                    {
+                        "type": "scatter",
+                        "name": name,
+                        "data": [[float(at[x].iloc[0]), float(at[y].iloc[0])]],
+                        "silent": True,
+                        "symbol": ("circle", "diamond")[n % 2],
+                        "symbolSize": 16,
+                        "z": 5,
+                        "tooltip": {"show": False},
+                        "itemStyle": {"color": "transparent", "borderColor": ORANGE, "borderWidth": 3},
+                    }
+                )
     return rings
 
 
@@ -240,16 +293,27 @@ def _bin_means(bins: pd.DataFrame) -> list[Option]:
     ]
     name = "mean of a bin, 95 %" if bars else "mean of a bin"
     item: Option = {
-        "type": "scatter", "name": name, "symbol": "rect", "symbolSize": 10, "z": 4, "itemStyle": {"color": COLOURS[0]},
-        "data": [{"name": f"P0 in {r.grouping}: {r.n} prompts, {_told(r)}", "value": [float(r.p0), float(r.value)]}
-                 for r in _rows(bins)],
+        "type": "scatter",
+        "name": name,
+        "symbol": "rect",
+        "symbolSize": 10,
+        "z": 4,
+        "itemStyle": {"color": COLOURS[0]},
+        "data": [
+            {"name": f"P0 in {r.grouping}: {r.n} prompts, {_told(r)}", "value": [float(r.p0), float(r.value)]}
+            for r in _rows(bins)
+        ],
         "tooltip": {"formatter": "{b}"},
-    }  # fmt: skip
+    }
     if bars:
         item["markLine"] = {
-            "symbol": "none", "silent": True, "animation": False, "data": bars, "label": {"show": False},
+            "symbol": "none",
+            "silent": True,
+            "animation": False,
+            "data": bars,
+            "label": {"show": False},
             "lineStyle": {"color": COLOURS[0], "type": "solid", "width": 3},
-        }  # fmt: skip
+        }
     return [item]
 
 
@@ -269,11 +333,18 @@ def _curve(curve: pd.DataFrame | None, is_whole: bool) -> list[Option]:
     series: list[Option] = []
     for n, (part, style, opacity) in enumerate(parts):
         series += _band(part, name, opacity, f"band-{n}")
-        series.append({
-            "type": "line", "name": name, "symbol": "none", "silent": True, "tooltip": {"show": False},
-            "data": part[["p0", "value"]].to_numpy().tolist(), "itemStyle": {"color": RED},
-            "lineStyle": {"color": RED, "width": width, "type": style},
-        })  # fmt: skip
+        series.append(
+            {
+                "type": "line",
+                "name": name,
+                "symbol": "none",
+                "silent": True,
+                "tooltip": {"show": False},
+                "data": part[["p0", "value"]].to_numpy().tolist(),
+                "itemStyle": {"color": RED},
+                "lineStyle": {"color": RED, "width": width, "type": style},
+            }
+        )
     return series
 
 
@@ -281,13 +352,23 @@ def _band(part: pd.DataFrame, name: str, opacity: float, stack: str) -> list[Opt
     """From low to high, as ECharts has it: two lines that are not drawn, the second stacked on the first and filled."""
     if not part[["low", "high"]].notna().all(axis=None):
         return []
-    hidden: Option = {"type": "line", "stack": stack, "symbol": "none", "silent": True, "lineStyle": {"opacity": 0},
-                      "tooltip": {"show": False}, "stackStrategy": "all", "name": name, "itemStyle": {"color": RED}}  # fmt: skip
+    hidden: Option = {
+        "type": "line",
+        "stack": stack,
+        "symbol": "none",
+        "silent": True,
+        "lineStyle": {"opacity": 0},
+        "tooltip": {"show": False},
+        "stackStrategy": "all",
+        "name": name,
+        "itemStyle": {"color": RED},
+    }
     height = part.assign(height=part["high"] - part["low"])
     return [
         hidden | {"data": part[["p0", "low"]].to_numpy().tolist()},
-        hidden | {"data": height[["p0", "height"]].to_numpy().tolist(), "areaStyle": {"color": RED, "opacity": opacity}},
-    ]  # fmt: skip
+        hidden
+        | {"data": height[["p0", "height"]].to_numpy().tolist(), "areaStyle": {"color": RED, "opacity": opacity}},
+    ]
 
 
 def _jittered(points: pd.DataFrame) -> pd.Series:
@@ -299,18 +380,35 @@ def _jittered(points: pd.DataFrame) -> pd.Series:
 
 
 def _diagonal() -> Option:
-    return {"type": "line", "data": [[0, 0], [1, 1]], "symbol": "none", "silent": True, "tooltip": {"show": False},
-            "lineStyle": {"color": GREY, "type": "dashed", "width": 1}}  # fmt: skip
+    return {
+        "type": "line",
+        "data": [[0, 0], [1, 1]],
+        "symbol": "none",
+        "silent": True,
+        "tooltip": {"show": False},
+        "lineStyle": {"color": GREY, "type": "dashed", "width": 1},
+    }
 
 
 def _upright(at: float, text: str, colour: str) -> Option:
     """A vertical line on the axis of values that lies over the bars' own."""
     label = {"show": bool(text), "formatter": text, "position": "end", "color": colour}
     return {
-        "type": "line", "data": [], "xAxisIndex": 1, "yAxisIndex": 1, "silent": True, "tooltip": {"show": False},
-        "markLine": {"symbol": "none", "silent": True, "animation": False, "label": label,
-                     "lineStyle": {"color": colour, "width": 2, "type": "solid"}, "data": [{"xAxis": at}]},
-    }  # fmt: skip
+        "type": "line",
+        "data": [],
+        "xAxisIndex": 1,
+        "yAxisIndex": 1,
+        "silent": True,
+        "tooltip": {"show": False},
+        "markLine": {
+            "symbol": "none",
+            "silent": True,
+            "animation": False,
+            "label": label,
+            "lineStyle": {"color": colour, "width": 2, "type": "solid"},
+            "data": [{"xAxis": at}],
+        },
+    }
 
 
 def _unit_axis(name: str, gap: int) -> Option:

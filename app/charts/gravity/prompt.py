@@ -21,9 +21,12 @@ def spans_on(tokens: Sequence[str], spans: dict[str, tuple[int, int]]) -> list[C
     for i, text in enumerate(tokens):
         names = [name for name, (start, end) in inner_first if start <= i < end]
         found.append(
-            Chip(text, note=f"{i} {label(text)}" + (f": {', '.join(names)}" if names else ""),
-                 underline=SPAN_COLOURS.get(names[0], "") if names else "")
-        )  # fmt: skip
+            Chip(
+                text,
+                note=f"{i} {label(text)}" + (f": {', '.join(names)}" if names else ""),
+                underline=SPAN_COLOURS.get(names[0], "") if names else "",
+            )
+        )
     return found
 
 
@@ -45,9 +48,16 @@ def ratio_lines(rows: pd.DataFrame, condition: str, low: float, high: float) -> 
     colours = (charts.BLUE, charts.RED, charts.PURPLE, charts.GREEN, charts.BLUE)
     kept = [(c, colour) for c, colour in zip(curves, colours, strict=False) if c[1]["y"].notna().any()]
     return compact(
-        charts.lines([c for c, _ in kept], x_title="layer", y_title="mean over heads", low=low, high=high,
-                     colours=[colour for _, colour in kept] or charts.COLOURS, dashed=["IAR, baseline"])
-    )  # fmt: skip
+        charts.lines(
+            [c for c, _ in kept],
+            x_title="layer",
+            y_title="mean over heads",
+            low=low,
+            high=high,
+            colours=[colour for _, colour in kept] or charts.COLOURS,
+            dashed=["IAR, baseline"],
+        )
+    )
 
 
 def lens_lines(rows: pd.DataFrame, condition: str) -> charts.Option:
@@ -59,9 +69,16 @@ def lens_lines(rows: pd.DataFrame, condition: str) -> charts.Option:
         curves.append(("X, baseline", _xy(rows[rows["condition"] == "baseline"], "p_target")))
         colours.append(charts.ORANGE)
     return compact(
-        charts.lines(curves, x_title="layer", y_title="probability in the lens", colours=colours, low=0, high=1,
-                     dashed=["X, baseline"])
-    )  # fmt: skip
+        charts.lines(
+            curves,
+            x_title="layer",
+            y_title="probability in the lens",
+            colours=colours,
+            low=0,
+            high=1,
+            dashed=["X, baseline"],
+        )
+    )
 
 
 def share_grid(rows: pd.DataFrame, texts: Sequence[str], top: float) -> charts.Option:

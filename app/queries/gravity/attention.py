@@ -49,10 +49,12 @@ def heads(view: View, step: str, measure: str, measured: str) -> pd.DataFrame:
     p and q of it; NaN where an outcome has no prompt."""
     moments = _head_moments(view, step, measure, measured)
     wide = {o: moments[moments["outcome"] == o].set_index(["layer", "head"]) for o in ("success", "failure")}
-    found = pd.DataFrame({
-        **{outcome: rows["mean"] for outcome, rows in wide.items()},
-        **{f"n_{outcome}": rows["n"] for outcome, rows in wide.items()},
-    })  # fmt: skip
+    found = pd.DataFrame(
+        {
+            **{outcome: rows["mean"] for outcome, rows in wide.items()},
+            **{f"n_{outcome}": rows["n"] for outcome, rows in wide.items()},
+        }
+    )
     statistics = layers.known(view, "attention", step, measure)
     chosen = (statistics["measured"] == measured) & (statistics["grouping"] == "difference") & (statistics["head"] >= 0)
     gaps = statistics[chosen].rename(columns={"value": "difference"})
@@ -125,9 +127,10 @@ def head_rows(paths: RunPaths, prompt_id: str, condition: str, step: str, layer:
     Raises HarnessError where the file the run names is missing or broken.
     """
     found = queries.ask(
-        paths, "SELECT path FROM artifacts WHERE kind = 'attention' AND prompt_id = ? AND condition = ?",
+        paths,
+        "SELECT path FROM artifacts WHERE kind = 'attention' AND prompt_id = ? AND condition = ?",
         [prompt_id, condition],
-    )  # fmt: skip
+    )
     if found.empty:
         return None
     with open_tensors(paths.artifacts, found["path"][0]) as file:
@@ -156,9 +159,10 @@ def _tokens(paths: RunPaths, prompt_id: str, condition: str, num_answered: int) 
     ).iloc[0]
     ids = [int(n) for n in row["token_ids"]]
     answer = queries.ask(
-        paths, "SELECT token_ids FROM completions WHERE prompt_id = ? AND condition = ? AND mode = 'greedy'",
+        paths,
+        "SELECT token_ids FROM completions WHERE prompt_id = ? AND condition = ? AND mode = 'greedy'",
         [prompt_id, condition],
-    )["token_ids"]  # fmt: skip
+    )["token_ids"]
     said = [int(n) for n in answer[0][:num_answered]] if len(answer) else []
     texts = token_texts(paths, [*ids, *said])
     pieces = [texts[n] or f"[{n}]" for n in [*ids, *said]]

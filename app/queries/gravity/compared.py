@@ -38,8 +38,22 @@ def compare(this: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     both["_analysis"] = both["analysis"].map({name: n for n, name in enumerate(COMPARED)})
     both["_grouping"] = [-1.0 if g == "all" else bin_start(g) for g in both["grouping"]]  # what is no bin goes last
     both = both.sort_values(["_analysis", "condition", "measure", "_grouping", "grouping"], ignore_index=True)
-    return both[[*_KEY, "value", "low", "high", "value_other", "low_other", "high_other", "difference", "intervals",
-                 "found_in", "n", "n_other"]]  # fmt: skip
+    return both[
+        [
+            *_KEY,
+            "value",
+            "low",
+            "high",
+            "value_other",
+            "low_other",
+            "high_other",
+            "difference",
+            "intervals",
+            "found_in",
+            "n",
+            "n_other",
+        ]
+    ]
 
 
 def bin_start(grouping: str) -> float | None:

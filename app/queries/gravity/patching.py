@@ -70,11 +70,17 @@ def counted_means(paths: RunPaths, condition: str, effect: str, where: str, para
     moments["method"] = "mean; normal interval over prompts"
     sides = {name: moments[moments["grouping"] == name] for name in ("failure", "success")}
     both = sides["failure"].merge(sides["success"], on=["layer", "patch"], suffixes=("", "_s"))
-    difference = pd.DataFrame({
-        "grouping": "difference", "layer": both["layer"], "patch": both["patch"], "value": both["value"] - both["value_s"],
-        "var": both["var"] + both["var_s"], "n": both["n"] + both["n_s"],
-        "method": "difference of means, failure − success; normal interval over prompts",
-    })  # fmt: skip
+    difference = pd.DataFrame(
+        {
+            "grouping": "difference",
+            "layer": both["layer"],
+            "patch": both["patch"],
+            "value": both["value"] - both["value_s"],
+            "var": both["var"] + both["var_s"],
+            "n": both["n"] + both["n_s"],
+            "method": "difference of means, failure − success; normal interval over prompts",
+        }
+    )
     found = pd.concat([moments, difference], ignore_index=True)
     half = _NORMAL * found["var"] ** 0.5
     return found.assign(low=found["value"] - half, high=found["value"] + half, p=float("nan"), q=float("nan"))[
@@ -121,9 +127,10 @@ def of_prompt(paths: RunPaths, prompt_id: str) -> pd.DataFrame:
 def greedy_text(paths: RunPaths, prompt_id: str, condition: str) -> str | None:
     """The greedy answer's text; None where there is none."""
     rows = queries.ask(
-        paths, "SELECT text FROM completions WHERE mode = 'greedy' AND prompt_id = ? AND condition = ?",
+        paths,
+        "SELECT text FROM completions WHERE mode = 'greedy' AND prompt_id = ? AND condition = ?",
         [prompt_id, condition],
-    )  # fmt: skip
+    )
     return str(rows["text"][0]) if len(rows) else None
 
 

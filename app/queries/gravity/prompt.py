@@ -97,9 +97,10 @@ def shares(paths: RunPaths, prompt_id: str, condition: str, step: str) -> pd.Dat
 def answer_tokens(paths: RunPaths, prompt_id: str, condition: str) -> list[str]:
     """The texts of the greedy answer's tokens."""
     rows = queries.ask(
-        paths, "SELECT token_ids FROM completions WHERE prompt_id = ? AND condition = ? AND mode = 'greedy'",
+        paths,
+        "SELECT token_ids FROM completions WHERE prompt_id = ? AND condition = ? AND mode = 'greedy'",
         [prompt_id, condition],
-    )  # fmt: skip
+    )
     ids = [int(n) for n in rows["token_ids"][0]] if len(rows) else []
     texts = token_texts(paths, ids)
     return [texts[n] or f"[{n}]" for n in ids]

@@ -27,13 +27,19 @@ def _list(entries: list[RunEntry]) -> None:
             frame.choose(run=entries[rows[0]].paths.run_id)
 
     st.dataframe(
-        table, hide_index=True, key=key, on_select=chosen, selection_mode="single-row",
+        table,
+        hide_index=True,
+        key=key,
+        on_select=chosen,
+        selection_mode="single-row",
         selection_default={"selection": {"rows": [int(n) for n in table.index[table["run"] == now]]}},
         height=min(320, 40 + 35 * len(table)),
         column_config={
-            "seconds": _number("seconds", "%.0f"), "fingerprint": _text("fingerprint", 90), "stages": _text("stages", 80),
+            "seconds": _number("seconds", "%.0f"),
+            "fingerprint": _text("fingerprint", 90),
+            "stages": _text("stages", 80),
         },
-    )  # fmt: skip
+    )
     for name, reason in asked.unreadable(table).head(5).itertuples(index=False):
         st.text(f"{name} is broken: {reason}")
     frame.download(table, "runs")
@@ -72,16 +78,25 @@ def _stages(run: Selection) -> None:
     if run.manifest.reason:
         st.text(f"Why: {run.manifest.reason}")
     st.dataframe(
-        stages, hide_index=True, key="stages", height=40 + 35 * len(stages),
+        stages,
+        hide_index=True,
+        key="stages",
+        height=40 + 35 * len(stages),
         column_config={
             "done": st.column_config.ProgressColumn("done", format="percent", min_value=0, max_value=1),
-            "items": _number("items", "%d"), "total": _number("of", "%d"), "failed": _number("failed", "%d"),
-            "items_s": _number("items/s", "%.1f"), "tokens_s": _number("tokens/s", "%.0f"),
-            "seconds": _number("seconds", "%.1f"), "left_s": _number("left, s", "%.0f"),
-            "last_items": _number("last batch, items", "%d"), "last_tokens": _number("last batch, tokens", "%d"),
-            "number": _number("batches", "%d"), "splits": _number("splits", "%d"),
+            "items": _number("items", "%d"),
+            "total": _number("of", "%d"),
+            "failed": _number("failed", "%d"),
+            "items_s": _number("items/s", "%.1f"),
+            "tokens_s": _number("tokens/s", "%.0f"),
+            "seconds": _number("seconds", "%.1f"),
+            "left_s": _number("left, s", "%.0f"),
+            "last_items": _number("last batch, items", "%d"),
+            "last_tokens": _number("last batch, tokens", "%d"),
+            "number": _number("batches", "%d"),
+            "splits": _number("splits", "%d"),
         },
-    )  # fmt: skip
+    )
 
 
 def _events(entry: RunEntry, extras: Extras) -> None:
@@ -102,9 +117,13 @@ def _events(entry: RunEntry, extras: Extras) -> None:
     told = f" A row that names a {' or '.join(extras.choices.values())} chooses it." if extras.of_items else ""
     st.caption(f"{warnings:,} warnings, {errors:,} errors{shown}.{told}")
     st.dataframe(
-        events, hide_index=True, key="events", on_select=chosen, selection_mode="single-row",
+        events,
+        hide_index=True,
+        key="events",
+        on_select=chosen,
+        selection_mode="single-row",
         column_config={"message": _text("message", 600)},
-    )  # fmt: skip
+    )
     frame.download(events.join(named), "events")
 
 
@@ -131,14 +150,35 @@ def _certificate(entry: RunEntry) -> None:
 def _manifest(entry: RunEntry) -> None:
     manifest = Selection(entry).manifest
     st.download_button(
-        "JSON", entry.paths.manifest.read_bytes(), "manifest.json", "application/json", key="download-manifest",
-        icon=":material/download:", type="tertiary", on_click="ignore",
-    )  # fmt: skip
+        "JSON",
+        entry.paths.manifest.read_bytes(),
+        "manifest.json",
+        "application/json",
+        key="download-manifest",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+    )
     st.subheader("What was run")
     if manifest.argv:
         st.code(shlex.join(manifest.argv), language=None, wrap_lines=True)
-    names = ("run_id", "parent", "accepted_differences", "experiment", "created", "ended", "seconds", "status", "reason",
-             "device", "threads", "num_failed", "warnings", "resumed", "random_numbers")  # fmt: skip
+    names = (
+        "run_id",
+        "parent",
+        "accepted_differences",
+        "experiment",
+        "created",
+        "ended",
+        "seconds",
+        "status",
+        "reason",
+        "device",
+        "threads",
+        "num_failed",
+        "warnings",
+        "resumed",
+        "random_numbers",
+    )
     what = {name: manifest.tree.get(name) for name in names}
     _leaves({k: v for k, v in what.items() if v not in (None, [], {})}, names)
     st.subheader("Identity")
@@ -152,10 +192,15 @@ def _manifest(entry: RunEntry) -> None:
     st.dataframe(settings, hide_index=True)
     st.subheader("Stages")
     st.dataframe(
-        asked.stages(manifest), hide_index=True,
-        column_config={"peak_mb": _number("peak memory, MB", "%.0f"), "seconds": _number("seconds", "%.1f"),
-                       "of_contexts": _number("of contexts", "%.0f"), "tokens_per_s": _number("tokens/s", "%.0f")},
-    )  # fmt: skip
+        asked.stages(manifest),
+        hide_index=True,
+        column_config={
+            "peak_mb": _number("peak memory, MB", "%.0f"),
+            "seconds": _number("seconds", "%.1f"),
+            "of_contexts": _number("of contexts", "%.0f"),
+            "tokens_per_s": _number("tokens/s", "%.0f"),
+        },
+    )
     if manifest.tables:
         st.caption("Rows of each table")
         _leaves(manifest.tables)
@@ -169,9 +214,15 @@ def _manifest(entry: RunEntry) -> None:
         _leaves({name: part for name in ("code", "machine", "numerics") if (part := manifest.part(name))})
         if entry.paths.tree_diff.exists():
             st.download_button(
-                "Uncommitted changes of the code", entry.paths.tree_diff.read_bytes(), "working_tree.diff", "text/x-diff",
-                key="download-diff", icon=":material/download:", type="tertiary", on_click="ignore",
-            )  # fmt: skip
+                "Uncommitted changes of the code",
+                entry.paths.tree_diff.read_bytes(),
+                "working_tree.diff",
+                "text/x-diff",
+                key="download-diff",
+                icon=":material/download:",
+                type="tertiary",
+                on_click="ignore",
+            )
     with right:
         st.subheader("Packages")
         _leaves(manifest.packages)
@@ -182,8 +233,12 @@ def _leaves(tree: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     if rows.empty:
         st.caption("The manifest does not say.")
         return
-    st.dataframe(rows, hide_index=True, height=min(400, 40 + 35 * len(rows)),
-                 column_config={"key": _text("key", 260), "value": _text("value", None)})  # fmt: skip
+    st.dataframe(
+        rows,
+        hide_index=True,
+        height=min(400, 40 + 35 * len(rows)),
+        column_config={"key": _text("key", 260), "value": _text("value", None)},
+    )
 
 
 # -- two runs
@@ -207,10 +262,14 @@ def _compare(view: Selection | None, extras: Extras, entry: RunEntry, entries: l
         st.caption(f"{shared[0]:,} prompts in both, {shared[1]:,} only in this, {shared[2]:,} only in the other.")
     if (tables := asked.equal_tables(this, that)) is not None:
         same, apart = tables
-        told = f"All {len(same)} measured tables are the same, bit for bit." if not apart else (
-            f"Bit for bit the same: {', '.join(same) or 'no table'}. Not the same: {', '.join(apart)}; "
-            "`harness diff` says by how much."
-        )  # fmt: skip
+        told = (
+            f"All {len(same)} measured tables are the same, bit for bit."
+            if not apart
+            else (
+                f"Bit for bit the same: {', '.join(same) or 'no table'}. Not the same: {', '.join(apart)}; "
+                "`harness diff` says by how much."
+            )
+        )
         st.caption(told)
     if changes.empty:
         st.caption("The manifests say the same of identity, settings, packages, code and machine.")

@@ -21,9 +21,13 @@ def _examples(extras: Extras) -> None:
 
 def _query() -> str:
     text = st.text_area(
-        "Query", key="sql", bind="query-params", height=220, placeholder="SELECT … FROM prompts",
+        "Query",
+        key="sql",
+        bind="query-params",
+        height=220,
+        placeholder="SELECT … FROM prompts",
         help="DuckDB's SQL, one query that reads. Ctrl+Enter runs it. It cannot change anything or look at another file.",
-    )  # fmt: skip
+    )
     st.button("Run", type="primary", icon=":material/play_arrow:")  # a click ends the typing, and so runs the text
     return (text or "").strip()
 
@@ -60,9 +64,15 @@ def _rows(answer: asked.Answer, extras: Extras, key: str) -> None:
             ("Parquet", asked.as_parquet, "application/vnd.apache.parquet"),
         ):
             st.download_button(
-                form, partial(make, answer.rows), f"query.{form.lower()}", kind, key=f"download-{form}",
-                icon=":material/download:", type="tertiary", on_click="ignore",
-            )  # fmt: skip
+                form,
+                partial(make, answer.rows),
+                f"query.{form.lower()}",
+                kind,
+                key=f"download-{form}",
+                icon=":material/download:",
+                type="tertiary",
+                on_click="ignore",
+            )
         safe, number = asked.for_spreadsheets(answer.rows)
         frame.download_for_spreadsheets(partial(asked.as_csv, safe), number, "query")
 

@@ -21,9 +21,14 @@ def main() -> None:
     columns = st.columns([1, 2, 3])
     layer = columns[0].selectbox("Layer", range(layers), key="layer", bind="query-params", index=layers - 1)
     scale = columns[1].segmented_control(
-        "Colour", list(drawing.SCALES), key="norms", bind="query-params", default="relative", required=True,
+        "Colour",
+        list(drawing.SCALES),
+        key="norms",
+        bind="query-params",
+        default="relative",
+        required=True,
         help="; ".join(f"{k}: {v}" for k, v in drawing.SCALES.items()),
-    )  # fmt: skip
+    )
     layer = layers - 1 if layer is None else int(layer)
     if view.prompt_id is None:
         _offer(view)
@@ -42,9 +47,13 @@ def _offer(view: View) -> None:
         return
     st.caption("Click a row, or take any prompt in the sidebar. Those with stored files come first.")
     st.dataframe(
-        rows, key="activations-offered", hide_index=True, selection_mode="single-row", column_config={"target": "X"},
+        rows,
+        key="activations-offered",
+        hide_index=True,
+        selection_mode="single-row",
+        column_config={"target": "X"},
         on_select=frame.on_row("activations-offered", list(rows["prompt_id"])),
-    )  # fmt: skip
+    )
 
 
 def _shown(view: View) -> list[tuple[str, str]]:
@@ -75,9 +84,14 @@ def _norms(view: View, layer: int, scale: str) -> None:
 
 
 def _panel(
-    view: View, at: tuple[str, str], rows: pd.DataFrame, layer: int, scale: str, span: tuple[float, float],
+    view: View,
+    at: tuple[str, str],
+    rows: pd.DataFrame,
+    layer: int,
+    scale: str,
+    span: tuple[float, float],
     furthest: float,
-) -> None:  # fmt: skip
+) -> None:
     prompt_id, condition = at
     st.text(f"{prompt_id}, {condition}" + (", pinned" if prompt_id != view.prompt_id else ""))
     if rows.empty:
@@ -87,9 +101,10 @@ def _panel(
     name = f"{'pin' if prompt_id != view.prompt_id else 'prompt'}-{condition}"
     st.echarts_chart(
         drawing.grid(rows, texts, scale=scale, low=span[0], high=span[1], layer=layer),
-        height=150 + max(14 * (int(rows["layer"].max()) + 1), 90), key=f"norms-{name}",
+        height=150 + max(14 * (int(rows["layer"].max()) + 1), 90),
+        key=f"norms-{name}",
         alt="norm of the residual stream by layer and token",
-    )  # fmt: skip
+    )
     here = drawing.of_layer(rows, layer)
     st.caption(f"Layer {layer}")
     chips.show(drawing.chips(here, texts, furthest), drawing.chips_note(here, furthest), f"norm-chips-{name}")
@@ -116,9 +131,11 @@ def _neurons(view: View, layer: int) -> None:
         with column:
             st.text(f"{at[1]}{', pinned' if at[0] != view.prompt_id else ''}")
             st.echarts_chart(
-                drawing.bars(rows, top=top), height=60 + 22 * max(len(rows), 4), key=f"neurons-{at[0] == view.prompt_id}-{at[1]}",
+                drawing.bars(rows, top=top),
+                height=60 + 22 * max(len(rows), 4),
+                key=f"neurons-{at[0] == view.prompt_id}-{at[1]}",
                 alt="largest neurons of a layer with their values",
-            )  # fmt: skip
+            )
     st.caption(f"Layer {layer}; the inputs of the MLP's last projection, signed; axes from −{top:g} to {top:g}.")
     _neuron_table(view, shown)
 
@@ -151,12 +168,16 @@ def _recurring(view: View, layer: int) -> None:
     share = lambda title: st.column_config.ProgressColumn(title, min_value=0, max_value=1, format="percent")  # noqa: E731
     number = lambda title: st.column_config.NumberColumn(title, format="%+.2f")  # noqa: E731
     st.dataframe(
-        rows, hide_index=True, height=320,
+        rows,
+        hide_index=True,
+        height=320,
         column_config={
-            "share_success": share("of successes"), "share_failure": share("of failures"),
-            "mean_success": number("mean value, success"), "mean_failure": number("mean value, failure"),
+            "share_success": share("of successes"),
+            "share_failure": share("of failures"),
+            "mean_success": number("mean value, success"),
+            "mean_failure": number("mean value, failure"),
         },
-    )  # fmt: skip
+    )
     frame.download(rows, "neurons-recurring")
 
 
@@ -172,9 +193,11 @@ def _files(view: View) -> None:
         "block's output at the token that decides a step, one tensor a step."
     )
     st.dataframe(
-        rows, hide_index=True, height=min(38 + 35 * len(rows), 280),
+        rows,
+        hide_index=True,
+        height=min(38 + 35 * len(rows), 280),
         column_config={"bytes": st.column_config.NumberColumn("size", format="bytes")},
-    )  # fmt: skip
+    )
     frame.download(rows, "resid-files")
 
 

@@ -27,9 +27,14 @@ def show(view: View) -> None:
         step = pick_step()
     with right:
         measured = st.segmented_control(
-            "Heads under", ("condition", "baseline"), key="measured", bind="query-params", default="condition",
-            required=True, help="outcomes are those under the condition in both",
-        )  # fmt: skip
+            "Heads under",
+            ("condition", "baseline"),
+            key="measured",
+            bind="query-params",
+            default="condition",
+            required=True,
+            help="outcomes are those under the condition in both",
+        )
     _curves(view, step, measure)
     layer, head = _heads(view, step, measure, view.condition if measured == "condition" else "baseline")
     _tokens(view, step, layer, head)
@@ -70,9 +75,14 @@ def _side(view: View) -> str:
         st.caption(f"The filter keeps one outcome: means over prompts with a {view.outcome}.")
         return view.outcome
     return st.segmented_control(
-        "Cells", drawn.SIDES, key="side", bind="query-params", default="difference", required=True,
+        "Cells",
+        drawn.SIDES,
+        key="side",
+        bind="query-params",
+        default="difference",
+        required=True,
         help="difference: mean of failures less that of successes",
-    )  # fmt: skip
+    )
 
 
 def _grid(
@@ -86,9 +96,11 @@ def _grid(
         return {"layer": int(cell["layer"]), "head": int(cell["head"])} if cell else None
 
     st.echarts_chart(
-        drawn.head_grid(cells, num_heads, num_layers, side, locked), key=key,
-        height=max(320, 20 * num_layers + 140), on_select=frame.on_click(key, clicked),
-    )  # fmt: skip
+        drawn.head_grid(cells, num_heads, num_layers, side, locked),
+        key=key,
+        height=max(320, 20 * num_layers + 140),
+        on_select=frame.on_click(key, clicked),
+    )
     low, high = drawn.head_range(heads, side)
     marks = " ● q < .05 over layers × heads." if side == "difference" else ""
     st.caption(f"{title}, {side}: {low:.3g} to {high:.3g}.{marks} Hover for a head's numbers, click to lock it.")
@@ -132,10 +144,14 @@ def _detail(
 def _prompts(rows: pd.DataFrame, key: str, height: int = 220) -> None:
     """A table of prompts, a click on one chooses it."""
     st.dataframe(
-        rows, hide_index=True, key=key, on_select=frame.on_row(key, list(rows["prompt_id"])),
-        selection_mode="single-row", height=height,
+        rows,
+        hide_index=True,
+        key=key,
+        on_select=frame.on_row(key, list(rows["prompt_id"])),
+        selection_mode="single-row",
+        height=height,
         column_config={"question": st.column_config.TextColumn(width="medium")},
-    )  # fmt: skip
+    )
 
 
 def _tokens(view: View, step: str, layer: int, head: int | None) -> None:
@@ -215,9 +231,12 @@ def _chips(named: list[tuple[str, str, str]], rows: dict[str, pd.DataFrame], lay
 
 
 def _all_heads(
-    named: list[tuple[str, str, str]], rows: dict[str, pd.DataFrame], whole: dict[str, np.ndarray | None], layer: int,
+    named: list[tuple[str, str, str]],
+    rows: dict[str, pd.DataFrame],
+    whole: dict[str, np.ndarray | None],
+    layer: int,
     head: int | None,
-) -> None:  # fmt: skip
+) -> None:
     found = [(*n, whole[n[0]]) for n in named if not rows[n[0]].empty]
     kept = [(title, prompt, condition, shares) for title, prompt, condition, shares in found if shares is not None]
     if not kept:
@@ -234,9 +253,11 @@ def _all_heads(
         st.text(f"{prompt}, {condition}")
         key = f"head-rows-{title}-{head}"
         st.echarts_chart(
-            drawn.head_row_grid(cells, list(rows[title]["text"]), len(shares), top), key=key,
-            height=230 + 16 * len(shares), on_select=frame.on_click(key, clicked),
-        )  # fmt: skip
+            drawn.head_row_grid(cells, list(rows[title]["text"]), len(shares), top),
+            key=key,
+            height=230 + 16 * len(shares),
+            on_select=frame.on_click(key, clicked),
+        )
         frame.download(cells.rename(columns={"x": "position", "y": "head", "value": "share"}), f"attention-{title}")
     st.caption(f"0 to {top:.4f}, the largest share of any token but the first. Click a cell to lock its head.")
 

@@ -41,20 +41,37 @@ def _cannot(error: HarnessError) -> None:
 def _pick(view: View) -> ask.Asked:
     first, second, third, fourth, fifth = st.columns([7, 7, 9, 8, 6])
     under = first.selectbox(
-        "Answers under", list(view.conditions), index=None, placeholder=f"the sidebar's: {view.condition}", key="under",
-        bind="query-params", on_change=_first_page,
+        "Answers under",
+        list(view.conditions),
+        index=None,
+        placeholder=f"the sidebar's: {view.condition}",
+        key="under",
+        bind="query-params",
+        on_change=_first_page,
         help="the condition looked at on this page; empty: the one chosen in the sidebar",
-    )  # fmt: skip
+    )
     mode = second.segmented_control(
         "Mode", ask.MODES, key="mode", bind="query-params", default="sample", required=True, on_change=_first_page
     )
     says = third.segmented_control(
-        "X in the answer", ask.SAYS, key="says", bind="query-params", default=ask.ANY, required=True, on_change=_first_page
-    )  # fmt: skip
+        "X in the answer",
+        ask.SAYS,
+        key="says",
+        bind="query-params",
+        default=ask.ANY,
+        required=True,
+        on_change=_first_page,
+    )
     form = fourth.segmented_control(
-        "Format", ask.FORMATS, key="format", bind="query-params", default=ask.ANY, required=True, on_change=_first_page,
+        "Format",
+        ask.FORMATS,
+        key="format",
+        bind="query-params",
+        default=ask.ANY,
+        required=True,
+        on_change=_first_page,
         help="ok: the answer is one word",
-    )  # fmt: skip
+    )
     finish = fifth.selectbox(
         "Ended by", [ask.ANY, *ask.finish_reasons(view.paths)], key="finish", bind="query-params", on_change=_first_page
     )
@@ -70,10 +87,13 @@ def _counts(view: View, asked: ask.Asked) -> None:
     errors = len(ask.mapping_errors(view.paths))
     judged = int(found["judged"])
     shown = {
-        "answers": (int(found["answers"]), None), "X present": (int(found["present"]), judged),
-        "X absent": (judged - int(found["present"]), judged), "X only further on": (int(found["elsewhere"]), judged),
-        "format ok": (int(found["format_ok"]), judged), "mapping errors": (errors, None),
-    }  # fmt: skip
+        "answers": (int(found["answers"]), None),
+        "X present": (int(found["present"]), judged),
+        "X absent": (judged - int(found["present"]), judged),
+        "X only further on": (int(found["elsewhere"]), judged),
+        "format ok": (int(found["format_ok"]), judged),
+        "mapping errors": (errors, None),
+    }
     for column, (label, (n, whole)) in zip(st.columns(len(shown)), shown.items(), strict=True):
         share = f"{n / whole:.1%}" if whole else None
         column.metric(label, f"{n:,}", share, delta_color="off", delta_arrow="off")
@@ -100,16 +120,37 @@ def _answers(view: View, asked: ask.Asked) -> None:
     # A key of its own for each page of each question, so that no row of another one stays selected.
     key = f"answers-{view.paths.run_id}-{asked}-{view.category}-{view.outcome}-{page}"
     st.dataframe(
-        rows, hide_index=True, key=key, selection_mode="single-row", height=390,
+        rows,
+        hide_index=True,
+        key=key,
+        selection_mode="single-row",
+        height=390,
         on_select=lambda: _clicked_row(key, rows, with_sample=asked.mode == "sample"),
-        column_order=["category", "target", "sample_id", "X marked", "answer", "word_present", "format_ok",
-                      "num_occurrences", "first_step", "finish_reason", "prompt_id"],
+        column_order=[
+            "category",
+            "target",
+            "sample_id",
+            "X marked",
+            "answer",
+            "word_present",
+            "format_ok",
+            "num_occurrences",
+            "first_step",
+            "finish_reason",
+            "prompt_id",
+        ],
         column_config={
-            "target": "X", "sample_id": "sample", "X marked": st.column_config.TextColumn("text, X marked", width="large"),
-            "word_present": "present", "format_ok": "format ok", "num_occurrences": "occurrences", "first_step": "first step",
-            "finish_reason": "ended by", "prompt_id": "prompt",
+            "target": "X",
+            "sample_id": "sample",
+            "X marked": st.column_config.TextColumn("text, X marked", width="large"),
+            "word_present": "present",
+            "format_ok": "format ok",
+            "num_occurrences": "occurrences",
+            "first_step": "first step",
+            "finish_reason": "ended by",
+            "prompt_id": "prompt",
         },
-    )  # fmt: skip
+    )
     first = ask.PAGE_SIZE * (page - 1) + 1
     st.caption(
         f"Answers {first:,} to {first + len(rows) - 1:,} of {num:,}. Selecting a row shows its tokens and chooses its prompt."
@@ -181,11 +222,16 @@ def _tokens(view: View, asked: ask.Asked, prompt_id: str, sample: int) -> None:
 
 def _token_rows(found: dict[str, Any], texts: dict[int, str]) -> pd.DataFrame:
     marked = {n for a, b in found["token_spans"] or [] for n in range(a, b)}
-    return pd.DataFrame({
-        "step": range(len(found["token_ids"])), "token_id": found["token_ids"],
-        "text": [texts[int(t)] for t in found["token_ids"]], "logprob": pd.Series(found["logprobs"] or [], dtype=float),
-        "margin": pd.Series(found["margins"] or [], dtype=float), "is_x": [n in marked for n in range(len(found["token_ids"]))],
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "step": range(len(found["token_ids"])),
+            "token_id": found["token_ids"],
+            "text": [texts[int(t)] for t in found["token_ids"]],
+            "logprob": pd.Series(found["logprobs"] or [], dtype=float),
+            "margin": pd.Series(found["margins"] or [], dtype=float),
+            "is_x": [n in marked for n in range(len(found["token_ids"]))],
+        }
+    )
 
 
 def _rates(view: View, condition: str) -> None:
@@ -205,13 +251,22 @@ def _rates(view: View, condition: str) -> None:
     with right:
         key = f"violations-{view.paths.run_id}-{condition}-{view.category}-{view.outcome}"
         st.dataframe(
-            rows, hide_index=True, key=key, on_select=lambda: _clicked_row(key, rows), selection_mode="single-row", height=390,
+            rows,
+            hide_index=True,
+            key=key,
+            on_select=lambda: _clicked_row(key, rows),
+            selection_mode="single-row",
+            height=390,
             column_order=["target", "category", "p0", "num_violations", "num_samples", "rate", "prompt_id"],
             column_config={
-                "target": "X", "p0": st.column_config.NumberColumn("P0", format="%.3f"), "num_violations": "say X",
-                "num_samples": "samples", "rate": st.column_config.NumberColumn(format="%.3f"), "prompt_id": "prompt",
+                "target": "X",
+                "p0": st.column_config.NumberColumn("P0", format="%.3f"),
+                "num_violations": "say X",
+                "num_samples": "samples",
+                "rate": st.column_config.NumberColumn(format="%.3f"),
+                "prompt_id": "prompt",
             },
-        )  # fmt: skip
+        )
         st.caption("Click a column to sort; a row chooses its prompt.")
         frame.download(rows, "violations")
 

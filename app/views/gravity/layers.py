@@ -61,8 +61,10 @@ def _grid(view: View, step: str, own: list[tuple[str, pd.DataFrame]]) -> None:
     key = f"lens-grid-{layer}"  # a chart of its own: in an older one a second click on a cell would only deselect it
     st.echarts_chart(
         layers_charts.lens_grid(cells, [title for title, _ in titled], num_layers, shade, layer),
-        key=key, height=max(320, 22 * num_layers + 140), on_select=frame.on_click(key, clicked),
-    )  # fmt: skip
+        key=key,
+        height=max(320, 22 * num_layers + 140),
+        on_select=frame.on_click(key, clicked),
+    )
     st.caption(
         f"Each cell shows the likeliest token; colour is the {layers_charts.SHADES[shade]}, {low:.3g} to {high:.3g} over the "
         "whole grid. Hover for the top five, click to lock a layer."
@@ -87,10 +89,13 @@ def _offer(view: View) -> None:
     st.info("Choose a prompt in the sidebar, or one of these, to see what each layer would say.")
     rows = asked.offered(view, "lens")
     st.dataframe(
-        rows, hide_index=True, key="lens-offer", on_select=frame.on_row("lens-offer", list(rows["prompt_id"])),
+        rows,
+        hide_index=True,
+        key="lens-offer",
+        on_select=frame.on_row("lens-offer", list(rows["prompt_id"])),
         selection_mode="single-row",
         column_config={"question": st.column_config.TextColumn(width="medium")},
-    )  # fmt: skip
+    )
 
 
 def _curves(view: View, step: str, own: list[tuple[str, pd.DataFrame]]) -> None:

@@ -39,13 +39,23 @@ def main() -> None:
 def _pickers(layers: int, kinds: list[str]) -> tuple[str, str, int | None, str | None]:
     columns = st.columns([2, 4, 2, 3])
     effect = columns[0].segmented_control(
-        "Effect", list(asking.EFFECTS), key="effect", bind="query-params", default="ΔP", required=True,
+        "Effect",
+        list(asking.EFFECTS),
+        key="effect",
+        bind="query-params",
+        default="ΔP",
+        required=True,
         help="; ".join(f"{k}: {v}" for k, v in _HELP.items()),
-    )  # fmt: skip
+    )
     group = columns[1].segmented_control(
-        "Prompts", asking.GROUPS, key="group", bind="query-params", default="all", required=True,
+        "Prompts",
+        asking.GROUPS,
+        key="group",
+        bind="query-params",
+        default="all",
+        required=True,
         help="by the greedy answer in the patched condition; difference: failure − success",
-    )  # fmt: skip
+    )
     layer = columns[2].selectbox(
         "Layer", range(layers), key="layer", bind="query-params", index=None, placeholder="click a cell"
     )
@@ -88,9 +98,11 @@ def _grid_of_means(
     key = f"patch-means-{chosen}"  # a new chart for a new cell, or the old one would stay selected in it
     st.echarts_chart(
         drawing.means(cells, kinds, layers, top=top, title=title, chosen=chosen),
-        height=92 + 34 * len(kinds), key=key, on_select=frame.on_click(key, _choosing(cells)),
+        height=92 + 34 * len(kinds),
+        key=key,
+        on_select=frame.on_click(key, _choosing(cells)),
         alt=f"{title} by layer and kind of patch",
-    )  # fmt: skip
+    )
     meaning = drawing.legend(effect, group)
     st.caption(f"{title}: {meaning} Colours from −{top:.3g} to +{top:.3g}, the same for all four groups.")
     frame.download(cells.drop(columns=["x", "y"]), f"patching-{group}")
@@ -118,14 +130,22 @@ def _cell(view: View, condition: str, means: pd.DataFrame, effect: str, chosen: 
     key = f"patch-rows-{layer}-{patch}-{group}"
     number = st.column_config.NumberColumn
     st.dataframe(
-        rows, key=key, height=min(38 + 35 * len(rows), 320), hide_index=True, selection_mode="single-row",
+        rows,
+        key=key,
+        height=min(38 + 35 * len(rows), 320),
+        hide_index=True,
+        selection_mode="single-row",
         on_select=frame.on_row(key, list(rows["prompt_id"])),
         column_config={
-            "prompt_id": "prompt", "target": "X", "before": number("P_sem before", format="%.3f"),
-            "after": number("P_sem after", format="%.3f"), "delta_p": number("ΔP", format="%+.3f"),
-            "said": "answer before", "says": "answer after",
+            "prompt_id": "prompt",
+            "target": "X",
+            "before": number("P_sem before", format="%.3f"),
+            "after": number("P_sem after", format="%.3f"),
+            "delta_p": number("ΔP", format="%+.3f"),
+            "said": "answer before",
+            "says": "answer after",
         },
-    )  # fmt: skip
+    )
     frame.download(rows, f"patching-{patch}-{layer}")
 
 
@@ -146,10 +166,12 @@ def _prompts(view: View, condition: str, kinds: list[str], layers: int, chosen: 
             cells = drawing.placed(rows, kinds, layers, chosen)
             key = f"patch-own-{n}-{chosen}"
             st.echarts_chart(
-                drawing.own(cells, kinds, layers, top=top, chosen=chosen), height=92 + 30 * len(kinds),
-                key=key, on_select=frame.on_click(key, _choosing(cells)),
+                drawing.own(cells, kinds, layers, top=top, chosen=chosen),
+                height=92 + 30 * len(kinds),
+                key=key,
+                on_select=frame.on_click(key, _choosing(cells)),
                 alt="ΔP of one prompt by layer and kind of patch",
-            )  # fmt: skip
+            )
             frame.download(rows, f"patching-prompt-{n}")
             _answers(view, condition, prompt_id, cells, chosen)
     st.caption(

@@ -32,21 +32,36 @@ def _pick(view: View) -> tuple[str, str, str, str]:
     first, second, third, fourth = st.columns([2, 2, 3, 2])
     conditions = list(view.conditions)
     under = second.selectbox(
-        "y: pressure under", conditions, index=None, placeholder=f"the sidebar's: {view.condition}", key="under",
-        bind="query-params", help="the condition looked at on this page; empty: the one chosen in the sidebar",
-    )  # fmt: skip
+        "y: pressure under",
+        conditions,
+        index=None,
+        placeholder=f"the sidebar's: {view.condition}",
+        key="under",
+        bind="query-params",
+        help="the condition looked at on this page; empty: the one chosen in the sidebar",
+    )
     against = first.selectbox(
         "x: pressure under", conditions, key="against", bind="query-params", help="the condition compared with"
     )
     measure = third.segmented_control(
-        "Probability", ask.MEASURES, key="probability", bind="query-params", default="p_sem", required=True,
+        "Probability",
+        ask.MEASURES,
+        key="probability",
+        bind="query-params",
+        default="p_sem",
+        required=True,
         help="p_sem: an answer begins with a spelling of X; p_word: and the word ends there; paper_p_sem: as in the paper, "
         "spellings that begin alike counted twice",
-    )  # fmt: skip
+    )
     by = fourth.segmented_control(
-        "Colour", ("outcome", "category"), key="coloured", bind="query-params", default="outcome", required=True,
+        "Colour",
+        ("outcome", "category"),
+        key="coloured",
+        bind="query-params",
+        default="outcome",
+        required=True,
         help="outcome of the greedy answer; success keeps the ban",
-    )  # fmt: skip
+    )
     return str(under or view.condition), str(against), str(measure), str(by)
 
 
@@ -63,9 +78,10 @@ def _pressure(view: View, against: str, under: str, measure: str, by: str) -> No
         st.subheader("Pressure by prompt")
         st.echarts_chart(
             charts.scatter(found, f"{measure} under {against}", f"{measure} under {under}", _chosen(view)),
-            key="pressure-points", height=440,
+            key="pressure-points",
+            height=440,
             on_select=frame.on_click("pressure-points", lambda s, i: _prompt(charts.clicked_prompt(found, s, i))),
-        )  # fmt: skip
+        )
         st.caption(
             "Below the dashed diagonal X is less likely under y than under x. A click on a point chooses the prompt."
         )
@@ -76,9 +92,11 @@ def _pressure(view: View, against: str, under: str, measure: str, by: str) -> No
 
 def _numbers(points: pd.DataFrame) -> None:
     shown = {
-        "prompts": f"{len(points):,}", "mean of x": f"{points['px'].mean():.3f}", "mean of y": f"{points['py'].mean():.3f}",
+        "prompts": f"{len(points):,}",
+        "mean of x": f"{points['px'].mean():.3f}",
+        "mean of y": f"{points['py'].mean():.3f}",
         "above the diagonal": f"{(points['py'] > points['px']).mean():.1%}",
-    }  # fmt: skip
+    }
     for column, (label, value) in zip(st.columns(len(shown)), shown.items(), strict=True):
         column.metric(label, value)
 
@@ -89,11 +107,16 @@ def _suppression(
     st.subheader("Suppression")
     gap = str(
         st.segmented_control(
-            "Suppression", ask.GAPS, key="gap", bind="query-params", default="delta", required=True,
+            "Suppression",
+            ask.GAPS,
+            key="gap",
+            bind="query-params",
+            default="delta",
+            required=True,
             label_visibility="collapsed",
             help="delta: x − y; relative: delta / x; log: ln x − ln y",
         )
-    )  # fmt: skip
+    )
     counts = charts.histogram(found, gap)
     mean = float(points[gap].mean())
     title = {"delta": "delta = x − y", "relative": "relative = delta / x", "log": "log = ln x − ln y"}[gap]
@@ -135,20 +158,28 @@ def _said(view: View, under: str) -> None:
     fitted = fit[fit["grouping"] == "all"].set_index("measure")
     curve = ask.curve(view.paths, under, fit, view.seed)
     st.echarts_chart(
-        charts.said(points, bins, curve, is_whole=view.is_whole, chosen=_chosen(view)), key="pressure-said", height=440,
+        charts.said(points, bins, curve, is_whole=view.is_whole, chosen=_chosen(view)),
+        key="pressure-said",
+        height=440,
         on_select=frame.on_click("pressure-said", lambda s, i: _prompt(charts.clicked_rate(points, s, i))),
-    )  # fmt: skip
+    )
     st.caption(_told_of_rates(view, under, bins, fitted, curve))
     frame.download(points, "violation-rate")
     left, right = st.columns(2)
     with left:
         st.dataframe(
-            bins, hide_index=True, key="pressure-bins",
+            bins,
+            hide_index=True,
+            key="pressure-bins",
             column_config={
-                "grouping": "P0", "n": "prompts", "p0": _number("mean P0"), "value": _number("share that says X"),
-                "low": _number("95 % low"), "high": _number("95 % high"),
+                "grouping": "P0",
+                "n": "prompts",
+                "p0": _number("mean P0"),
+                "value": _number("share that says X"),
+                "low": _number("95 % low"),
+                "high": _number("95 % high"),
             },
-        )  # fmt: skip
+        )
         frame.download(bins, "violation-bins")
     with right:
         _calibration(fit)
@@ -183,13 +214,19 @@ def _calibration(fit: pd.DataFrame) -> None:
     seen = rows[rows["measure"] == "calibration_observed"].set_index("grouping")
     wide = wide.join(seen[["low", "high", "n"]]).sort_values("calibration_p0").reset_index(drop=True)
     st.dataframe(
-        wide, hide_index=True, key="pressure-calibration",
+        wide,
+        hide_index=True,
+        key="pressure-calibration",
         column_order=["calibration_p0", "n", "calibration_predicted", "calibration_observed", "low", "high"],
         column_config={
-            "calibration_p0": _number("mean P0"), "n": "prompts", "calibration_predicted": _number("the fit says"),
-            "calibration_observed": _number("share that says X"), "low": _number("95 % low"), "high": _number("95 % high"),
+            "calibration_p0": _number("mean P0"),
+            "n": "prompts",
+            "calibration_predicted": _number("the fit says"),
+            "calibration_observed": _number("share that says X"),
+            "low": _number("95 % low"),
+            "high": _number("95 % high"),
         },
-    )  # fmt: skip
+    )
     st.caption("Calibration of the fit in groups of P0; always of the whole run.")
 
 
@@ -200,13 +237,20 @@ def _categories(view: View, under: str) -> None:
         st.info("No prompt that the filters keep has been measured under both conditions yet.")
         return
     st.dataframe(
-        rows, hide_index=True, key="pressure-categories",
+        rows,
+        hide_index=True,
+        key="pressure-categories",
         column_config={
-            "n": "prompts", "p0": _number("mean P0"), "p1": _number("mean P1"), "delta": _number("mean P0 − P1"),
-            "greedy": _number("greedy says X"), "value": _number("samples say X"), "low": _number("95 % low"),
+            "n": "prompts",
+            "p0": _number("mean P0"),
+            "p1": _number("mean P1"),
+            "delta": _number("mean P0 − P1"),
+            "greedy": _number("greedy says X"),
+            "value": _number("samples say X"),
+            "low": _number("95 % low"),
             "high": _number("95 % high"),
         },
-    )  # fmt: skip
+    )
     if rows["low"].isna().all():
         st.caption(_NOT_YET if view.outcome is None else _FILTERED)
     else:
@@ -258,9 +302,11 @@ def _spellings(
         height=charts.spelling_height(rows, len(totals)),
     )
     st.dataframe(
-        rows, hide_index=True, key=f"pressure-spellings-{prompt_id}",
+        rows,
+        hide_index=True,
+        key=f"pressure-spellings-{prompt_id}",
         column_config={c: st.column_config.NumberColumn(format="%.5f") for c in rows.columns[2:]},
-    )  # fmt: skip
+    )
     st.caption("Spaces are written ␣; share: of p_sem; ends: the probability that the word ends after the spelling.")
     frame.download(rows, f"spellings-{prompt_id}")
 

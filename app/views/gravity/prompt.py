@@ -57,18 +57,33 @@ def _walk(view: View, prompt_id: str, kept: list[str]) -> None:
     at = kept.index(prompt_id) if prompt_id in kept else None
     before, here, after, pin, _ = st.columns([1, 2, 1, 1, 3], vertical_alignment="center")
     before.button(
-        "Previous", key="prompt-previous", disabled=not at, icon=":material/arrow_back:", width="stretch",
-        on_click=frame.choose, kwargs={"prompt": kept[at - 1] if at else prompt_id},
-    )  # fmt: skip
+        "Previous",
+        key="prompt-previous",
+        disabled=not at,
+        icon=":material/arrow_back:",
+        width="stretch",
+        on_click=frame.choose,
+        kwargs={"prompt": kept[at - 1] if at else prompt_id},
+    )
     is_last = at == len(kept) - 1 or not kept
     after.button(
-        "Next", key="prompt-next", disabled=is_last, icon=":material/arrow_forward:", width="stretch",
-        on_click=frame.choose, kwargs={"prompt": prompt_id if is_last else kept[0 if at is None else at + 1]},
-    )  # fmt: skip
+        "Next",
+        key="prompt-next",
+        disabled=is_last,
+        icon=":material/arrow_forward:",
+        width="stretch",
+        on_click=frame.choose,
+        kwargs={"prompt": prompt_id if is_last else kept[0 if at is None else at + 1]},
+    )
     pin.button(
-        "Pin", key="prompt-pin", disabled=view.pin == prompt_id, icon=":material/push_pin:", width="stretch",
-        on_click=frame.choose, kwargs={"pin": prompt_id},
-    )  # fmt: skip
+        "Pin",
+        key="prompt-pin",
+        disabled=view.pin == prompt_id,
+        icon=":material/push_pin:",
+        width="stretch",
+        on_click=frame.choose,
+        kwargs={"pin": prompt_id},
+    )
     here.text(f"{at + 1} of {len(kept)}" if at is not None else f"not among the filter's {len(kept)}")
 
 
@@ -114,9 +129,11 @@ def _facts(view: View) -> Section:
             asking.verdicts(view.paths, prompt_id) if "outcomes" in queries.tables(view.paths) else pd.DataFrame()
         )
         lines = [f"{'prompt':<13}{prompt_id}{'  (pinned)' if prompt_id == view.pin else ''}"]
-        lines += [f"{name:<13}{_words(row[name])}" for name in
-                  ("question", "target", "category", "alternatives", "style", "source", "tier", "single_token")
-                  if name in row]  # fmt: skip
+        lines += [
+            f"{name:<13}{_words(row[name])}"
+            for name in ("question", "target", "category", "alternatives", "style", "source", "tier", "single_token")
+            if name in row
+        ]
         lines += [
             f"{v['condition']:<13}{v['outcome']}" + (f", {v['taxonomy']}" if isinstance(v["taxonomy"], str) else "")
             for v in verdicts.to_dict("records")
@@ -161,16 +178,23 @@ def _pressure(view: View, ids: Sequence[str]) -> Section:
         if rows.empty:
             st.info("Not measured.")
             return
-        said = [f"{int(v)} of {int(n)}" if pd.notna(n) else "" for v, n in
-                zip(rows["num_violations"], rows["num_samples"], strict=True)]  # fmt: skip
+        said = [
+            f"{int(v)} of {int(n)}" if pd.notna(n) else ""
+            for v, n in zip(rows["num_violations"], rows["num_samples"], strict=True)
+        ]
         st.dataframe(
-            rows.drop(columns=["num_violations", "num_samples"]).assign(samples=said), hide_index=True,
+            rows.drop(columns=["num_violations", "num_samples"]).assign(samples=said),
+            hide_index=True,
             column_config={
-                "p_sem": part("P_sem"), "p_word": part("P_word"), "paper_p_sem": part("paper's P_sem"),
-                "delta": number("P0 − P1"), "relative": number("relative"), "log": number("log"),
+                "p_sem": part("P_sem"),
+                "p_word": part("P_word"),
+                "paper_p_sem": part("paper's P_sem"),
+                "delta": number("P0 − P1"),
+                "relative": number("relative"),
+                "log": number("log"),
                 "samples": "samples that say X",
             },
-        )  # fmt: skip
+        )
 
     note = "Bars from 0 to 1. P0 − P1, relative, log: the suppression against baseline, below zero where the ban raises P_sem."
     return Section("Pressure of X", draw, note, _together(found))
@@ -211,9 +235,11 @@ def _samples(view: View, ids: Sequence[str]) -> Section:
             st.info("Not sampled.")
             return
         st.dataframe(
-            rows, hide_index=True, height=min(38 + 35 * len(rows), 300),
+            rows,
+            hide_index=True,
+            height=min(38 + 35 * len(rows), 300),
             column_config={"word_present": "says X", "text": "answer"},
-        )  # fmt: skip
+        )
 
     return Section("Samples", draw, "Equal answers are counted together.", _together(found))
 
@@ -230,9 +256,11 @@ def _ratios(view: View, ids: Sequence[str], step: str) -> Section:
             st.info("Not measured.")
             return
         st.echarts_chart(
-            drawing.ratio_lines(found[prompt_id], view.condition, low, high), height=320,
-            key=_key(ids, prompt_id, "ratios"), alt="attention ratios by layer",
-        )  # fmt: skip
+            drawing.ratio_lines(found[prompt_id], view.condition, low, high),
+            height=320,
+            key=_key(ids, prompt_id, "ratios"),
+            alt="attention ratios by layer",
+        )
 
     note = f"{view.condition}, {step} step. IAR: share of the instruction against the question; NF, TMF: shares of the negation "
     note += "and of the mention of X in the instruction's; PI = TMF − NF."
@@ -251,9 +279,11 @@ def _shares(view: View, ids: Sequence[str], step: str) -> Section:
         texts = activations.tokens(view.paths, prompt_id, view.condition)
         texts += asking.answer_tokens(view.paths, prompt_id, view.condition)
         st.echarts_chart(
-            drawing.share_grid(rows, texts, top), height=_grid_height(rows), key=_key(ids, prompt_id, "shares"),
+            drawing.share_grid(rows, texts, top),
+            height=_grid_height(rows),
+            key=_key(ids, prompt_id, "shares"),
             alt="attention by layer and token",
-        )  # fmt: skip
+        )
 
     note = f"Mean over heads, layer × token, {view.condition}, {step} step. Colours from 0 to {top:.3f}, "
     note += "the largest share of any token but the first."
@@ -275,9 +305,11 @@ def _lens(view: View, ids: Sequence[str], step: str) -> Section:
             st.info("Not measured.")
             return
         st.echarts_chart(
-            drawing.lens_lines(rows, view.condition), height=320, key=_key(ids, prompt_id, "lens"),
+            drawing.lens_lines(rows, view.condition),
+            height=320,
+            key=_key(ids, prompt_id, "lens"),
             alt="lens probability of X by layer",
-        )  # fmt: skip
+        )
         st.dataframe(drawing.last_tokens(rows[rows["condition"] == view.condition]), hide_index=True)
 
     note = f"The likeliest tokens of the last layers under {view.condition}, {step} step."
@@ -297,9 +329,11 @@ def _contributions(view: View, ids: Sequence[str], step: str) -> Section:
             st.info("Not measured.")
             return
         st.echarts_chart(
-            layer_charts.contribution_bars(shown[prompt_id], limit), height=320, key=_key(ids, prompt_id, "contributions"),
+            layer_charts.contribution_bars(shown[prompt_id], limit),
+            height=320,
+            key=_key(ids, prompt_id, "contributions"),
             alt="what attention and the MLP of each layer add",
-        )  # fmt: skip
+        )
 
     note = f"{view.condition}, {step} step; the axis goes from −{limit:g} to {limit:g}."
     return Section("Contributions", draw, note, _together(found))
@@ -319,9 +353,11 @@ def _patching(view: View, ids: Sequence[str]) -> Section:
             return
         cells = patch_charts.placed(found[prompt_id], kinds, num_layers)
         st.echarts_chart(
-            patch_charts.own(cells, kinds, num_layers, top=top), height=92 + 30 * len(kinds),
-            key=_key(ids, prompt_id, "patching"), alt="ΔP by layer and kind of patch",
-        )  # fmt: skip
+            patch_charts.own(cells, kinds, num_layers, top=top),
+            height=92 + 30 * len(kinds),
+            key=_key(ids, prompt_id, "patching"),
+            alt="ΔP by layer and kind of patch",
+        )
 
     condition = patching.patched_condition(view.paths, view.manifest)
     note = f"ΔP from baseline into {condition}. {patch_charts.LEGEND} Colours from −{top:.3g} to +{top:.3g}. "
@@ -341,9 +377,11 @@ def _norms(view: View, ids: Sequence[str]) -> Section:
             return
         texts = activations.tokens(view.paths, prompt_id, view.condition)
         st.echarts_chart(
-            norm_charts.grid(rows, texts, scale="relative", low=low, high=high), height=_grid_height(rows),
-            key=_key(ids, prompt_id, "norms"), alt="norm of the residual stream by layer and token",
-        )  # fmt: skip
+            norm_charts.grid(rows, texts, scale="relative", low=low, high=high),
+            height=_grid_height(rows),
+            key=_key(ids, prompt_id, "norms"),
+            alt="norm of the residual stream by layer and token",
+        )
 
     note = f"{norm_charts.SCALES['relative']}, {view.condition}. Colours from {low:+.2f} to {high:+.2f}."
     return Section("Residual norms", draw, note, _together(found))

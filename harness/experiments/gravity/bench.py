@@ -57,16 +57,28 @@ def bench_psem(course: Course, subjects: Sequence[Subject], max_tokens: int = 20
     def flat(scores: Sequence[TreeScores]) -> np.ndarray:
         return np.concatenate([s.logprobs for s in scores])
 
-    return in_turn(course, "psem", [
-        Way(f"tree ({len(subjects)} contexts, {len(pairs)} sequences)",
-            lambda: _in_batches(rows, lambda r: row_length(*r), max_tokens, lambda b: _trees(lm, b))),
-        Way("one padded row per (context, sequence)",
-            lambda: _in_batches(pairs, lambda r: len(r[0]) + len(r[1]), max_tokens, lambda b: padded_rows(lm, b)),
-            lambda fast, own: _rel(own, flat(fast))),
-        Way(f"one sequence at a time ({len(some)} timed, scaled)",
-            lambda: [plain.sequence_logprob(lm, c, q) for c, q in some],
-            lambda fast, own: _rel(own, flat(fast)[::stride]), once=True, scale=len(pairs) / len(some)),
-    ])  # fmt: skip
+    return in_turn(
+        course,
+        "psem",
+        [
+            Way(
+                f"tree ({len(subjects)} contexts, {len(pairs)} sequences)",
+                lambda: _in_batches(rows, lambda r: row_length(*r), max_tokens, lambda b: _trees(lm, b)),
+            ),
+            Way(
+                "one padded row per (context, sequence)",
+                lambda: _in_batches(pairs, lambda r: len(r[0]) + len(r[1]), max_tokens, lambda b: padded_rows(lm, b)),
+                lambda fast, own: _rel(own, flat(fast)),
+            ),
+            Way(
+                f"one sequence at a time ({len(some)} timed, scaled)",
+                lambda: [plain.sequence_logprob(lm, c, q) for c, q in some],
+                lambda fast, own: _rel(own, flat(fast)[::stride]),
+                once=True,
+                scale=len(pairs) / len(some),
+            ),
+        ],
+    )
 
 
 def _in_batches(
@@ -128,20 +140,32 @@ def bench_samples(
         return _length(_ids_of(done))
 
     ways = [
-        Way(f"each distinct text once ({num_samples} samples a prompt)", lambda: decode([lm], requests, sampling),
-            num_new=num_made),
+        Way(
+            f"each distinct text once ({num_samples} samples a prompt)",
+            lambda: decode([lm], requests, sampling),
+            num_new=num_made,
+        ),
         Way("each sample for itself", lambda: _unshared(lm, requests, sampling), num_differing, num_new=num_made),
-        Way(f"transformers generate(num_return_sequences={num_samples})",
-            lambda: peers.generate(theirs, contexts, num_samples, sampling, stops, seed=0), in_law, num_new=_length),
-    ]  # fmt: skip
+        Way(
+            f"transformers generate(num_return_sequences={num_samples})",
+            lambda: peers.generate(theirs, contexts, num_samples, sampling, stops, seed=0),
+            in_law,
+            num_new=_length,
+        ),
+    ]
     if path.suffix == ".gguf":
         try:
             llama = peers.LlamaCpp(lm, path, max(map(len, contexts)) + max_new_tokens)
             ways.append(
-                Way(f"{llama.name}, quantised weights", lambda: llama.sample(contexts, num_samples, sampling, stops),
+                Way(
+                    f"{llama.name}, quantised weights",
+                    lambda: llama.sample(contexts, num_samples, sampling, stops),
                     # Other weights than ours, so its law is another one and is told, not judged.
-                    lambda fast, own: _share_apart(_ids_of(fast), own), once=True, num_new=_length)
-            )  # fmt: skip
+                    lambda fast, own: _share_apart(_ids_of(fast), own),
+                    once=True,
+                    num_new=_length,
+                )
+            )
         except peers.Absent as e:
             course.skipped.append(str(e))
     else:
@@ -161,10 +185,16 @@ def law_apart(lm: LM, contexts: Sequence[Tokens], ours: Sequence[Tokens], theirs
     found = []
     for cut in (1, None):
         scores = [
-            np.array(_in_batches([(c, t[:cut]) for c, t in zip(repeated, texts, strict=True)],
-                                 lambda r: len(r[0]) + len(r[1]), 2048, lambda b: padded_rows(lm, b))).reshape(-1, num)
+            np.array(
+                _in_batches(
+                    [(c, t[:cut]) for c, t in zip(repeated, texts, strict=True)],
+                    lambda r: len(r[0]) + len(r[1]),
+                    2048,
+                    lambda b: padded_rows(lm, b),
+                )
+            ).reshape(-1, num)
             for texts in (ours, theirs)
-        ]  # fmt: skip
+        ]
         gap = abs(float((scores[0] - scores[1]).mean()))
         error = float(np.sqrt(sum(x.var(1, ddof=1).sum() / num for x in scores))) / len(contexts) if num > 1 else 0.0
         found.append(0.0 if gap < 1e-6 else gap / error if error else float("inf"))
@@ -220,11 +250,15 @@ def _attention_figures(course: Course, texts: Sequence[Tokens], name: str, max_t
     def apart(fast: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> Apart:
         return Apart(max(float(np.abs(a - b).max()) for a, b in zip(fast, maps, strict=True)), "probability")
 
-    return in_turn(course, "attention", [
-        Way(f"SDPA and the last token's rows{name}", lambda: batched(_tapped)),
-        Way(f"plain SDPA, no rows{name}", lambda: batched(_forward_only)),
-        Way(f"eager, whole maps returned{name}", eager, apart),
-    ])  # fmt: skip
+    return in_turn(
+        course,
+        "attention",
+        [
+            Way(f"SDPA and the last token's rows{name}", lambda: batched(_tapped)),
+            Way(f"plain SDPA, no rows{name}", lambda: batched(_forward_only)),
+            Way(f"eager, whole maps returned{name}", eager, apart),
+        ],
+    )
 
 
 @torch.inference_mode()
@@ -280,25 +314,38 @@ def bench_mechanism(
         return Apart(float(max(gaps)), "probability")
 
     ways = [
-        Way(f"one forward a batch ({len(probes)} contexts)",
-            lambda: _in_batches(probes, lambda p: len(p.tokens), max_tokens, lambda b: look_inside(lm, b))),
-        Way(f"one prompt, one layer at a time ({len(some)} timed, scaled)", one_by_one,
-            lambda fast, own: apart(fast[::stride], own), once=True, scale=len(probes) / len(some)),
-    ]  # fmt: skip
+        Way(
+            f"one forward a batch ({len(probes)} contexts)",
+            lambda: _in_batches(probes, lambda p: len(p.tokens), max_tokens, lambda b: look_inside(lm, b)),
+        ),
+        Way(
+            f"one prompt, one layer at a time ({len(some)} timed, scaled)",
+            one_by_one,
+            lambda fast, own: apart(fast[::stride], own),
+            once=True,
+            scale=len(probes) / len(some),
+        ),
+    ]
     asked = [peers.Asked(p.tokens, p.targets) for p in probes]
 
     ways += [
-        Way(f"{library.name}, the lens alone",
-            lambda library=library: _in_batches(asked, lambda a: len(a.tokens), max_tokens, library.lens), apart)
+        Way(
+            f"{library.name}, the lens alone",
+            lambda library=library: _in_batches(asked, lambda a: len(a.tokens), max_tokens, library.lens),
+            apart,
+        )
         for library in _able(course, "the lens", libraries, lambda library: library.lens(asked[:1]))
-    ]  # fmt: skip
+    ]
     return in_turn(course, "mechanism", ways)
 
 
 def bench_patching(
-    course: Course, prompts: Sequence[Prompt], libraries: Sequence[peers.Library] = (), chat: bool = False,
+    course: Course,
+    prompts: Sequence[Prompt],
+    libraries: Sequence[peers.Library] = (),
+    chat: bool = False,
     max_new_tokens: int = 8,
-) -> list[Figure]:  # fmt: skip
+) -> list[Figure]:
     """All patches at every layer as the rows of one forward, against one (patch, layer) at a time that goes on from the
     same prefilled prefix, forked each time; and the patched residual stream alone, against libraries."""
     lm = course.lm
@@ -310,8 +357,11 @@ def bench_patching(
     names = [[(name, layer) for name in some for layer in layers] for some in able]
 
     def together() -> list[float]:
-        return [x for pair, trie, some, which in zip(pairs, tries, able, names, strict=True)
-                for x in _p_sems(run_rows(lm, pair, begin(lm, pair, some), which, trie, max_new_tokens, False))]  # fmt: skip
+        return [
+            x
+            for pair, trie, some, which in zip(pairs, tries, able, names, strict=True)
+            for x in _p_sems(run_rows(lm, pair, begin(lm, pair, some), which, trie, max_new_tokens, False))
+        ]
 
     def one_at_a_time() -> list[float]:
         found = []
@@ -322,23 +372,33 @@ def bench_patching(
         return found
 
     def residual() -> list[float]:
-        return [x for pair, trie in zip(pairs, tries, strict=True)
-                for x in _p_sems(sweep(lm, pair, ["resid"], trie, 1, False))[1:]]  # fmt: skip
+        return [
+            x
+            for pair, trie in zip(pairs, tries, strict=True)
+            for x in _p_sems(sweep(lm, pair, ["resid"], trie, 1, False))[1:]
+        ]
 
-    ways = [Way(f"rows of one forward ({len(pairs)} prompts × up to {max(map(len, names))} (patch, layer) pairs)", together),
-            Way("one pair at a time, its own fork of the prefix", one_at_a_time, _ratios, once=True)]  # fmt: skip
+    ways = [
+        Way(
+            f"rows of one forward ({len(pairs)} prompts × up to {max(map(len, names))} (patch, layer) pairs)", together
+        ),
+        Way("one pair at a time, its own fork of the prefix", one_at_a_time, _ratios, once=True),
+    ]
     figures = in_turn(course, "patching", ways)
     # A library forwards every layer's patch for itself: some layers of one prompt tell how long all would take.
     some_layers = layers[:: max(1, len(layers) // 4)]
     told = f"{len(some_layers)} layers of a prompt timed, scaled"
     alone = [Way("the residual stream alone, rows of one forward", residual)]
     alone += [
-        Way(f"{library.name} ({told})",
+        Way(
+            f"{library.name} ({told})",
             lambda library=library: library.patched(pairs[0], tries[0].sequences, some_layers),
             lambda fast, own: _ratios([fast[layer] for layer in some_layers], own),
-            once=True, scale=len(pairs) * len(layers) / len(some_layers))
+            once=True,
+            scale=len(pairs) * len(layers) / len(some_layers),
+        )
         for library in _able(course, "patching", libraries, lambda a: a.patched(pairs[0], tries[0].sequences[:1], [0]))
-    ]  # fmt: skip
+    ]
     return figures + (in_turn(course, "patching, P_sem", alone) if len(alone) > 1 else [])
 
 

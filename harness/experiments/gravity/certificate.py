@@ -37,10 +37,16 @@ MEASURED: dict[str, dict[str, Literal["nats", "prob"]]] = {
     "scores": {"p_sem": "prob", "p_word": "prob", "paper_p_sem": "prob", "logprobs": "nats", "entropy": "nats"},
     "greedy": {"greedy": "nats"},
     "samples": {"samples": "nats"},
-    "inside": {"attention": "prob", "lens": "prob", "lens_nats": "nats", "decomposition": "prob", "resid_norm": "nats",
-               "neurons": "nats"},
+    "inside": {
+        "attention": "prob",
+        "lens": "prob",
+        "lens_nats": "nats",
+        "decomposition": "prob",
+        "resid_norm": "nats",
+        "neurons": "nats",
+    },
     **{patch: {f"patch {patch}": "nats"} for patch in PATCHES},
-}  # fmt: skip
+}
 """The measurements of each kind of item, and which tolerance holds them."""
 BATCH_SIZES = (1, 4, 16)
 """Contexts a batch; each size divides the next, so that a smaller batch lies within a larger one."""
@@ -214,11 +220,14 @@ def subjects_of(
     baselines = {r["prompt_id"]: r for r in rows if r["condition"] == "baseline"}
     return [
         Subject(
-            f"{r['prompt_id']}|{r['condition']}", r, baselines.get(r["prompt_id"]) if r["condition"] != "baseline" else None,
-            word_forms(targets[r["prompt_id"]], codec), row_key(seed, r["prompt_id"], r["condition"], 0),
+            f"{r['prompt_id']}|{r['condition']}",
+            r,
+            baselines.get(r["prompt_id"]) if r["condition"] != "baseline" else None,
+            word_forms(targets[r["prompt_id"]], codec),
+            row_key(seed, r["prompt_id"], r["condition"], 0),
         )
         for r in rows
-    ]  # fmt: skip
+    ]
 
 
 def _check_scores(bench: Bench, task: Task) -> list[Verdict]:
@@ -312,15 +321,15 @@ def _probe(bench: Bench, task: Task) -> Probe:
     done = _in_chunk(bench, greedy, _decoder(bench, bench.sampler.greedy), _chunk(task, BATCH_SIZES[-1]))
     subject, answer = task.subject, done.token_ids
     last = min(3, len(answer) - 1)
-    return probe_of(
-        subject.token_ids, answer, last, subject.forms.first_tokens, subject.row["spans"], keep_whole=True
-    )  # fmt: skip
+    return probe_of(subject.token_ids, answer, last, subject.forms.first_tokens, subject.row["spans"], keep_whole=True)
 
 
 def _compare_view(
-    gaps: Mapping[str, Gap], reference: Sequence[tuple[Any, dict[str, Any]]], view: View,
+    gaps: Mapping[str, Gap],
+    reference: Sequence[tuple[Any, dict[str, Any]]],
+    view: View,
     spans: Mapping[str, Span | None],
-) -> None:  # fmt: skip
+) -> None:
     for step, (rows, want) in zip(view.steps, reference, strict=True):
         assert step.rows is not None, "asked for"
         gaps["attention"].update(rows, step.rows)

@@ -23,15 +23,25 @@ from harness.store import Reader, Row
 
 # Okabe & Ito's palette, which survives the usual kinds of colour blindness.
 BLUE, VERMILLION, ORANGE, GREEN, SKY, PURPLE, BLACK = (
-    "#0072B2", "#D55E00", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#222222",
-)  # fmt: skip
+    "#0072B2",
+    "#D55E00",
+    "#E69F00",
+    "#009E73",
+    "#56B4E9",
+    "#CC79A7",
+    "#222222",
+)
 GREY = "#767676"
 OUTCOMES: dict[str, tuple[str, str]] = {"success": (BLUE, "o"), "failure": (VERMILLION, "s")}
 """Outcome of the greedy answer: its colour and marker."""
 PATCHES: dict[str, str] = {
-    "resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "kv_question": "keys and values, question",
-    "kv_instruction": "keys and values, instruction", "knockout_instruction": "instruction not attended to",
-}  # fmt: skip
+    "resid": "residual stream",
+    "attn": "attention output",
+    "mlp": "MLP output",
+    "kv_question": "keys and values, question",
+    "kv_instruction": "keys and values, instruction",
+    "knockout_instruction": "instruction not attended to",
+}
 """Every kind of patch and what it stands for in words."""
 WIDTH = 9.0  # inches: 1,350 pixels at 150 dpi, sharp in a column of 900
 _COLUMNS = 3
@@ -243,8 +253,12 @@ def contributions_by_layer(data: FigureData) -> Figure:
 def patching_by_layer(data: FigureData) -> Figure:
     """Change of P(X) when one layer of the prohibited run is patched from the baseline, by kind of patch and P0 bin."""
     rows = data.where("patching", measure="delta_p")
-    panels = [(c, patch) for c in data.compared for patch in PATCHES
-              if any((r["condition"], r["patch"]) == (c, patch) for r in rows)]  # fmt: skip
+    panels = [
+        (c, patch)
+        for c in data.compared
+        for patch in PATCHES
+        if any((r["condition"], r["patch"]) == (c, patch) for r in rows)
+    ]
     reason = "needs stage patching and stage analysis"
     figure, axes = _panels(panels, reason, columns=3, height=2.7, share_y=True)
     colours = dict(zip(BIN_NAMES, (SKY, GREEN, PURPLE, ORANGE, VERMILLION), strict=True))
@@ -266,8 +280,12 @@ def taxonomy_counts(data: FigureData) -> Figure:
     """How many greedy failures of each condition are priming, override or unknown."""
     rows = data.where("taxonomy", measure="count")
     shown = [c for c in data.compared if any(r["condition"] == c for r in rows)]
-    figure, axes = _panels(["all"] if shown else [], "needs greedy answers under a condition, and stage analysis",
-                           columns=1, height=1.1 + 0.45 * len(shown))  # fmt: skip
+    figure, axes = _panels(
+        ["all"] if shown else [],
+        "needs greedy answers under a condition, and stage analysis",
+        columns=1,
+        height=1.1 + 0.45 * len(shown),
+    )
     for ax in axes[: len(shown)]:
         ends = np.zeros(len(shown))
         for kind, colour in (("priming", ORANGE), ("override", SKY), ("unknown", "#BBBBBB")):
@@ -343,7 +361,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
         "A greedy failure is priming where the condition raises P(X) or PI > 0, else override; unknown where what was "
         "measured cannot tell.",
     ),
-}  # fmt: skip
+}
 """Title and caption of each figure."""
 
 
@@ -430,9 +448,16 @@ def _fitted(ax: Axes, curve: Curve, label: str) -> None:
 
 
 def _binned(
-    ax: Axes, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], colour: str, marker: str, label: str, line: bool = False,
-    known: Mapping[str, Row] | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+    ax: Axes,
+    x: Float[np.ndarray, " N"],
+    y: Float[np.ndarray, " N"],
+    colour: str,
+    marker: str,
+    label: str,
+    line: bool = False,
+    known: Mapping[str, Row] | None = None,
+    seed: int = 0,
+) -> None:
     """Mean and bootstrap interval of y in each pressure bin, drawn at the bin's mean x; an empty bin is left out.
 
     `known` are rows of `statistics` by bin: where one is of as many prompts, it is what is drawn.
@@ -446,8 +471,18 @@ def _binned(
     at, means = [p for p, _ in found], [e.mean for _, e in found]
     # A bin of one prompt has no interval; its bar has no length and its point still stands.
     reach = np.nan_to_num([[e.mean - e.low for _, e in found], [e.high - e.mean for _, e in found]])
-    ax.errorbar(at, means, yerr=np.maximum(reach, 0), fmt=marker + ("-" if line else ""), color=colour, markersize=5,
-                capsize=3, linewidth=1.3, label=label, zorder=4)  # fmt: skip
+    ax.errorbar(
+        at,
+        means,
+        yerr=np.maximum(reach, 0),
+        fmt=marker + ("-" if line else ""),
+        color=colour,
+        markersize=5,
+        capsize=3,
+        linewidth=1.3,
+        label=label,
+        zorder=4,
+    )
 
 
 def _medians(ax: Axes, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> None:

@@ -18,9 +18,13 @@ from harness.store import Reader, Row
 Kind = Literal["empty", "cut", "one_outcome", "one_bin", "fit", "split"]
 
 TITLES: Mapping[str, str] = {
-    "empty": "empty answers", "cut": "answers cut short", "one_outcome": "answers that all end alike",
-    "one_bin": "pressure in one bin", "fit": "a slope left open", "split": "targets of several tokens",
-}  # fmt: skip
+    "empty": "empty answers",
+    "cut": "answers cut short",
+    "one_outcome": "answers that all end alike",
+    "one_bin": "pressure in one bin",
+    "fit": "a slope left open",
+    "split": "targets of several tokens",
+}
 """What each kind is about, in a few words."""
 FEWEST = 5
 """Answers or prompts below which a share is not remarked upon: one of four is chance."""
@@ -54,9 +58,11 @@ def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
 
 def _empty(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     asked = _per_condition(
-        reader, "completions", _EMPTY_SQL,
+        reader,
+        "completions",
+        _EMPTY_SQL,
         f"{_EMPTY_SQL} AND (finish_reason = 'newline' OR contains(text, chr(10)))",
-    )  # fmt: skip
+    )
     remarked = {c: modes for c, modes in asked.items() if _is_many(modes, EMPTY)}
     number = sum(row["number"] for modes in remarked.values() for row in modes.values())
     by_newline = sum(row["also"] for modes in remarked.values() for row in modes.values())
@@ -108,9 +114,13 @@ def _one_outcome(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
                 told = " and ".join(f"{r['total']:,} {_MODES[m]}" for m, r in alike.items())
                 total = sum(r["total"] for r in alike.values())
                 yield Remark(
-                    "one_outcome", condition, 0 if none else total, total,
-                    f"Under {condition}, {'none' if none else 'each'} of {told} says X.", advice.format(way),
-                )  # fmt: skip
+                    "one_outcome",
+                    condition,
+                    0 if none else total,
+                    total,
+                    f"Under {condition}, {'none' if none else 'each'} of {told} says X.",
+                    advice.format(way),
+                )
 
 
 def _per_condition(reader: Reader, table: str, is_so: str, also: str = "FALSE") -> dict[str, dict[str, Row]]:
@@ -149,12 +159,15 @@ def _one_bin(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
         p0 = [row["p_sem"] for row in rows]
         weak = " or a model that is surer of its answers" if fullest == 0 else " or harder questions"
         yield Remark(
-            "one_bin", None, number, len(rows),
+            "one_bin",
+            None,
+            number,
+            len(rows),
             f"{share_told(number, len(rows), 'prompts')} have a P0 in {BIN_NAMES[fullest]}; all lie from {min(p0):.3f} "
             f"to {max(p0):.3f}.",
             f"How violation changes beyond these cannot be read from this run. Try prompts of other pressure "
             f"(`--prompts FILE`){weak}.",
-        )  # fmt: skip
+        )
 
 
 def _fit(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
@@ -175,16 +188,24 @@ def _fit(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
         if slope is None:
             if is_analysed and n >= FEWEST and 0 < row["said"] < row["samples"]:
                 yield Remark(
-                    "fit", row["condition"], n, n,
+                    "fit",
+                    row["condition"],
+                    n,
+                    n,
                     f"Under {row['condition']}, {n:,} prompts with P0 from {row['low']:.3f} to {row['high']:.3f} do not "
-                    "determine how violation changes with pressure: there is no fit.", more,
-                )  # fmt: skip
+                    "determine how violation changes with pressure: there is no fit.",
+                    more,
+                )
         elif slope["low"] is not None and (slope["high"] - slope["low"]) * (row["high"] - row["low"]) > WIDE:
             yield Remark(
-                "fit", row["condition"], n, n,
+                "fit",
+                row["condition"],
+                n,
+                n,
                 f"Under {row['condition']}, the slope of the fit is nearly free: {slope['low']:.1f} to {slope['high']:.1f}, "
-                f"from {n:,} prompts with P0 from {row['low']:.3f} to {row['high']:.3f}.", more,
-            )  # fmt: skip
+                f"from {n:,} prompts with P0 from {row['low']:.3f} to {row['high']:.3f}.",
+                more,
+            )
 
 
 def _split(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
@@ -195,11 +216,14 @@ def _split(reader: Reader, manifest: Manifest) -> Iterator[Remark]:
     )
     if row["total"] >= FEWEST and row["number"] >= SPLIT * row["total"]:
         yield Remark(
-            "split", None, row["number"], row["total"],
+            "split",
+            None,
+            row["number"],
+            row["total"],
             f"The tokenizer splits X in {share_told(row['number'], row['total'], 'prompts')}: no spelling of it is one token.",
             "P(X) is of the whole word, lens and contributions of its first token only. Add `single_token` to `--stages` to "
             "keep the prompts whose X is one token.",
-        )  # fmt: skip
+        )
 
 
 _Look = Callable[[Reader, Manifest], Iterator[Remark]]

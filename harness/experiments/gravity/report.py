@@ -124,10 +124,17 @@ def _headlines(data: FigureData, summary: Summary) -> Iterator[str]:
 
 def _outcome(summary: Summary) -> Section:
     rows = [
-        (c.condition, f"{c.num_prompts:,}", _number(c.p_sem), _number(c.p_word), _number(c.greedy_rate),
-         _mean(c.sample_rate), _number(c.format_rate))
+        (
+            c.condition,
+            f"{c.num_prompts:,}",
+            _number(c.p_sem),
+            _number(c.p_word),
+            _number(c.greedy_rate),
+            _mean(c.sample_rate),
+            _number(c.format_rate),
+        )
         for c in summary.conditions
-    ]  # fmt: skip
+    ]
     columns = (
         "condition",
         "prompts",
@@ -155,9 +162,15 @@ def _violation(summary: Summary, data: FigureData) -> Section:
     for condition in data.compared:
         fit = {r["measure"]: r for r in data.where("fit", condition=condition, grouping="all")}
         if fit:
-            fits.append((condition, *(_estimate(fit.get(m), 2) for m in ("intercept", "slope")),
-                         _estimate(fit.get("mcfadden_r2")), f"{fit['slope']['n']:,}",
-                         *_rests_on(supports.get(condition))))  # fmt: skip
+            fits.append(
+                (
+                    condition,
+                    *(_estimate(fit.get(m), 2) for m in ("intercept", "slope")),
+                    _estimate(fit.get("mcfadden_r2")),
+                    f"{fit['slope']['n']:,}",
+                    *_rests_on(supports.get(condition)),
+                )
+            )
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for r in data.where("fit"):
         if r["grouping"].startswith("group:"):
@@ -167,29 +180,53 @@ def _violation(summary: Summary, data: FigureData) -> Section:
         for (c, _), g in sorted(groups.items())
     ]
     phrasing = [
-        (r["condition"], r["measured"], _PHRASING[r["measure"]], _estimate(r), _small(r["p"]), _small(r["q"]), f"{r['n']:,}")
-        for r in data.where("phrasing", grouping="difference")
-    ]  # fmt: skip
-    return Section(
-        "violation", "Violation and pressure", (),
         (
-            Table("Share of samples that say X, by pressure P0", ("P0", "prompts", *names), bins if sampled else [],
-                  "Interval: 95 %, bootstrap over prompts. P0 is P(X) under baseline."),
+            r["condition"],
+            r["measured"],
+            _PHRASING[r["measure"]],
+            _estimate(r),
+            _small(r["p"]),
+            _small(r["q"]),
+            f"{r['n']:,}",
+        )
+        for r in data.where("phrasing", grouping="difference")
+    ]
+    return Section(
+        "violation",
+        "Violation and pressure",
+        (),
+        (
+            Table(
+                "Share of samples that say X, by pressure P0",
+                ("P0", "prompts", *names),
+                bins if sampled else [],
+                "Interval: 95 %, bootstrap over prompts. P0 is P(X) under baseline.",
+            ),
             Table("Share of samples that say X, by category", ("category", *names), by_category),
-            Table("Fit: P(says X) = σ(intercept + slope·P0)",
-                  ("condition", "intercept", "slope", "McFadden R²", "prompts", "their P0", "5–95 % of it"),
-                  fits,
-                  "The fit rests on the P0 of its prompts, and is dashed in the figure where none reaches.",
-                  absent="no fit: it needs stage analysis, samples of a condition beside the baseline, and both outcomes"),
-            Table("Calibration of the fit, in groups of equally many prompts",
-                  ("condition", "mean P0", "observed rate [95 %]", "rate of the fit", "prompts"), calibration, absent="no fit"),
-            Table("Phrasings compared: difference from the reference, paired by prompt",
-                  ("condition", "reference", "measure", "difference [95 %]", "p", "q", "prompts"), phrasing,
-                  "q controls the false-discovery rate over the whole table. Below zero: fewer violations than the reference.",
-                  num_words=3, absent="no further phrasing was measured in this run"),
+            Table(
+                "Fit: P(says X) = σ(intercept + slope·P0)",
+                ("condition", "intercept", "slope", "McFadden R²", "prompts", "their P0", "5–95 % of it"),
+                fits,
+                "The fit rests on the P0 of its prompts, and is dashed in the figure where none reaches.",
+                absent="no fit: it needs stage analysis, samples of a condition beside the baseline, and both outcomes",
+            ),
+            Table(
+                "Calibration of the fit, in groups of equally many prompts",
+                ("condition", "mean P0", "observed rate [95 %]", "rate of the fit", "prompts"),
+                calibration,
+                absent="no fit",
+            ),
+            Table(
+                "Phrasings compared: difference from the reference, paired by prompt",
+                ("condition", "reference", "measure", "difference [95 %]", "p", "q", "prompts"),
+                phrasing,
+                "q controls the false-discovery rate over the whole table. Below zero: fewer violations than the reference.",
+                num_words=3,
+                absent="no further phrasing was measured in this run",
+            ),
         ),
         ("violation",),
-    )  # fmt: skip
+    )
 
 
 def _rests_on(support: Support | None) -> tuple[str, str]:
@@ -212,8 +249,15 @@ def _suppression(data: FigureData) -> Section:
             found = {r["measure"]: r for r in data.where("suppression", condition=condition, grouping=group)}
             if found:
                 name = "failure − success" if group == "difference" else group
-                rows.append((condition, name, *(_estimate(found.get(m)) for m in ("delta", "relative", "log")),
-                             _small((found.get("delta") or {}).get("q")), _largest_n(found.values())))  # fmt: skip
+                rows.append(
+                    (
+                        condition,
+                        name,
+                        *(_estimate(found.get(m)) for m in ("delta", "relative", "log")),
+                        _small((found.get("delta") or {}).get("q")),
+                        _largest_n(found.values()),
+                    )
+                )
     columns = ("condition", "greedy outcome", "Δ = P0 − P1", "relative Δ / P0", "ln P0 − ln P1", "q of Δ", "prompts")
     note = "Success: the greedy answer avoids X. The relative measure has no lower bound, so its mean may be extreme."
     return Section(
@@ -264,16 +308,22 @@ def _attention(reader: Reader, data: FigureData) -> Section:
             f"at a false-discovery rate of {SIGNIFICANT} (heads of all layers, first step, under the condition itself).",
         )
     return Section(
-        "attention", "Attention", text,
+        "attention",
+        "Attention",
+        text,
         (
             Table("Significant heads", ("condition", "measure", "significant", "tested"), counted, num_words=2),
-            Table("Strongest differences, failure − success",
-                  ("condition", "measure", "layer", "head", "difference [95 %]", "q", "prompts"), rows,
-                  "Ordered by difference over standard error. q: Benjamini–Hochberg within a measure.", 2,
-                  "none is significant" if counts else "not measured"),
+            Table(
+                "Strongest differences, failure − success",
+                ("condition", "measure", "layer", "head", "difference [95 %]", "q", "prompts"),
+                rows,
+                "Ordered by difference over standard error. q: Benjamini–Hochberg within a measure.",
+                2,
+                "none is significant" if counts else "not measured",
+            ),
         ),
         ("attention", "priming"),
-    )  # fmt: skip
+    )
 
 
 def _mechanism(data: FigureData) -> Section:
@@ -296,11 +346,23 @@ def _lens_table(data: FigureData) -> Table:
             before, after = at.get((condition, "baseline", group)), at.get((condition, condition, group))
             if before or after:
                 name = "failure − success" if group == "difference" else group
-                rows.append((condition, name, _estimate(before), _estimate(after), _small((after or {}).get("q")),
-                             _largest_n([r for r in (before, after) if r])))  # fmt: skip
+                rows.append(
+                    (
+                        condition,
+                        name,
+                        _estimate(before),
+                        _estimate(after),
+                        _small((after or {}).get("q")),
+                        _largest_n([r for r in (before, after) if r]),
+                    )
+                )
     columns = ("condition", "greedy outcome", "under baseline", "under the condition", "q", "prompts")
-    return Table(f"Logit lens at the last layer ({last}): P(first token of X)" if rows else "Logit lens at the last layer",
-                 columns, rows, num_words=2)  # fmt: skip
+    return Table(
+        f"Logit lens at the last layer ({last}): P(first token of X)" if rows else "Logit lens at the last layer",
+        columns,
+        rows,
+        num_words=2,
+    )
 
 
 def _contribution_table(data: FigureData) -> Table:
@@ -337,22 +399,44 @@ def _patching(data: FigureData) -> Section:
         for patch in dict.fromkeys([*figures.PATCHES, *sorted({r["patch"] for r in effects})]):
             if mine := [r for r in effects if r["patch"] == patch]:
                 best, worst = (pick(mine, key=lambda r: (r["value"], -r["layer"])) for pick in (max, min))
-                rows.append((
-                    condition, figures.PATCHES.get(patch, patch), str(best["layer"]), _estimate(best),
-                    _number((flips.get((patch, best["layer"])) or {}).get("value")), str(worst["layer"]), _estimate(worst),
-                    _number((flips.get((patch, worst["layer"])) or {}).get("value")), f"{best['n']:,}",
-                ))  # fmt: skip
+                rows.append(
+                    (
+                        condition,
+                        figures.PATCHES.get(patch, patch),
+                        str(best["layer"]),
+                        _estimate(best),
+                        _number((flips.get((patch, best["layer"])) or {}).get("value")),
+                        str(worst["layer"]),
+                        _estimate(worst),
+                        _number((flips.get((patch, worst["layer"])) or {}).get("value")),
+                        f"{best['n']:,}",
+                    )
+                )
     counts = {(r["condition"], r["grouping"]): r["value"] for r in data.where("patching", measure="num_prompts")}
     text = tuple(
         f"Under “{c}”, {_number(counts.get((c, 'success')), 0)} successes and "
         f"{_number(counts.get((c, 'failure')), 0)} failures were patched."
         for c in dict.fromkeys(c for c, _ in counts)
     )
-    columns = ("condition", "patch", "layer ↑", "largest ΔP(X) [95 %]", "verdicts flipped", "layer ↓", "smallest ΔP(X) [95 %]",
-               "verdicts flipped", "prompts")  # fmt: skip
+    columns = (
+        "condition",
+        "patch",
+        "layer ↑",
+        "largest ΔP(X) [95 %]",
+        "verdicts flipped",
+        "layer ↓",
+        "smallest ΔP(X) [95 %]",
+        "verdicts flipped",
+        "prompts",
+    )
     note = "The layers of the largest and the smallest mean change, picked from all layers: read them with the figure."
-    return Section("patching", "Activation patching", text, (Table("Strongest layers by kind of patch", columns, rows, note, 2),),
-                   ("patching",))  # fmt: skip
+    return Section(
+        "patching",
+        "Activation patching",
+        text,
+        (Table("Strongest layers by kind of patch", columns, rows, note, 2),),
+        ("patching",),
+    )
 
 
 def _taxonomy(reader: Reader, data: FigureData) -> Section:
@@ -365,9 +449,12 @@ def _taxonomy(reader: Reader, data: FigureData) -> Section:
     rule = next((r["method"] for r in data.where("taxonomy")), "")
     columns = ("condition", "priming", "override", "unknown", "greedy failures")
     return Section(
-        "taxonomy", "Taxonomy of failures", (f"Rule: {rule}.",) if rule else (),
-        (Table("Failures by kind", columns, rows),), ("taxonomy",),
-    )  # fmt: skip
+        "taxonomy",
+        "Taxonomy of failures",
+        (f"Rule: {rule}.",) if rule else (),
+        (Table("Failures by kind", columns, rows),),
+        ("taxonomy",),
+    )
 
 
 def _paper(manifest: Manifest, data: FigureData) -> list[Section]:
@@ -384,13 +471,15 @@ def _paper(manifest: Manifest, data: FigureData) -> list[Section]:
     rows = [
         ("fit: intercept", ours("fit", 2, measure="intercept"), "−2.40"),
         ("fit: slope", ours("fit", 2, measure="slope"), "2.27 [2.21, 2.33], resampled over samples"),
-        *((f"samples say X, P0 in {b}", ours("rates", grouping=b), published)
-          for b, published in zip(BIN_NAMES, by_bin, strict=True)),
+        *(
+            (f"samples say X, P0 in {b}", ours("rates", grouping=b), published)
+            for b, published in zip(BIN_NAMES, by_bin, strict=True)
+        ),
         ("Δ in successes", ours("suppression", measure="delta", grouping="success"), "0.228"),
         ("Δ in failures", ours("suppression", measure="delta", grouping="failure"), "0.052"),
         ("priming failures", ours("taxonomy", 0, grouping="priming"), "441"),
         ("override failures", ours("taxonomy", 0, grouping="override"), "63"),
-    ]  # fmt: skip
+    ]
     for outcome, (before, after) in {"failure": ("0.71", "0.66"), "success": ("0.30", "0.08")}.items():
         for measured, published in (("baseline", before), ("negative", after)):
             keys = {"step_kind": "first", "measure": "p_target", "layer": 27, "grouping": outcome, "measured": measured}
@@ -399,10 +488,18 @@ def _paper(manifest: Manifest, data: FigureData) -> list[Section]:
         for outcome, published in (("failure", failure), ("success", success)):
             keys = {"step_kind": "first", "measure": part, "layer": 27, "grouping": outcome, "measured": "negative"}
             rows.append((f"{part}, layer 27, {outcome}", ours("decomposition", **keys), published))
-    note = ("The paper sums overlapping spellings and clamps the sum at 1; ours is the disjoint sum p_sem. Its prompts are not "
-            "those of this run, so only sizes and signs compare.")  # fmt: skip
-    return [Section("paper", f"Beside the paper (arXiv {method.PAPER})", (),
-                    (Table("Condition “negative”", ("quantity", "this run [95 %]", "paper"), rows, note),))]  # fmt: skip
+    note = (
+        "The paper sums overlapping spellings and clamps the sum at 1; ours is the disjoint sum p_sem. Its prompts are not "
+        "those of this run, so only sizes and signs compare."
+    )
+    return [
+        Section(
+            "paper",
+            f"Beside the paper (arXiv {method.PAPER})",
+            (),
+            (Table("Condition “negative”", ("quantity", "this run [95 %]", "paper"), rows, note),),
+        )
+    ]
 
 
 # -- worked failures
@@ -454,8 +551,9 @@ def _example(reader: Reader, row: Row) -> Example:
     )
     answer = reader.query(
         "SELECT c.text, d.char_spans FROM completions c JOIN detections d USING (prompt_id, condition, mode, sample_id) "
-        f"WHERE {here} AND mode = 'greedy'", key,
-    )[0]  # fmt: skip
+        f"WHERE {here} AND mode = 'greedy'",
+        key,
+    )[0]
     return Example(
         prompt=row,
         context=segments,

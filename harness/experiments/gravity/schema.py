@@ -274,9 +274,20 @@ MIGRATIONS: tuple[str, ...] = (
 )
 
 _ORDER = (
-    "vocabulary", "prompts", "contexts", "psem", "completions", "detections", "attention", "lens", "decomposition", "patching",
-    "activations", "artifacts", "statistics",
-)  # fmt: skip
+    "vocabulary",
+    "prompts",
+    "contexts",
+    "psem",
+    "completions",
+    "detections",
+    "attention",
+    "lens",
+    "decomposition",
+    "patching",
+    "activations",
+    "artifacts",
+    "statistics",
+)
 _IN_A_CONTEXT = ("psem", "completions", "detections", "attention", "lens", "decomposition", "activations")
 _MOST = 1 + TOLERANCE["float32"].prob
 """What a sum of disjoint probabilities may come to."""

@@ -73,11 +73,17 @@ def summarise(reader: Reader, manifest: Manifest) -> Summary:
         is_analysed = "all" in rates and rates["all"]["n"] == len(samples)
         conditions.append(
             ConditionSummary(
-                name, row["n"], row["p_sem"], row["p_word"], greedy.get(name),
-                estimate_of([r["rate"] for r in samples], rates.get("all"), seed) if samples else None, formats.get(name), by_bin,
+                name,
+                row["n"],
+                row["p_sem"],
+                row["p_word"],
+                greedy.get(name),
+                estimate_of([r["rate"] for r in samples], rates.get("all"), seed) if samples else None,
+                formats.get(name),
+                by_bin,
                 _fit(pressed, p0, stored, seed, is_analysed=is_analysed) if name != "baseline" else None,
             )
-        )  # fmt: skip
+        )
     counts = np.bincount([bin_of(p) for p in p0.values()], minlength=len(BIN_NAMES))
     taxonomy: dict[str, dict[str, int]] = {}
     for row in reader.query(
@@ -86,10 +92,14 @@ def summarise(reader: Reader, manifest: Manifest) -> Summary:
     ):
         taxonomy.setdefault(row["condition"], {})[row["kind"]] = row["n"]
     is_older = "statistics" not in reader.tables()  # a run of an older harness has no such tables
-    strongest = reader.query(
-        "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
-        "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
-    ) if not is_older else []  # fmt: skip
+    strongest = (
+        reader.query(
+            "SELECT * FROM statistics WHERE analysis = 'patching' AND measure = 'delta_p' AND grouping = 'all' "
+            "QUALIFY row_number() OVER (PARTITION BY patch ORDER BY abs(value) DESC, layer) = 1 ORDER BY abs(value) DESC"
+        )
+        if not is_older
+        else []
+    )
     return Summary(tuple(conditions), tuple(int(c) for c in counts), taxonomy, tuple(strongest))
 
 
@@ -109,9 +119,14 @@ def render(result: Summary, manifest: Manifest) -> list[object]:
         overview.add_column(column, justify="left" if column == "condition" else "right")
     for c in result.conditions:
         overview.add_row(
-            c.condition, str(c.num_prompts), f"{c.p_sem:.3f}", f"{c.p_word:.3f}", _share(c.greedy_rate),
-            _estimate(c.sample_rate), _share(c.format_rate),
-        )  # fmt: skip
+            c.condition,
+            str(c.num_prompts),
+            f"{c.p_sem:.3f}",
+            f"{c.p_word:.3f}",
+            _share(c.greedy_rate),
+            _estimate(c.sample_rate),
+            _share(c.format_rate),
+        )
     shown.append(overview)
     sampled = [c for c in result.conditions if c.sample_rate is not None and any(c.by_bin)]
     if sampled:
@@ -175,8 +190,13 @@ def _stored(reader: Reader) -> dict[tuple[str, str, str, str], Row]:
 
 
 def _fit(
-    rows: Sequence[Row], p0: Mapping[str, float], stored: Mapping[tuple[str, str, str, str], Row], seed: int, *, is_analysed: bool
-) -> LogisticFit | None:  # fmt: skip
+    rows: Sequence[Row],
+    p0: Mapping[str, float],
+    stored: Mapping[tuple[str, str, str, str], Row],
+    seed: int,
+    *,
+    is_analysed: bool,
+) -> LogisticFit | None:
     if not rows:
         return None
     columns = [(p0[r["prompt_id"]], r["num_violations"], r["num_samples"]) for r in rows]

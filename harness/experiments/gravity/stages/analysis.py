@@ -183,9 +183,23 @@ def _complete(analysis: str, row: Row) -> Row:
 
 
 _EMPTY: Row = {
-    "condition": "", "measured": "", "step_kind": "", "measure": "", "grouping": "all", "patch": "", "layer": -1,
-    "head": -1, "value": None, "se": None, "low": None, "high": None, "p": None, "q": None, "n": 0, "method": "",
-}  # fmt: skip
+    "condition": "",
+    "measured": "",
+    "step_kind": "",
+    "measure": "",
+    "grouping": "all",
+    "patch": "",
+    "layer": -1,
+    "head": -1,
+    "value": None,
+    "se": None,
+    "low": None,
+    "high": None,
+    "p": None,
+    "q": None,
+    "n": 0,
+    "method": "",
+}
 
 
 def _rows(found: Intervals, cells: Iterable[Row]) -> Iterator[Row]:
@@ -319,8 +333,14 @@ def _patching(given: Analysis, tables: AnyTables) -> Iterator[Row]:
     yield from _corrected(_over_outcomes(given, cells, outcomes), _by_measure)
     for outcome, prompts in outcomes.items():
         num = len(prompts & everyone)
-        yield {"condition": given.patched, "measure": "num_prompts", "grouping": outcome, "value": num, "n": num,
-               "method": "prompts patched, by the outcome of the greedy answer"}  # fmt: skip
+        yield {
+            "condition": given.patched,
+            "measure": "num_prompts",
+            "grouping": outcome,
+            "value": num,
+            "n": num,
+            "method": "prompts patched, by the outcome of the greedy answer",
+        }
 
 
 # ---- the fit --------------------------------------------------------------------------------------------------
@@ -353,15 +373,25 @@ def _fitted(
         ("slope", fit.slope, fit.slope_se, fit.slope_interval),
     ):
         yield {"measure": measure, "value": value, "se": se, "low": low, "high": high, "n": len(p0), "method": method}
-    yield {"measure": "mcfadden_r2", "value": fit.mcfadden_r2, "n": len(p0),
-           "method": "1 − log-likelihood of the fit / of the intercept alone, of single samples"}  # fmt: skip
+    yield {
+        "measure": "mcfadden_r2",
+        "value": fit.mcfadden_r2,
+        "n": len(p0),
+        "method": "1 − log-likelihood of the fit / of the intercept alone, of single samples",
+    }
     for i, group in enumerate(calibration(fit, p0, violations, trials, *resampling)):
         names = {"grouping": f"group:{i}", "n": group.observed.num_prompts}
         yield names | {"measure": "calibration_p0", "value": group.p0, "method": "mean P0 of the group"}
         yield names | {"measure": "calibration_predicted", "value": group.predicted, "method": "mean of the fit"}
         seen = group.observed
-        yield names | {"measure": "calibration_observed", "value": seen.mean, "se": seen.se, "low": seen.low,
-                       "high": seen.high, "method": given._of_means}  # fmt: skip
+        yield names | {
+            "measure": "calibration_observed",
+            "value": seen.mean,
+            "se": seen.se,
+            "low": seen.low,
+            "high": seen.high,
+            "method": given._of_means,
+        }
     drawn = {
         "n": len(p0),
         "method": f"the fit at a P0; pointwise band from the draws of its intervals, B={given.num_bootstraps}",
@@ -431,15 +461,23 @@ def _phrasing(given: Analysis, tables: AnyTables) -> list[Row]:
     )
     rows = []
     for table, column, measure in (
-        ("violation", "rate", "violation_rate"), ("outcomes", "word_present", "greedy_rate"), ("psem", "p_sem", "p_sem")
-    ):  # fmt: skip
+        ("violation", "rate", "violation_rate"),
+        ("outcomes", "word_present", "greedy_rate"),
+        ("psem", "p_sem", "p_sem"),
+    ):
         values = {condition: _values(found, column) for condition, found in _by_condition(tables[table]).items()}
         for condition in others:
             shared = sorted(values.get(condition, {}).keys() & values.get(reference, {}).keys())
             if condition != reference and shared:
                 one, other = (np.array([[values[c][p]] for p in shared]) for c in (condition, reference))
-                cell = {"condition": condition, "measured": reference, "measure": measure, "grouping": "difference",
-                        "n": len(shared), "method": method}  # fmt: skip
+                cell = {
+                    "condition": condition,
+                    "measured": reference,
+                    "measure": measure,
+                    "grouping": "difference",
+                    "n": len(shared),
+                    "method": method,
+                }
                 rows += _rows(paired_differences(one, other, given.seed, given.num_bootstraps), [cell])
     return _corrected(rows, lambda row: "phrasing")
 
@@ -449,8 +487,14 @@ def _taxonomy(given: Analysis, tables: AnyTables) -> Iterator[Row]:
         failures = [row for row in rows if row["outcome"] == "failure"]
         counts = Counter(row["taxonomy"] or "unknown" for row in failures)
         for kind in ("priming", "override", "unknown"):
-            yield {"condition": condition, "measure": "count", "grouping": kind, "value": counts[kind],
-                   "n": len(failures), "method": rows[0]["taxonomy_rule"]}  # fmt: skip
+            yield {
+                "condition": condition,
+                "measure": "count",
+                "grouping": kind,
+                "value": counts[kind],
+                "n": len(failures),
+                "method": rows[0]["taxonomy_rule"],
+            }
 
 
 _COMPUTE: dict[str, Callable[[Analysis, AnyTables], Iterable[Row]]] = {

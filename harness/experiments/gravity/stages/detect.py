@@ -44,9 +44,12 @@ class Detect:
     identity: ModelIdentity
     name = "detect"
     version = 1
-    reads = MappingProxyType({
-        "prompts": ("prompt_id", "target"), "completions": (*_KEY, "token_ids"),
-    })  # fmt: skip
+    reads = MappingProxyType(
+        {
+            "prompts": ("prompt_id", "target"),
+            "completions": (*_KEY, "token_ids"),
+        }
+    )
     loads_ahead = 16_384
     row_bytes = 250
 
@@ -69,8 +72,10 @@ class Detect:
         token_ids = {Which(*(row[c] for c in _KEY)): tuple(row["token_ids"]) for row in rows}
         ids = [{"prompt_id": prompt_id} for prompt_id in dict.fromkeys(w.prompt_id for w in wanted)]
         targets = {p["prompt_id"]: p["target"] for p in tables.rows_with("prompts", ids)}
-        return [Item(i.key, i.length, Completed(w, token_ids[w], targets[w.prompt_id]), i.group)
-                for i, w in zip(items, wanted, strict=True)]  # fmt: skip
+        return [
+            Item(i.key, i.length, Completed(w, token_ids[w], targets[w.prompt_id]), i.group)
+            for i, w in zip(items, wanted, strict=True)
+        ]
 
     def setup(self) -> Codec:
         return load_codec(self.model, self.identity)

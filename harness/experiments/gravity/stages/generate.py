@@ -52,11 +52,15 @@ class Generate:
 
     def params(self) -> dict[str, Any]:
         return {
-            "conditions": list(self.conditions), "num_samples": self.num_samples,
-            "max_new_tokens": self.sampling.max_new_tokens, "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p, "stop_at_newline": self.sampling.stop_at_newline,
-            "only_single_token": self.admitted.single_token, "only_selected": self.admitted.selected,
-        }  # fmt: skip
+            "conditions": list(self.conditions),
+            "num_samples": self.num_samples,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "stop_at_newline": self.sampling.stop_at_newline,
+            "only_single_token": self.admitted.single_token,
+            "only_selected": self.admitted.selected,
+        }
 
     def items(self, tables: AnyTables) -> list[Item[Answer]]:
         given = Tables.of(tables)
@@ -98,10 +102,17 @@ class Generate:
         asked = item.payload
         text = lm.codec.decode(done.token_ids)
         row = {
-            "prompt_id": asked.prompt_id, "condition": asked.condition, "mode": self.mode, "sample_id": asked.sample_id,
-            "token_ids": done.token_ids, "text": text, "answer": answer_of(text), "finish_reason": done.finish_reason,
-            "logprobs": done.logprobs, "margins": done.margins,
-        }  # fmt: skip
+            "prompt_id": asked.prompt_id,
+            "condition": asked.condition,
+            "mode": self.mode,
+            "sample_id": asked.sample_id,
+            "token_ids": done.token_ids,
+            "text": text,
+            "answer": answer_of(text),
+            "finish_reason": done.finish_reason,
+            "logprobs": done.logprobs,
+            "margins": done.margins,
+        }
         return ItemResult(item.key, {"completions": [row]})
 
 

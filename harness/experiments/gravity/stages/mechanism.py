@@ -80,9 +80,13 @@ class Mechanism:
             if answer is None:  # it failed in an earlier stage, and is a row of `events` there
                 continue
             probe = probe_of(
-                row["token_ids"], answer["token_ids"], answer["first_step"], first_tokens(targets[prompt_id]),
-                row["spans"], prompt_id in kept,
-            )  # fmt: skip
+                row["token_ids"],
+                answer["token_ids"],
+                answer["first_step"],
+                first_tokens(targets[prompt_id]),
+                row["spans"],
+                prompt_id in kept,
+            )
             items.append(Item(item_key(prompt_id, condition), len(probe.tokens), Looked(prompt_id, condition, probe)))
         return items
 
@@ -95,16 +99,24 @@ class Mechanism:
 
 
 def probe_of(
-    context: Sequence[int], answer: Sequence[int], first_step: int | None, targets: Tokens,
-    spans: Mapping[str, Sequence[int] | None], keep_whole: bool = False,
-) -> Probe:  # fmt: skip
+    context: Sequence[int],
+    answer: Sequence[int],
+    first_step: int | None,
+    targets: Tokens,
+    spans: Mapping[str, Sequence[int] | None],
+    keep_whole: bool = False,
+) -> Probe:
     """The probe of an answer: its first token, and the one where the target starts (the first, where it does not)."""
     decision = first_step or 0
     last = len(context) - 1
     return Probe(
-        (*context, *answer[:decision]), (last, last + decision), (answer[0], answer[decision]), targets,
-        {name: None if span is None else (span[0], span[1]) for name, span in spans.items()}, keep_whole,
-    )  # fmt: skip
+        (*context, *answer[:decision]),
+        (last, last + decision),
+        (answer[0], answer[decision]),
+        targets,
+        {name: None if span is None else (span[0], span[1]) for name, span in spans.items()},
+        keep_whole,
+    )
 
 
 def stored_prompts(
@@ -139,11 +151,15 @@ def _result(item: Item[Looked], view: View | ItemFailed) -> ItemResult:
         rows["lens"] += [at_step | row for row in _lens(step)]
         rows["decomposition"] += [at_step | row for row in _decomposition(step)]
     for layer, norms in enumerate(view.resid_norm[:, : probe.at[0] + 1].tolist()):
-        rows["activations"].append(key | {
-            "layer": layer, "resid_norm": norms,
-            "top_neurons": None if view.top_neurons is None else view.top_neurons[layer].tolist(),
-            "top_values": None if view.top_values is None else view.top_values[layer].tolist(),
-        })  # fmt: skip
+        rows["activations"].append(
+            key
+            | {
+                "layer": layer,
+                "resid_norm": norms,
+                "top_neurons": None if view.top_neurons is None else view.top_neurons[layer].tolist(),
+                "top_values": None if view.top_values is None else view.top_values[layer].tolist(),
+            }
+        )
     return ItemResult(item.key, rows, artifacts=tuple(_artifacts(item.key, key, view)))
 
 
@@ -163,8 +179,14 @@ def _decomposition(step: StepView) -> Iterator[dict[str, Any]]:
     for layer, (p_in, p_attn, p_out) in enumerate(
         zip(step.p_in.tolist(), step.p_attn.tolist(), step.p_out.tolist(), strict=True)
     ):
-        yield {"layer": layer, "p_in": p_in, "p_attn": p_attn, "p_out": p_out, "attn_contrib": p_attn - p_in,
-               "ffn_contrib": p_out - p_attn}  # fmt: skip
+        yield {
+            "layer": layer,
+            "p_in": p_in,
+            "p_attn": p_attn,
+            "p_out": p_out,
+            "attn_contrib": p_attn - p_in,
+            "ffn_contrib": p_out - p_attn,
+        }
 
 
 def _artifacts(item: str, key: Mapping[str, str], view: View) -> Iterator[Artifact]:
@@ -175,6 +197,10 @@ def _artifacts(item: str, key: Mapping[str, str], view: View) -> Iterator[Artifa
         if whole:
             first = whole[STEP_KINDS[0]]
             yield Artifact(
-                f"{kind}/{name}.safetensors", key, kind, first.shape, str(first.dtype),
+                f"{kind}/{name}.safetensors",
+                key,
+                kind,
+                first.shape,
+                str(first.dtype),
                 partial(save_file, whole, metadata={"item": item}),
-            )  # fmt: skip
+            )

@@ -77,8 +77,9 @@ class Patching:
 
     def params(self) -> dict[str, Any]:
         return self.rules.model_dump() | {
-            "max_new_tokens": self.max_new_tokens, "stop_at_newline": self.stop_at_newline,
-        }  # fmt: skip
+            "max_new_tokens": self.max_new_tokens,
+            "stop_at_newline": self.stop_at_newline,
+        }
 
     def items(self, tables: AnyTables) -> list[Item[Patch]]:
         codec = load_codec(self.model, self.identity)
@@ -219,7 +220,7 @@ def cannot(pair: Pair, patch: str) -> str | None:
 
 def _result(
     lm: LM, item: Item[Patch], original: Patched | ItemFailed, patched: Sequence[Patched | ItemFailed]
-) -> ItemResult:  # fmt: skip
+) -> ItemResult:
     subject, patch = item.payload.subject, item.payload.patch
     bad = next((p for p in (original, *patched) if isinstance(p, ItemFailed)), None)
     if bad is not None:
@@ -232,15 +233,20 @@ def _result(
         was_present = _says(lm, original, subject.target)
         rows = [
             {
-                "prompt_id": subject.prompt_id, "layer": p.layer, "patch": patch, "p_sem_original": before,
-                "p_sem_patched": _p_sem(p), "delta_p": _p_sem(p) - before,
+                "prompt_id": subject.prompt_id,
+                "layer": p.layer,
+                "patch": patch,
+                "p_sem_original": before,
+                "p_sem_patched": _p_sem(p),
+                "delta_p": _p_sem(p) - before,
                 "continuation": lm.codec.decode(p.continuation.token_ids),
                 "flipped": _says(lm, p, subject.target) != was_present,
-                "num_patched": move.length if move else whole, "num_span": whole,
+                "num_patched": move.length if move else whole,
+                "num_span": whole,
             }
             for p in patched
             if isinstance(p, Patched)
-        ]  # fmt: skip
+        ]
     except ItemFailed as e:
         return ItemResult.failed(item.key, e)
     return ItemResult(item.key, {"patching": rows})
@@ -259,6 +265,7 @@ def _num_span(pair: Pair, question: Sequence[int] | None) -> dict[str, int]:
     prohibition = pair.prohibition or (0, 0)
     width = prohibition[1] - prohibition[0]
     return {
-        "kv_question": question[1] - question[0] if question else 0, "kv_instruction": width,
+        "kv_question": question[1] - question[0] if question else 0,
+        "kv_instruction": width,
         "knockout_instruction": width,
-    }  # fmt: skip
+    }

@@ -46,11 +46,16 @@ class Prompts:
 
     def _one(self, codec: Codec, prompt: Prompt) -> ItemResult:
         row = {
-            "prompt_id": prompt.prompt_id, "category": prompt.category, "question": prompt.question,
-            "target": prompt.target, "source": prompt.source, "style": prompt.style, "row_hash": prompt.row_hash,
+            "prompt_id": prompt.prompt_id,
+            "category": prompt.category,
+            "question": prompt.question,
+            "target": prompt.target,
+            "source": prompt.source,
+            "style": prompt.style,
+            "row_hash": prompt.row_hash,
             "single_token": len(codec.encode(" " + prompt.target, add_special_tokens=False)) == 1,
             "alternatives": list(prompt.alternatives),
-        }  # fmt: skip
+        }
         contexts = [context_row(codec, prompt, name, template, self.chat) for name, template in self.conditions.items()]
         return ItemResult(prompt.prompt_id, {"prompts": [row], "contexts": contexts})
 
@@ -67,7 +72,10 @@ def context_row(codec: Codec, prompt: Prompt, condition: str, template: Template
     token_ids, offsets = codec.chat_context(text) if chat else codec.context(text)
     in_tokens = {name: token_span(span, offsets) for name, span in spans._asdict().items()}
     return {
-        "prompt_id": prompt.prompt_id, "condition": condition, "text": text, "token_ids": token_ids,
+        "prompt_id": prompt.prompt_id,
+        "condition": condition,
+        "text": text,
+        "token_ids": token_ids,
         "offsets": [list(o) for o in offsets],
         "spans": {name: list(span) if span else None for name, span in in_tokens.items()},
-    }  # fmt: skip
+    }

@@ -81,11 +81,16 @@ class Psem:
             contexts_of(tables, ((i.payload.prompt_id, i.payload.condition) for i in items)),
         )
         return [
-            replace(i, payload=replace(
-                i.payload, token_ids=token_ids[i.payload.prompt_id, i.payload.condition], forms=_forms(codec, i.payload.target)
-            ))
+            replace(
+                i,
+                payload=replace(
+                    i.payload,
+                    token_ids=token_ids[i.payload.prompt_id, i.payload.condition],
+                    forms=_forms(codec, i.payload.target),
+                ),
+            )
             for i in items
-        ]  # fmt: skip
+        ]
 
     def setup(self) -> LM:
         return shared(self.model, self.identity)

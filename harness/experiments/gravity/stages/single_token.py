@@ -58,8 +58,12 @@ def _files(category: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Artifac
     """The prompts of a category that are kept, as a prompt file, and what became of all of them."""
     kept = [row for row in rows if row["single_token"]]
     lines = (json.dumps({f: row[f] for f in _FIELDS}, ensure_ascii=False) + "\n" for row in kept)
-    summary = {"category": category, "prompts": len(rows), "kept": len(kept),
-               "removed": sorted(r["target"] for r in rows if not r["single_token"])}  # fmt: skip
+    summary = {
+        "category": category,
+        "prompts": len(rows),
+        "kept": len(kept),
+        "removed": sorted(r["target"] for r in rows if not r["single_token"]),
+    }
     start = f"single_token/{_file_name(category)}"
     for path, text, number in (
         (f"{start}_validated.jsonl", "".join(lines), len(kept)),
