@@ -165,10 +165,16 @@ class Watcher:
 
 
 def run_stages(
-    folder: Path, *stages: Any, max_tokens: int | None = 40, memory: Accelerator | None = None,
-    retry_failed: bool = False, reserve_disk_bytes: int = 0, stop: StopSignal | None = None,
-    watcher: Watcher | None = None, open_store: Callable[[Path, Schema], Store] = Store,
-) -> list[StageReport]:  # fmt: skip
+    folder: Path,
+    *stages: Any,
+    max_tokens: int | None = 40,
+    memory: Accelerator | None = None,
+    retry_failed: bool = False,
+    reserve_disk_bytes: int = 0,
+    stop: StopSignal | None = None,
+    watcher: Watcher | None = None,
+    open_store: Callable[[Path, Schema], Store] = Store,
+) -> list[StageReport]:
     """Open the run in `folder`, new or not, and bring the stages to their end."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, reports = RunPaths(folder), []

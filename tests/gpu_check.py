@@ -122,8 +122,11 @@ def _lacks(model: str) -> str:
 
 
 def check(
-    steps: Sequence[Step], deadline: float, clock: Callable[[], float] = time.monotonic, show: Callable[[Row], None] = print
-) -> list[Row]:  # fmt: skip
+    steps: Sequence[Step],
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    show: Callable[[Row], None] = print,
+) -> list[Row]:
     """Make every step that can begin before `deadline` on the clock; none is let run past it."""
     rows = []
     for step in steps:

@@ -199,8 +199,13 @@ def _truth(rng: np.random.Generator, shape: Shape) -> Truth:
 
 
 def _psem(
-    store: Store, rng: np.random.Generator, condition: str, prompts: Sequence[Prompt], truth: Truth, tokenizer: Tokenizer
-) -> None:  # fmt: skip
+    store: Store,
+    rng: np.random.Generator,
+    condition: str,
+    prompts: Sequence[Prompt],
+    truth: Truth,
+    tokenizer: Tokenizer,
+) -> None:
     p = truth.probability[condition]
     spellings = [
         [c.ids for c in tokenizer.encode_batch([" " + w.target, w.target, " " + w.target.upper()])] for w in prompts
@@ -220,9 +225,14 @@ def _psem(
 
 
 def _answers(
-    store: Store, rng: np.random.Generator, condition: str, prompts: Sequence[Prompt], truth: Truth,
-    tokenizer: Tokenizer, num_samples: int,
-) -> np.ndarray:  # fmt: skip
+    store: Store,
+    rng: np.random.Generator,
+    condition: str,
+    prompts: Sequence[Prompt],
+    truth: Truth,
+    tokenizer: Tokenizer,
+    num_samples: int,
+) -> np.ndarray:
     """Completions and their verdicts, one greedy answer and `num_samples` samples a prompt; the greedy decision steps."""
     says = np.column_stack(
         [truth.says(condition), rng.random((len(prompts), num_samples)) < truth.probability[condition][:, None]]
@@ -277,9 +287,15 @@ def _worded(target: str, word: str, form: int, tokenizer: Tokenizer, has: bool) 
 
 
 def _attention(
-    store: Store, rng: np.random.Generator, condition: str, prompts: Sequence[Prompt], truth: Truth, contexts: _Contexts,
-    steps: np.ndarray, shape: Shape,
-) -> None:  # fmt: skip
+    store: Store,
+    rng: np.random.Generator,
+    condition: str,
+    prompts: Sequence[Prompt],
+    truth: Truth,
+    contexts: _Contexts,
+    steps: np.ndarray,
+    shape: Shape,
+) -> None:
     n, layers, heads = len(prompts), shape.num_layers, shape.num_heads
     fixed = np.random.default_rng(shape.seed + 1)  # what belongs to a head is the same in every condition
     iar_of = fixed.uniform(0.3, 0.7, (1, layers, heads))
@@ -334,9 +350,14 @@ def _mean_rows(rng: np.random.Generator, contexts: _Contexts, step: np.ndarray, 
 
 
 def _lens_and_decomposition(
-    store: Store, rng: np.random.Generator, condition: str, prompts: Sequence[Prompt], truth: Truth, steps: np.ndarray,
+    store: Store,
+    rng: np.random.Generator,
+    condition: str,
+    prompts: Sequence[Prompt],
+    truth: Truth,
+    steps: np.ndarray,
     shape: Shape,
-) -> None:  # fmt: skip
+) -> None:
     n, layers = len(prompts), shape.num_layers
     p = truth.probability[condition]
     depth = (np.arange(layers + 1) / layers)[None, :]

@@ -312,8 +312,10 @@ def test_a_run_is_named_by_id_unique_prefix_or_latest(many_runs: tuple[Path, str
     root, newest = many_runs
     for wanted, found in (
         ("20250101-000000-a-11111111", "20250101-000000-a-11111111"),  # though another id begins with it
-        ("20250101-000000-a-11111111-", "20250101-000000-a-11111111-2"), ("202503", newest), ("latest", newest),
-    ):  # fmt: skip
+        ("20250101-000000-a-11111111-", "20250101-000000-a-11111111-2"),
+        ("202503", newest),
+        ("latest", newest),
+    ):
         told = harness("export", wanted, "--to", tmp_path / "out", "--format", "csv", "--paths.runs", root)
         assert told.code == 0
         assert told.out.startswith(f"{found}: ")
@@ -524,9 +526,12 @@ def test_going_on_with_other_settings_is_refused_naming_each_key_with_both_value
     message = refused(told._replace(err=told.err.splitlines(keepends=True)[-1]))  # below what is said of rejected rows
     assert finished.run.name in message
     for change in (
-        "stages.samples.num_samples: was 2, now 3", "stages.samples.top_p: was 0.9, now 0.5", "seed: was 0, now 4",
-        "prompts.number: was 3, now 2", "stages.sanity.sampling.samples.top_p: was 0.9, now 0.5",
-    ):  # fmt: skip
+        "stages.samples.num_samples: was 2, now 3",
+        "stages.samples.top_p: was 0.9, now 0.5",
+        "seed: was 0, now 4",
+        "prompts.number: was 3, now 2",
+        "stages.sanity.sampling.samples.top_p: was 0.9, now 0.5",
+    ):
         assert change in message
     assert len(re.findall(r": was ", message)) == 6, "those five and the hash of the prompts, and nothing that is equal"
 

@@ -373,9 +373,14 @@ machine = environment.machine
      ("num_sequences = num_sequences + 1", True, 1, "Not reproduced"), ("p_word = p_word", True, 0, "bit for bit the same")], 3),
 )  # fmt: skip
 def test_rounding_is_let_pass_where_something_explains_it_and_no_more_than_rounding(
-    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: str, is_elsewhere: bool, code: int, told: str,
-) -> None:  # fmt: skip
+    recorded: Recorded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    is_elsewhere: bool,
+    code: int,
+    told: str,
+) -> None:
     run = copied(recorded, tmp_path)
     with duckdb.connect(str(run / "live.duckdb")) as con:
         con.execute(f"UPDATE psem SET {change} WHERE {MILK}")

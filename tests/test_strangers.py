@@ -253,10 +253,14 @@ def test_a_reader_sees_no_file_no_network_and_no_other_setting(tmp_path: Path) -
         store.publish(tmp_path / "live.duckdb")
     with Reader(tmp_path / "live.duckdb", SCHEMA) as reader:
         for sql in (
-            f"SELECT * FROM read_text('{tmp_path}/secret.txt')", f"ATTACH '{path}' AS other",
-            f"COPY prompts TO '{tmp_path}/out.csv'", "INSTALL httpfs", "SET enable_external_access = true",
-            f"WITH x AS (COPY (SELECT 1) TO '{tmp_path}/live.duckdb') SELECT 1", "SET temp_directory = '/tmp'",
-        ):  # fmt: skip
+            f"SELECT * FROM read_text('{tmp_path}/secret.txt')",
+            f"ATTACH '{path}' AS other",
+            f"COPY prompts TO '{tmp_path}/out.csv'",
+            "INSTALL httpfs",
+            "SET enable_external_access = true",
+            f"WITH x AS (COPY (SELECT 1) TO '{tmp_path}/live.duckdb') SELECT 1",
+            "SET temp_directory = '/tmp'",
+        ):
             with pytest.raises(HarnessError):
                 reader.query(sql)
 

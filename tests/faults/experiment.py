@@ -144,9 +144,15 @@ def kind_of(call: Call) -> str:
     if path.startswith("report"):
         return "report" if call.doing == "report" or "report/" in path else path
     for sign, kind in (
-        ("live.duckdb", "snapshot"), ("results.duckdb.wal", "log of writes"), ("results.duckdb", "results"),
-        ("manifest", "manifest"), ("seal", "seal"), ("logs", "log"), ("run.lock", "lock"), ("working_tree", "diff"),
-    ):  # fmt: skip
+        ("live.duckdb", "snapshot"),
+        ("results.duckdb.wal", "log of writes"),
+        ("results.duckdb", "results"),
+        ("manifest", "manifest"),
+        ("seal", "seal"),
+        ("logs", "log"),
+        ("run.lock", "lock"),
+        ("working_tree", "diff"),
+    ):
         if sign in path:
             return kind
     return "other: " + path

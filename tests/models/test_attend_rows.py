@@ -184,9 +184,11 @@ def test_rows_of_a_trees_nodes_see_their_ancestors_alone(family: str) -> None:
     columns = [20 + node[8], 12 + node[200]]
     rows = tapped(lm, tokens, layout, torch.tensor(columns)[:, None])
     for row, (text, own) in enumerate(
-        [((*contexts[0], 7, 8), [*range(20), 20 + node[7], 20 + node[8]]),
-         ((*contexts[1], 200), [*range(12), 12 + node[200]])]
-    ):  # fmt: skip
+        [
+            ((*contexts[0], 7, 8), [*range(20), 20 + node[7], 20 + node[8]]),
+            ((*contexts[1], 200), [*range(12), 12 + node[200]]),
+        ]
+    ):
         want = plain.attention_rows(lm, text, len(text) - 1)
         assert np.abs(np.stack([x[row, :, 0, own].double().numpy() for x in rows]) - want).max() < ROUNDING
         for x in rows:  # and what is not its own has no weight, so the sums are whole
@@ -260,9 +262,13 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def slow_weights(
-    query: Tensor, key: Tensor, scaling: float | None = None, softcap: float | None = None,
-    sliding_window: int | None = None, s_aux: Tensor | None = None,
-) -> np.ndarray:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+) -> np.ndarray:
     """One number after the other, in float64."""
     q, k = query.double().numpy(), key.double().numpy()
     weights = np.zeros((HEADS, LENGTH, LENGTH))

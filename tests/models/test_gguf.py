@@ -68,9 +68,14 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(
-    path: Path, model: PreTrainedModel, kind: str = "F32", tokenizer: PreTrainedTokenizerFast | None = None, pre: str = "gpt-2",
-    more: Callable[[Any], object] = lambda writer: None, without: tuple[str, ...] = (),
-) -> Path:  # fmt: skip
+    path: Path,
+    model: PreTrainedModel,
+    kind: str = "F32",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    pre: str = "gpt-2",
+    more: Callable[[Any], object] = lambda writer: None,
+    without: tuple[str, ...] = (),
+) -> Path:
     """A Llama-shaped model as llama.cpp's converter writes it; matrices in `kind`, the rest in float32."""
     config, tokenizer = model.config, tokenizer or bpe()
     writer = library.GGUFWriter(path, "llama")

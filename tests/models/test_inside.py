@@ -26,9 +26,13 @@ PARTS: Mapping[str, Span | None] = {"instruction": (0, 9), "negation": (4, 6), "
 
 
 def probe_at(
-    context: Tokens, answer: Tokens = (50, 60, 70, 80), decision: int = 3, keep_whole: bool = True,
-    targets: Tokens = TARGETS, spans: Mapping[str, Span | None] = PARTS,
-) -> Probe:  # fmt: skip
+    context: Tokens,
+    answer: Tokens = (50, 60, 70, 80),
+    decision: int = 3,
+    keep_whole: bool = True,
+    targets: Tokens = TARGETS,
+    spans: Mapping[str, Span | None] = PARTS,
+) -> Probe:
     last = len(context) - 1
     return Probe(
         (*context, *answer[:decision]),

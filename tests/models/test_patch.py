@@ -59,9 +59,13 @@ def likely(family: str) -> Trie:
 
 
 def swept(
-    lm: LM, pair: Pair = PAIR, patches: Sequence[str] = PATCHES, trie: Trie | None = None,
-    layers: Sequence[int] | None = None, top_k: int = 10,
-) -> dict[tuple[str, int], Patched]:  # fmt: skip
+    lm: LM,
+    pair: Pair = PAIR,
+    patches: Sequence[str] = PATCHES,
+    trie: Trie | None = None,
+    layers: Sequence[int] | None = None,
+    top_k: int = 10,
+) -> dict[tuple[str, int], Patched]:
     """The rows of a sweep by (patch, layer)."""
     trie = trie or (likely(lm.identity.name) if lm.identity.name in ALL else RARE)
     rows = sweep(lm, pair, patches, trie, NEW_TOKENS, layers=layers, top_k=top_k)

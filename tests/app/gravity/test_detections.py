@@ -51,9 +51,17 @@ def small(tmp_path: Path) -> RunPaths:
 
 
 def _answer(
-    store: Store, prompt_id: str, n: int, text: str, *, present: bool | None, full: bool | None = None, form: bool = True,
-    spans: list[list[int]] | None = None, finish: str = "stop",
-) -> None:  # fmt: skip
+    store: Store,
+    prompt_id: str,
+    n: int,
+    text: str,
+    *,
+    present: bool | None,
+    full: bool | None = None,
+    form: bool = True,
+    spans: list[list[int]] | None = None,
+    finish: str = "stop",
+) -> None:
     key = {"prompt_id": prompt_id, "condition": "negative", "mode": "sample", "sample_id": n}
     told = {"token_ids": [1, 2], "text": text, "answer": text.split("\n")[0], "finish_reason": finish,
             "logprobs": [-0.5, -1.0], "margins": [0.1, 0.2]}  # fmt: skip
