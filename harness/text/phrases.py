@@ -44,7 +44,9 @@ def beginnings(phrase: str, tokenizer: Tokenizer, most_nodes: int = MOST_NODES) 
     forms = [lead + phrase for lead in LEADS]
     least = [_least(form, pieces) for form in forms]
     # (whether the tokenizer would say it otherwise, tokens that it takes at least, tokens so far, form, characters said)
-    waiting = [(False, of[0], (), n, 0) for n, of in enumerate(least) if phrase and of[0] is not None]
+    waiting: list[tuple[bool, int, Tokens, int, int]] = [
+        (False, of[0], (), n, 0) for n, of in enumerate(least) if phrase and of[0] is not None
+    ]
     heapq.heapify(waiting)
     if not waiting:
         raise ValueError(f"no sequence of tokens begins with {phrase!r}")
