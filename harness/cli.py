@@ -325,18 +325,19 @@ def _say_notes(resolved: Resolved) -> None:
 def _run(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     experiment = registry.get(args.experiment)
-    if args.resume == "auto" and not args.retry_failed and not args.dry_run:
-        from harness.commands import asked, show
+    from harness.commands import asked, show
 
-        told = asked.hash_of(resolved, experiment)
-        if told is not None and (found := asked.finished_run(resolved.settings.paths.runs, told)) is not None:
+    told = asked.hash_of(resolved, experiment)  # first: of files that change while they are read, the older state
+    if told is not None and args.resume == "auto" and not args.retry_failed and not args.dry_run:
+        found = asked.finished_run(resolved.settings.paths.runs, told)
+        if found is not None:
             return show.print_finished(experiment, found)
     from harness.commands import launch
 
     plan = launch.prepare(resolved, experiment)
     if args.dry_run:
         return launch.say_estimate(plan, resolved.settings)
-    return launch.start(plan, resolved, args.resume, args.retry_failed, args.argv).code
+    return launch.start(plan, resolved, args.resume, args.retry_failed, args.argv, asked_sha256=told).code
 
 
 def _fetch(args: argparse.Namespace) -> int:

@@ -16,9 +16,8 @@ from harness import environment
 from harness.commands import given
 from harness.experiments import registry
 from harness.experiments.experiment import Experiment
-from harness.models.fetch import FETCHABLE
 from harness.run import Manifest, RunPaths, list_runs
-from harness.settings import DEMO_MODEL, Resolved
+from harness.settings import Resolved
 
 _MOST_FILES = 2_000
 """Of a folder; beyond, looking at them all is no short cut any more."""
@@ -65,8 +64,7 @@ class _TooMany(Exception):
 
 def _is_here(name: object) -> bool:
     """Whether a model's name stands for files of this machine, or for none."""
-    is_kept = not name or name == DEMO_MODEL or name in FETCHABLE or str(name).startswith("random:")
-    return is_kept or Path(str(name)).exists()
+    return given.is_name(str(name or "")) or Path(str(name)).exists()
 
 
 def _is_finished(manifest: Manifest) -> bool:

@@ -45,10 +45,15 @@ def is_own(settings: Mapping[str, Any], given: object, state: Path) -> bool:
     return hmac.compare_digest(given.encode(), _mark(recorded_paths(settings), key).encode())
 
 
+def is_name(model: str) -> bool:
+    """Whether a model's setting names one of our own, or none, and neither a path nor one of the hub."""
+    return not model or model == DEMO_MODEL or model in FETCHABLE or model.startswith("random:")
+
+
 def _is_path(name: str, value: str) -> bool:
     if name == "data.prompts":
         return value != BUNDLED_PROMPTS
-    if not value or value == DEMO_MODEL or value in FETCHABLE or value.startswith("random:"):
+    if is_name(value):
         return False
     return (
         value.startswith(".") or value.lower().endswith(".gguf") or not _HUB_ID.fullmatch(value) or Path(value).exists()

@@ -16,7 +16,7 @@ from loguru import logger
 from rich.table import Table
 
 from harness import environment, log
-from harness.commands import asked, given, show
+from harness.commands import given, show
 from harness.engine import AnyStage, Engine, Limits, StageReport
 from harness.engine.estimate import Estimate, Forecast, StageEstimate, duration, measure
 from harness.engine.executors import Accelerator, Executor, Host, executor_of
@@ -68,8 +68,6 @@ class Plan:
     slug: str
     prepared: Prepared
     models: Models
-    asked_sha256: str | None
-    """By which the same command is recognised once the run is finished, see `asked`."""
 
     @property
     def device(self) -> str:
@@ -100,9 +98,6 @@ class Ended(NamedTuple):
 def prepare(resolved: Resolved, experiment: Experiment) -> Plan:
     """Check all input and say what would be run. Writes nothing, loads no weights."""
     settings = resolved.settings
-    asked_sha256 = asked.hash_of(
-        resolved, experiment
-    )  # first: of files that change while they are read, the older state
     names = Contents(experiment).wanted(resolved.own(ExperimentSettings).stages)
     _check_other(settings, experiment)
     models = Models(settings, device.resolve_device(settings.runtime.device))
@@ -117,9 +112,7 @@ def prepare(resolved: Resolved, experiment: Experiment) -> Plan:
         "stages": [{"name": s.name, "version": s.version, **s.params()} for s in built],
         "seed": settings.runtime.seed,
     }
-    return Plan(
-        experiment, built, parts, fingerprint(parts), slug_of(settings.model.name), prepared, models, asked_sha256
-    )
+    return Plan(experiment, built, parts, fingerprint(parts), slug_of(settings.model.name), prepared, models)
 
 
 def _check_other(settings: Settings, experiment: Experiment) -> None:
@@ -162,8 +155,10 @@ def start(
     retry_failed: bool = False,
     argv: list[str] | None = None,
     origin: Origin | None = None,
+    asked_sha256: str | None = None,
 ) -> Ended:
-    """Start or go on with the run of a plan, to its end. With `origin` it repeats that run."""
+    """Start or go on with the run of a plan, to its end. With `origin` it repeats that run. `asked_sha256`: by which the same
+    command is recognised once the run is finished, see `asked`."""
     settings = resolved.settings
     here = surroundings(plan, resolved)
     _warn(plan)
@@ -173,7 +168,7 @@ def start(
         with choosing(_root(settings.paths.runs, resume)):
             found = _find_run(settings.paths.runs, plan, resume, origin)
             if found is None:
-                content = _manifest(plan, resolved, argv or [], here, origin)
+                content = _manifest(plan, resolved, argv or [], here, origin) | {"asked_sha256": asked_sha256}
                 run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
                 paths = stack.enter_context(new_run(settings.paths.runs, run_id, partial(_lay, plan, content)))
             else:
@@ -188,7 +183,7 @@ def start(
         store = stack.enter_context(Store(paths.results, plan.experiment.schema))
         manifest = ManifestFile.reopen(paths)
         if found is not None:
-            _go_on(plan, paths, store, manifest, here, argv)
+            _go_on(paths, store, manifest, here, argv, asked_sha256)
         logger.info("run {} ({}), {}", paths.run_id, "continued" if found else "new", _describe(plan))
         code = _execute(plan, settings, paths, store, manifest, retry_failed, warnings)
     if code in (0, 1):
@@ -212,7 +207,12 @@ def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> N
 
 
 def _go_on(
-    plan: Plan, paths: RunPaths, store: Store, manifest: ManifestFile, here: Mapping[str, Any], argv: list[str] | None
+    paths: RunPaths,
+    store: Store,
+    manifest: ManifestFile,
+    here: Mapping[str, Any],
+    argv: list[str] | None,
+    asked_sha256: str | None,
 ) -> None:
     store.event("info", "resume", f"continued by: {' '.join(argv or [])}")
     was, now = manifest.now.tree, manifest.with_changes(**here).tree
@@ -220,7 +220,7 @@ def _go_on(
     resumed = [*(was.get("resumed") or []), {"time": now_text(), "argv": argv, "bit_differences": apart}]
     ended = dict.fromkeys(seal.LAST_KEYS)
     manifest.update(
-        asked_sha256=plan.asked_sha256, **ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed
+        asked_sha256=asked_sha256, **ended, status="running", heartbeat=now_text(), reason=None, resumed=resumed
     )
     seal.remove(paths)  # only now: a finished run without its seal could never be sealed again
 
@@ -454,7 +454,6 @@ def _manifest(
         "recorded_sizes": dict(origin.sizes) if origin else {},
         "fingerprint": plan.fingerprint,
         "fingerprint_parts": plan.parts,
-        "asked_sha256": plan.asked_sha256,
         "argv": argv,
         "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
         "given_here": given.mark(values, resolved.settings.paths.state_folder),

@@ -26,17 +26,9 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class ArmScores:
-    """What every arm says of a trie's sequences after one context, in nats. The steps are those of all its sequences, one
-    behind the other; `step_logprobs[k, n]` is step n's log-probability under arm k, `of_sequence[n]` whose step it is."""
+    """What every arm says of a trie's sequences after one context: `logprobs` [K, S], in nats."""
 
-    step_logprobs: np.ndarray
-    of_sequence: np.ndarray
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        """[K, S]: of every sequence under every arm."""
-        num = int(self.of_sequence.max()) + 1
-        return np.stack([np.bincount(self.of_sequence, weights=row, minlength=num) for row in self.step_logprobs])
+    logprobs: np.ndarray
 
 
 @torch.inference_mode()
@@ -58,7 +50,8 @@ def score_arms(
         for n, score in zip(kept, scores, strict=True):
             results[n] = score
         # A masked NaN is still a NaN (0 × NaN), so an item may have caught it from a neighbour in its batch.
-        for n in [n for n in kept if isinstance(results[n], NotFinite)] if len(kept) > 1 else ():
+        bad = [n for n in kept if isinstance(results[n], NotFinite)]
+        for n in bad if len(kept) > 1 else ():
             (results[n],) = _scored(pair, [contexts[n]], [tries[n]], tuple(alphas))
     return [r for r in results if r is not None]
 
@@ -85,9 +78,9 @@ def _scored(
         if not is_finite[starts[n] : starts[n + 1]].all():
             results.append(NotFinite(NOT_FINITE))
             continue
-        steps = [(s, int(starts[n]) + 1 + node, token) for s, of_one in enumerate(trie.steps) for node, token in of_one]
-        at = np.array([row for _, row, _ in steps]), np.array([wanted[row][token] for _, row, token in steps])
-        results.append(ArmScores(picked[at].T.copy(), np.array([s for s, *_ in steps])))
+        first = int(starts[n]) + 1
+        sums = [sum(picked[first + node, wanted[first + node][token]] for node, token in steps) for steps in trie.steps]
+        results.append(ArmScores(np.stack(sums, axis=-1)))
     return results
 
 

@@ -13,12 +13,13 @@ from harness.errors import ItemFailed
 from harness.models import attend, plain, rollout
 from harness.models.amplify import amplified, arm_log_probs, floored, log_probs, normalised
 from harness.models.decode import Request, Sampling, decode
-from harness.models.load import LM, Codec, assemble
+from harness.models.load import LM
 from harness.models.noise import row_key, uniform
 from harness.models.rollout import Ask, Decoder, Pair, Rollout, Rule, rollouts
 from harness.text.words import Vocabulary
 from harness.tolerance import TOLERANCE
-from tests.tiny import FAMILIES, build_model, byte_tokenizer, identity, tiny_lm
+from tests.models.test_decode import poisoned_lm, random_ids
+from tests.tiny import FAMILIES, tiny_lm
 
 NATS = TOLERANCE["float32"].nats
 ARMS = (-1.0, -0.4, 0.0, 1.0, 2.5)
@@ -27,10 +28,6 @@ RULES = {
     "free": FREE, "greedy": Rule(temperature=0.0), "warm": Rule(temperature=1.3), "nucleus": Rule(top_p=0.9),
     "floor": Rule(floor=0.05), "all": Rule(temperature=0.8, top_p=0.95, floor=0.01),
 }  # fmt: skip
-
-
-def random_ids(length: int, seed: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([seed, length]).integers(0, 256, length).tolist())
 
 
 # One prompt with every arm and several samples, then others: short, long, and one that shares its start.
@@ -282,14 +279,6 @@ def test_a_model_that_no_arm_needs_is_not_run() -> None:
 
 
 # ---- failures stay alone --------------------------------------------------------------------------------------
-
-
-def poisoned_lm(token: int) -> LM:
-    """A model whose logits are NaN once a token was seen."""
-    model = build_model("tiny-llama")
-    lm = assemble(model, Codec(byte_tokenizer()), identity("poisoned"))
-    model.model.embed_tokens.weight[token] = torch.nan
-    return lm
 
 
 @pytest.mark.parametrize("which", ["after", "before"])
