@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import secrets
 import signal
 import sys
@@ -22,7 +23,7 @@ from harness.errors import (
     nearest,
 )
 from harness.experiments import registry
-from harness.settings import Fields, PathSettings, Resolved
+from harness.settings import COMMANDS, Fields, PathSettings, Resolved
 from harness.terminal import plain
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _joined(list(sys.argv[1:] if argv is None else argv))
     try:
         with _interruptible():
             code = _act(given)
@@ -66,6 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(fault))
         return fault.exit_code
     return code
+
+
+def _joined(given: Sequence[str]) -> list[str]:
+    """`--lda.alphas -1,0,2` as `--lda.alphas=-1,0,2`: argparse takes a value that begins with a minus for a flag, unless it is
+    one number and nothing else."""
+    words: list[str] = []
+    for word in given:
+        before = words[-1] if words else ""
+        if _NEGATIVE.match(word) and before.startswith("--") and "=" not in before and before not in _SWITCHES:
+            words[-1] = f"{before}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+_NEGATIVE = re.compile(r"-\.?\d")
 
 
 class _Interrupted(BaseException):
@@ -139,18 +156,21 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
         *,
         is_of_one: bool = False,
         is_again: bool = False,
+        default: str | None = registry.DEFAULT,
     ) -> argparse.ArgumentParser:
-        """`is_of_one`: the command is about one experiment, which its arguments may name; `is_again`: about that of a run."""
+        """`is_of_one`: the command is about one experiment, which its arguments may name, or else the `default`; `is_again`:
+        about that of a run."""
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(act=act, parser=sub)
         sub.add_argument("--verbose", action="store_true", help="show debug lines")
         if is_of_one:
-            told = f"which experiment: {', '.join(registry.names())} (default: {registry.DEFAULT})"
-            sub.add_argument("experiment", nargs="?", default=registry.DEFAULT, help=told)
+            told = f" (default: {default})" if default else ""
+            told = f"which experiment: {', '.join(registry.names())}{told}"
+            sub.add_argument("experiment", nargs="?", default=default, help=told)
         if name == asked:  # nobody sees the settings of the others
-            named = _named(given, is_of_one)
-            sub.set_defaults(settings_of=named)
-            _add_settings(sub, registry.fields(named))
+            named = _named(given, is_of_one, default)
+            sub.set_defaults(settings_of=named, section=name if name in COMMANDS else None)
+            _add_settings(sub, registry.fields(named, name if name in COMMANDS else None))
             if is_again and named is None:
                 sub.add_argument(
                     "--stages", dest=f"set:{_STAGES}", metavar="VALUE", help="stages, in place of the run's"
@@ -210,6 +230,13 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     report.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     report.add_argument("--to", type=Path, metavar="DIR", help="folder to write to (default: the run's own, report/)")
     command("doctor", _doctor, "check this machine: GPU, memory, disk, folders, model, a tiny forward", is_of_one=True)
+    command(
+        "serve",
+        _serve,
+        "an experiment's service over HTTP, for as long as it is not stopped",
+        is_of_one=True,
+        default=None,
+    )
     app = command("app", _app, "the review app, in the browser")
     app.add_argument("--port", type=int, default=8501, help="port (default 8501)")
     app.add_argument("--address", help="address to listen on (default: this machine only; in the image all)")
@@ -256,8 +283,8 @@ _SWITCHES = (
 """Flags without a value: the word behind any other one belongs to it."""
 
 
-def _named(given: Sequence[str], is_of_one: bool) -> str | None:
-    """The experiment whose settings the arguments may hold: the one that is named; else of a command about one the default,
+def _named(given: Sequence[str], is_of_one: bool, default: str | None = registry.DEFAULT) -> str | None:
+    """The experiment whose settings the arguments may hold: the one that is named; else of a command about one its default,
     and of another that of the flags (such as `--toy.unit`), None where no flag is an experiment's."""
     known = registry.names()
     words, is_value = [], False
@@ -266,7 +293,7 @@ def _named(given: Sequence[str], is_of_one: bool) -> str | None:
             words.append(word)
         is_value = not is_value and word.startswith("--") and "=" not in word and word not in _SWITCHES
     if is_of_one:
-        return next((w for w in words if w in known), words[0] if words else registry.DEFAULT)
+        return next((w for w in words if w in known), words[0] if words else default)
     sections = (registry.current(w.removeprefix("--").partition(".")[0]) for w in given if w.startswith("--"))
     return next((s for s in sections if s in known), None)
 
@@ -300,7 +327,9 @@ def _flags(args: argparse.Namespace, experiment: str | None) -> dict[str, str]:
 
 
 def _resolved(args: argparse.Namespace) -> Resolved:
-    resolved = registry.resolve(_flags(args, args.settings_of), args.config, experiment=args.settings_of)
+    resolved = registry.resolve(
+        _flags(args, args.settings_of), args.config, experiment=args.settings_of, command=args.section
+    )
     if resolved.settings.paths.hf_home is not None:  # read by huggingface_hub when it is first imported
         os.environ["HF_HOME"] = str(resolved.settings.paths.hf_home)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -434,6 +463,24 @@ def _doctor(args: argparse.Namespace) -> int:
 
     shown = findings.print_checks(doctor.examine(resolved, registry.get(args.experiment)))
     return 0 if all(c.verdict == "ok" for c in shown) else EnvironmentFault.exit_code
+
+
+def _serve(args: argparse.Namespace) -> int:
+    if args.experiment is None:
+        raise SettingsError(
+            f"expected the name of an experiment to serve ({', '.join(registry.served()) or 'none can be'}): harness serve NAME"
+        )
+    experiment = registry.get(args.experiment)
+    from harness.experiments.experiment import Served
+
+    if not isinstance(experiment, Served):
+        raise SettingsError(
+            f"experiment {args.experiment} cannot be served; these can: {', '.join(registry.served()) or 'none'}"
+        )
+    resolved = _resolved(args)
+    from harness.commands import serve
+
+    serve.leave(serve.command(resolved, experiment))
 
 
 def _app(args: argparse.Namespace) -> int:

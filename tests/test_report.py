@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,10 @@ from harness.run import RunPaths, read_manifest
 from harness.store import Reader, Store, open_snapshot
 from tests import synthetic
 from tests.gravity import EXPERIMENT
+from tests.pages import Page
 from tests.synthetic import Shape
 
 ROOT = Path(__file__).parents[1]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of a page."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.html, self.tags, self.pieces = html, [], []
-        self.feed(html)
-        self.text = re.sub(r"\s+", " ", "".join(self.pieces))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.pieces.append(data)
 
 
 @pytest.fixture(scope="module")

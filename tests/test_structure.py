@@ -24,11 +24,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "harness").rglob("*.py"))
 README = ROOT / "README.md"
 COMMANDS = ("cli", "__main__", "commands")
-COMPUTING = ("models", "text", "experiments", *COMMANDS)
+COMPUTING = ("models", "text", "serving", "experiments", *COMMANDS)
 
 # Left must not reach right, not even by way of others, where True; else it must not import it itself.
 FORBIDDEN: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("models", ("store", "engine", "run", "settings", "experiments", "asking", *COMMANDS), True),
+    ("models", ("store", "engine", "run", "settings", "serving", "experiments", "asking", *COMMANDS), True),
+    ("serving", ("store", "engine", "run", "settings", "experiments", "asking", *COMMANDS), True),
+    ("serving.queue", ("models",), True),
+    ("serving.http", ("models",), True),
     ("engine", ("settings", "asking", *COMPUTING), True),
     ("experiments.gravity.stages", ("store",), False),  # the engine it takes its types from does import the store
     ("experiments", ("asking", *COMMANDS), True),
@@ -122,6 +125,7 @@ def test_no_import_goes_against_the_arrows() -> None:
         ("experiments.registry", "experiments.gravity"), ("commands.launch", "experiments.gravity.schema"),
         ("cli", "experiments.gravity"), ("engine.executors", "store"), ("engine.executors.base", "engine.plan"),
         ("text.words", "models.noise"), ("run", "models.device"), ("store", "experiments.gravity.schema"),
+        ("serving.worker", "settings"), ("serving.queue", "models.rollout"), ("models.rollout", "serving.queue"),
     ],
 )  # fmt: skip
 def test_an_import_against_the_arrows_would_be_seen(importer: str, imported: str) -> None:
@@ -181,7 +185,8 @@ def test_importing_the_machinery_does_not_load_torch() -> None:
         "harness.asking", "harness.errors", "harness.commands.show", "harness.commands.report", "harness.experiments.registry",
         "harness.experiments.gravity", "harness.experiments.gravity.report", "harness.experiments.gravity.figures",
         "harness.text.words",
-        "harness.text.prompts", "harness.experiments.gravity.conditions", "harness.text.detect",
+        "harness.text.prompts", "harness.serving.http", "harness.serving.queue",
+        "harness.experiments.gravity.conditions", "harness.text.detect",
     ]  # fmt: skip
     code = (
         "import importlib, json, sys\n"

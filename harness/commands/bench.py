@@ -38,7 +38,7 @@ def command(
     """Print the figures of these cases (the usual ones where none is named), and write them to `out` as JSON; 1 where two ways
     do not agree."""
     chosen = _chosen(experiment, cases)
-    resolved = _with_model(resolved, shape)
+    resolved = _with_model(resolved, shape, takes_two=experiment.other_model == "required")
     device.set_threads(resolved.settings.runtime.threads)
     device.be_exact()
     plan = launch.prepare(resolved, experiment)
@@ -77,7 +77,7 @@ def _chosen(experiment: Experiment, cases: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(cases)) or tuple(name for name, case in known.items() if case.usual)
 
 
-def _with_model(resolved: Resolved, shape: str | None) -> Resolved:
+def _with_model(resolved: Resolved, shape: str | None, *, takes_two: bool = False) -> Resolved:
     """The settings with the model to time: a shape that was asked for, else the model that was named, else the usual shape."""
     source = resolved.sources.get("model.name", "")
     if shape is None and source:
@@ -87,8 +87,11 @@ def _with_model(resolved: Resolved, shape: str | None) -> Resolved:
             f"--shape {shape}, --model {resolved.settings.model.name}: expected one of them; a shape is the model random:{shape}"
         )
     settings = resolved.settings
-    model = settings.model.model_copy(update={"name": f"{RANDOM}{shape or _SHAPE}"})
-    return replace(resolved, settings=settings.model_copy(update={"model": model}))
+    named = {"name": f"{RANDOM}{shape or _SHAPE}"}
+    change: dict[str, Any] = {"model": settings.model.model_copy(update=named)}
+    if takes_two:
+        change["other"] = settings.other.model_copy(update=named)
+    return replace(resolved, settings=settings.model_copy(update=change))
 
 
 def _run_aside(plan: launch.Plan, resolved: Resolved, stages: Sequence[AnyStage]) -> int:

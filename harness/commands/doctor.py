@@ -13,13 +13,14 @@ import torch
 
 from harness import environment
 from harness.commands.findings import Check
-from harness.errors import HarnessError, SettingsError
+from harness.errors import HarnessError, ModelError, SettingsError
 from harness.experiments import registry
 from harness.experiments.experiment import Contents, Experiment
 from harness.experiments.weights import Models
 from harness.models import device, processor
 from harness.models.fetch import FETCHABLE, path_of
-from harness.models.load import ModelIdentity, ModelSpec, load
+from harness.models.load import ModelIdentity, ModelSpec, load, load_codec
+from harness.models.pairing import pair_up
 from harness.models.processor import Cores
 from harness.models.score import score_trees
 from harness.settings import ExperimentSettings, Resolved, Settings
@@ -46,7 +47,7 @@ def examine(resolved: Resolved, experiment: Experiment) -> Iterator[Check]:
         ("experiments", _experiments),
         ("input", partial(_input, resolved, experiment)),
         ("model", _model),
-        *([("other model", _other)] if settings.other.name else []),
+        *([("other model", _other), ("pair", _pair)] if settings.other.name else []),
         ("hub cache", _hub_cache),
         ("model cache", _model_cache),
         ("forward", _forward),
@@ -179,8 +180,27 @@ def _other(settings: Settings) -> str:
     return _model_told(settings.other.name, identity)
 
 
+def _pair(settings: Settings) -> str:
+    """Whether both models can be read together, and what they need in memory at once. Raises NoPair."""
+    models = Models(settings, "cpu")
+    assert models.other_spec is not None, "asked only where one is named"
+    assert models.other_identity is not None, "as above"
+    after, before = models.identity, models.other_identity
+    found = pair_up(load_codec(models.spec, after), load_codec(models.other_spec, before), after, before)
+    needs = (_weight_bytes(after) + _weight_bytes(before)) / 1e9
+    told = f"ids mean the same in both, {found.num_common:,} in common; {needs:.1f} GB for the weights of both"
+    free = psutil.virtual_memory().available / 1e9
+    if needs > free and not torch.cuda.is_available():
+        raise ModelError(f"{told}: more than the {free:.1f} GB of memory that are free; take smaller models or a GPU")
+    return f"{told}; {found.warning}" if found.warning else told
+
+
+def _weight_bytes(identity: ModelIdentity) -> int:
+    return int(identity.about.get("num_parameters") or 0) * _BYTES.get(identity.dtype, 4)
+
+
 def _model_told(name: str, identity: ModelIdentity) -> str:
-    weights = int(identity.about.get("num_parameters") or 0) * _BYTES.get(identity.dtype, 4)
+    weights = _weight_bytes(identity)
     needs = f", {weights / 1e9:.1f} GB in memory" if weights else ""
     return f"{name}: revision {identity.revision}, {identity.dtype}, weights {identity.weights_sha256[:12]}{needs}"
 

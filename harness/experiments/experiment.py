@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from harness.engine import AnyStage
 from harness.errors import SettingsError, nearest
@@ -17,6 +17,9 @@ from harness.experiments.weights import Models
 from harness.run import Manifest
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
+
+if TYPE_CHECKING:
+    from harness.serving.http import Service
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,8 @@ class Experiment(Protocol):
         ...
 
     def demo(self) -> Mapping[str, Any]:
-        """Settings by dotted name that `harness run NAME` has without arguments: bundled, offline, a truth that is known.
-        Weaker than whatever the user gives."""
+        """Settings by dotted name that `harness run NAME` has where no model is named: bundled, offline, a truth that is
+        known. Weaker than whatever the user gives."""
         ...
 
     def prepare(self, resolved: Resolved, models: Models, stages: tuple[str, ...]) -> Prepared:
@@ -224,6 +227,17 @@ class Experiment(Protocol):
     @property
     def benches(self) -> Mapping[str, Case]:
         """Cases of `harness bench` by name."""
+        ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """An experiment that can also be asked over HTTP, by `harness serve NAME`."""
+
+    def service(self, resolved: Resolved, models: Models, keys: tuple[bytes, ...]) -> "Service":
+        """Its service, the models loaded, ready to be run; a request needs one of `keys` where there are any.
+
+        `resolved` has the section `serve`. Raises HarnessError, one line, for what cannot be served."""
         ...
 
 

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -49,10 +50,10 @@ def get(name: str) -> "Experiment":
         ) from e
 
 
-def fields(experiment: str | None) -> Fields:
-    """The settings of a command about this experiment; about none, the shared ones."""
+def fields(experiment: str | None, command: str | None = None) -> Fields:
+    """The settings of a command about this experiment; about none, the shared ones. `command`: one with a section."""
     own = None if experiment is None else Own(experiment, get(experiment).settings)
-    return Fields(own, names(), _FORMER)
+    return Fields(own, names(), _FORMER, command)
 
 
 def current(section: str) -> str:
@@ -67,10 +68,22 @@ def resolve(
     recorded: Mapping[str, Any] | None = None,
     recorded_by: str = "",
     experiment: str | None = DEFAULT,
+    command: str | None = None,
 ) -> Resolved:
     """The settings of a command about an experiment, see `settings.resolve`. Raises SettingsError."""
     defaults = {} if experiment is None else get(experiment).demo()
-    return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment), defaults)
+    return settings.resolve(flags, config, environ, recorded, recorded_by, fields(experiment, command), defaults)
+
+
+def served() -> tuple[str, ...]:
+    """The experiments that `harness serve` takes; one that cannot be imported is passed over."""
+    from harness.experiments.experiment import Served
+
+    found = []
+    for name in names():
+        with suppress(SettingsError):
+            found += [name] if isinstance(get(name), Served) else []
+    return tuple(found)
 
 
 def run_command(name: str) -> str:
@@ -110,7 +123,7 @@ def _load(name: str) -> "Experiment":
         )
     if found.name != name:
         raise SettingsError(f"experiment {name} ({_places()[name]}) calls itself {found.name!r}: expected one name")
-    if name in settings.Settings.model_fields:
+    if name in settings.Settings.model_fields or name in settings.COMMANDS:
         raise SettingsError(f"experiment {name} ({_places()[name]}): [{name}] is a section of settings that all share")
     return found
 

@@ -10,7 +10,7 @@ from loguru import logger
 
 from harness.errors import ModelError
 from harness.files import is_file
-from harness.settings import DEMO_MODEL, ModelSettings, PathSettings, Settings
+from harness.settings import BUNDLED_MODELS, DEMO_MODEL, ModelSettings, PathSettings, Settings
 
 if TYPE_CHECKING:
     from harness.models.load import ModelIdentity, ModelSpec
@@ -54,7 +54,7 @@ def _identified(spec: "ModelSpec") -> "ModelIdentity":
 
 
 def spec_of(model: ModelSettings, section: str, paths: PathSettings, device: str) -> "ModelSpec":
-    """What to load, with a path in place of the bundled demo model's name, or of a fetched model's; `section` is that of
+    """What to load, with a path in place of the name of a bundled model, or of a fetched one; `section` is that of
     its settings.
 
     Raises ModelError where a model that can be fetched has not been.
@@ -62,12 +62,12 @@ def spec_of(model: ModelSettings, section: str, paths: PathSettings, device: str
     from harness.models.fetch import FETCHABLE, path_of
     from harness.models.load import ModelSpec
 
-    demo = paths.data_folder / "models" / DEMO_MODEL
+    bundled = paths.data_folder / "models"
     if model.trust_remote_code:
         logger.warning("{}: its own Python may run here: trusted on this command line", model.name)
     name, sha256 = model.name, None
-    if name == DEMO_MODEL:
-        name = str(demo)
+    if name in BUNDLED_MODELS:
+        name = str(bundled / BUNDLED_MODELS[name])
     elif fetched := FETCHABLE.get(name):
         name, sha256 = str(path_of(name, paths.cache_folder)), fetched.file_sha256
         if not is_file(Path(name)):
@@ -76,7 +76,13 @@ def spec_of(model: ModelSettings, section: str, paths: PathSettings, device: str
                 f"({fetched.package_bytes / 1e6:.0f} MB): harness fetch {model.name}"
             )
     return ModelSpec(
-        name, model.revision, model.dtype, device, model.trust_remote_code, random_tokenizer=demo, sha256=sha256
+        name,
+        model.revision,
+        model.dtype,
+        device,
+        model.trust_remote_code,
+        random_tokenizer=bundled / DEMO_MODEL,
+        sha256=sha256,
     )
 
 

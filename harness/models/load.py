@@ -180,21 +180,26 @@ class Codec:
             )  # a tokenizer that closes every text would end the prompt before it is answered
         return ids, offsets
 
-    def chat(self, text: str) -> str:
-        """`text` as a user's message in the model's own chat template, up to where the answer begins."""
+    def chat(self, text: str, system: str = "") -> str:
+        """`text` as a user's message in the model's own chat template, up to where the answer begins; behind a system
+        message where one is given."""
         if not self.tokenizer.chat_template:
             raise ModelError(
                 "a prompt in chat form needs a tokenizer with a chat template; this one has none: turn chat off"
             )
-        message = [{"role": "user", "content": text}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
         try:
             templates: Any = self.tokenizer.chat_template  # one, or some by name
             for template in templates.values() if isinstance(templates, dict) else [templates]:
                 _check_template(template)
             with at_most_steps(_MOST_CHAT_STEPS):
-                return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[return-value]
+                made: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as e:  # a template is a program of somebody else's: it may fail in any way
             raise ModelError(f"the model's chat template cannot be used: {_one_line(e)}; turn chat off") from e
+        if system and system.strip() not in made:
+            raise ModelError("the model's chat template has no place for a system prompt; leave it out")
+        return str(made)
 
     def chat_context(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `context`, for a text that already holds the template's own specials."""
@@ -379,7 +384,7 @@ def assemble(model: PreTrainedModel, codec: Codec, identity: ModelIdentity) -> L
     anatomy = dissect(model, probe, identity.name)
     _gate(anatomy)
     _check_attention(model, probe, config, identity.name)
-    vocabulary = Vocabulary.of(codec, _stop_ids(codec, identity), size)
+    vocabulary = Vocabulary.of(codec, stop_ids_of(codec, identity), size)
     max_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
     return LM(model, codec, vocabulary, anatomy, identity, max_positions)
 
@@ -667,7 +672,7 @@ def _config_dict(config: object) -> dict:
     }
 
 
-def _stop_ids(codec: Codec, identity: ModelIdentity) -> set[int]:
+def stop_ids_of(codec: Codec, identity: ModelIdentity) -> set[int]:
     """Every id that ends a text: the tokenizer's and the checkpoint's own (an instruct model often has several)."""
     declared: list[Any] = [codec.tokenizer.eos_token_id]
     for source in (identity.about.get("config") or {}, identity.about.get("generation_config") or {}):

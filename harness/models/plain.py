@@ -105,44 +105,106 @@ def _take(done: Completion, token: int, logprob: float, margin: float, lm: LM, s
 
 def roll_out(models: Models, ask: Ask, rule: Rule, arms: Sequence[float] = ()) -> Rollout:
     """One completion of two models under one arm, both forwarded whole for every token; the arithmetic in float64."""
-    done = Rollout(arm_logps=np.zeros(len(arms)))
+    done = Rollout()
     for step in range(ask.max_new_tokens):
         text = [*ask.context, *done.token_ids]
-        after, before = (_next_logprobs(lm, text, models.num_common) for lm in (models.after, models.before))
-        z = after + ask.alpha * (after - before)
-        p = np.exp(z / (rule.temperature or 1.0) - (z / (rule.temperature or 1.0)).max())
-        p /= p.sum()
-        stays = after >= after.max() + math.log(rule.floor) if rule.floor else np.ones(len(z), dtype=bool)
-        kept = [int(t) for t in np.argsort(-z, kind="stable") if stays[t]]
-        if rule.temperature == 0:
-            token, removed = kept[0], float(p[~stays].sum())
-        else:
-            held, size = 0.0, 0
-            while size < len(kept) and (held < rule.top_p * p[kept].sum() or rule.top_p >= 1):
-                held += p[kept[size]]
-                size += 1
-            removed = 1 - float(p[kept[:size]].sum())
-            token = max(kept[:size], key=lambda t: z[t] / rule.temperature + gumbel(ask.key, step, t))
-        best = np.sort(z)[-2:]
-        done.token_ids.append(token)
-        done.logp_after.append(float(after[token]))
-        done.logp_before.append(float(before[token]))
-        done.logp_arm.append(float(z[token] - _log_sum(z)))
-        done.margins.append(float(best[1] - best[0]))
-        done.mass_removed.append(removed)
-        for k, alpha in enumerate(arms):
-            other = after + alpha * (after - before)
-            done.arm_logps[k] += other[token] - _log_sum(other)
-        if rule.stop_at_end and token in models.stop_ids:
+        after, before = (_logprobs(lm, text, models.num_common)[-1] for lm in (models.after, models.before))
+        choice = _choice(after, before, ask, rule, step)
+        _write(done, choice, choice.token, ask, arms)
+        if rule.stop_at_end and choice.token in models.stop_ids:
             done.finish_reason = "stop"
             break
     return done
 
 
-def _next_logprobs(lm: LM | None, text: Sequence[int], num_common: int) -> Float[np.ndarray, " V"]:
+@dataclass(frozen=True)
+class Replayed:
+    """A completion that was given, and for each of its tokens the one that would have been drawn in its place, and by how
+    much that one leads, in what is compared there (log-probabilities over temperature, plus noise where it is not greedy)."""
+
+    told: Rollout
+    tokens: list[int]
+    leads: list[float]
+
+
+def replay(models: Models, ask: Ask, rule: Rule, token_ids: Sequence[int], arms: Sequence[float] = ()) -> Replayed:
+    """What `roll_out` would do at every step of a completion, from two forwards of the whole text."""
+    text = [*ask.context, *token_ids[:-1]]
+    tables = [_logprobs(lm, text, models.num_common)[len(ask.context) - 1 :] for lm in (models.after, models.before)]
+    done, tokens, leads = Rollout(), [], []
+    for step, (token, after, before) in enumerate(zip(token_ids, *tables, strict=True)):
+        choice = _choice(after, before, ask, rule, step)
+        _write(done, choice, token, ask, arms)
+        tokens.append(choice.token)
+        leads.append(choice.lead)
+    return Replayed(done, tokens, leads)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One token drawn: from which log-probabilities, how much probability was left out, and by how much it led."""
+
+    after: Float[np.ndarray, " V"]
+    before: Float[np.ndarray, " V"]
+    token: int
+    lead: float
+    removed: float
+
+
+def _choice(
+    after: Float[np.ndarray, " V"], before: Float[np.ndarray, " V"], ask: Ask, rule: Rule, step: int
+) -> _Choice:
+    z = after + ask.alpha * (after - before)
+    scaled = z / (rule.temperature or 1.0)
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    stays = after >= after.max() + math.log(rule.floor) if rule.floor else np.ones(len(z), dtype=bool)
+    kept = np.argsort(-z, kind="stable")
+    kept = kept[stays[kept]]
+    if rule.temperature == 0:
+        removed, scores = float(p[~stays].sum()), z
+    else:
+        if rule.top_p < 1:
+            held_before = np.cumsum(p[kept]) - p[kept]
+            kept = kept[held_before < rule.top_p * p[kept].sum()]
+        removed, scores = 1 - float(p[kept].sum()), scaled + gumbels(ask.key, step, len(z))
+    order = kept[np.argsort(-scores[kept], kind="stable")][:2]
+    lead = float(scores[order[0]] - scores[order[1]]) if len(order) > 1 else math.inf
+    return _Choice(after, before, int(order[0]), lead, removed)
+
+
+def _write(done: Rollout, choice: _Choice, token: int, ask: Ask, arms: Sequence[float]) -> None:
+    """Write a token down with what both models and the arms say of it."""
+    after, before = choice.after, choice.before
+    z, *others = (after + alpha * (after - before) for alpha in (ask.alpha, *arms))
+    best = np.sort(z)[-2:]
+    done.token_ids.append(token)
+    done.logp_after.append(float(after[token]))
+    done.logp_before.append(float(before[token]))
+    done.logp_arm.append(float(z[token] - _log_sum(z)))
+    done.margins.append(float(best[1] - best[0]))
+    done.mass_removed.append(choice.removed)
+    done.arm_steps.append([float(other[token] - _log_sum(other)) for other in others])
+
+
+def arm_sequence(
+    models: Models, context: Sequence[int], sequence: Sequence[int], arms: Sequence[float]
+) -> Float[np.ndarray, " K"]:
+    """ln P(sequence | context) under every arm, from two forwards of context + sequence."""
+    ask = Ask(tuple(context), 0, 0.0, len(sequence))
+    return replay(models, ask, Rule(temperature=0.0), sequence, arms).told.arm_logps
+
+
+def differences(models: Models, text: Sequence[int]) -> Float[np.ndarray, "T V"]:
+    """ln p_after − ln p_before of every next token behind every token of a text."""
+    after, before = (_logprobs(lm, text, models.num_common) for lm in (models.after, models.before))
+    return after - before
+
+
+def _logprobs(lm: LM | None, text: Sequence[int], num_common: int) -> Float[np.ndarray, "T V"]:
     assert lm is not None, "the plain reference reads with both models"
-    logits = next_logits(lm, text)[-1, :num_common].double().cpu().numpy()
-    return logits - _log_sum(logits)
+    logits = next_logits(lm, text)[:, :num_common].double().cpu().numpy()
+    return np.stack([row - _log_sum(row) for row in logits])
 
 
 def _log_sum(values: Float[np.ndarray, " V"]) -> float:
@@ -172,6 +234,17 @@ def gumbel(key: int, step: int, token: int) -> float:
     at_step = _splitmix64(key + step * _GAMMA)
     bits = _splitmix64(at_step + (token + 1) * _GAMMA) >> 12
     return -math.log(-math.log((bits + 0.5) / 2**52))
+
+
+def gumbels(key: int, step: int, number: int) -> Float[np.ndarray, " V"]:
+    """`gumbel` of the first tokens, in numpy's unsigned integers, which wrap around as the rule has it."""
+    with np.errstate(over="ignore"):
+        at_step = np.uint64(_splitmix64(key + step * _GAMMA))
+        z = at_step + np.arange(1, number + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        z ^= z >> np.uint64(31)
+    return -np.log(-np.log(((z >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52))
 
 
 _GAMMA = 0x9E3779B97F4A7C15

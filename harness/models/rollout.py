@@ -9,7 +9,7 @@ Two models read every text together, each with a cache of its own; what is drawn
 belongs to the completion, so a text does not depend on its company.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,8 +87,8 @@ class Rollout:
     the model after, the model before, and its arm, each under its own full distribution; the lead of the arm's most probable
     token over the second; and the share of the arm's probability that floor and top-p left out (temperature applied).
 
-    A log-probability is NaN under a model that was not run. `finish_reason` is `stop` or `length`. `arm_logps` [K]: the
-    log-probability of the whole text under each of the decoder's arms.
+    A log-probability is NaN under a model that was not run. `finish_reason` is `stop` or `length`. `arm_steps` [T, K]: the
+    token's log-probability under each of the decoder's arms.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -97,8 +97,13 @@ class Rollout:
     logp_arm: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     mass_removed: list[float] = field(default_factory=list)
-    arm_logps: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    arm_steps: list[list[float]] = field(default_factory=list)
     finish_reason: str = "length"
+
+    @property
+    def arm_logps(self) -> Float[np.ndarray, " K"]:
+        """Log-probability of the whole text under each of the decoder's arms."""
+        return np.array(self.arm_steps, dtype=np.float64).sum(axis=0) if self.arm_steps else np.zeros(0)
 
 
 @dataclass
@@ -147,8 +152,7 @@ class Decoder:
             self._rows = new if self._rows is None else self._rows.joined(new)
             row_of = {context: first + n for n, context in enumerate(contexts)}
             for number, ask in fitting:
-                done = Rollout(arm_logps=np.zeros(len(self.arms)))
-                self._live[number] = _Live(ask, done, row_of[ask.context])
+                self._live[number] = _Live(ask, Rollout(), row_of[ask.context])
         return numbers
 
     def _refusal(self, ask: Ask) -> str:
@@ -182,6 +186,10 @@ class Decoder:
         self._grow(going)
         return ended
 
+    def written(self, number: int) -> Rollout:
+        """What there is of a completion that goes on; it grows with each `step`, and is not to be changed."""
+        return self._live[number].done
+
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget completions; their rows leave with the next step."""
         for number in numbers:
@@ -200,7 +208,7 @@ class Decoder:
         done.logp_arm.append(arm)
         done.margins.append(margin)
         done.mass_removed.append(removed)
-        done.arm_logps += of_arms
+        done.arm_steps.append(of_arms)
         if self.rule.stop_at_end and token in self.pair.stop_ids:
             done.finish_reason = "stop"
             return False
@@ -464,6 +472,17 @@ class _Rows:
         filled = torch.from_numpy(self._is_filled).to(self.pair.device)[:, None, :, None]
         for cache in self.caches:
             cache.change(lambda x: x.masked_fill(~filled, 0))
+
+
+def in_parts(asks: Sequence[Ask], num_contexts: int) -> Iterator[list[int]]:
+    """Places of the asks of so many contexts at a time, in the order of each context's first ask. Who makes rollouts in the same
+    parts gets the same numbers to the last bit, wherever they are made."""
+    of_context: dict[tuple[int, ...], list[int]] = {}
+    for n, ask in enumerate(asks):
+        of_context.setdefault(ask.context, []).append(n)
+    contexts = list(of_context)
+    for begin in range(0, len(contexts), num_contexts):
+        yield sorted(n for context in contexts[begin : begin + num_contexts] for n in of_context[context])
 
 
 def rollouts(pair: Pair, asks: Sequence[Ask], rule: Rule, arms: Sequence[float] = ()) -> list[Rollout | ItemFailed]:

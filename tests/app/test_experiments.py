@@ -124,13 +124,14 @@ def entry(**manifest: Any) -> RunEntry:
 
 def test_the_core_names_no_experiment() -> None:
     def named(text: str) -> list[str]:
-        return re.findall(r"gravity|p_?sem|baseline|negative|condition", text, re.IGNORECASE)
+        return re.findall(r"gravity|p_?sem|baseline|negative|condition|\blda\b|amplif", text, re.IGNORECASE)
 
     for file in APP.rglob("*.py"):
-        if "gravity" not in file.parts:
+        if not {"gravity", "lda"} & set(file.parts):
             text = re.sub(r"# Stands in for .*?# Until here\.", "", file.read_text("utf-8"), flags=re.DOTALL)
             assert named(text) == [], file
-    assert named((APP / "queries" / "gravity" / "pressure.py").read_text("utf-8"))  # control
+    for name in ("gravity/pressure.py", "lda/amplification.py"):
+        assert named((APP / "queries" / name).read_text("utf-8"))  # control
 
 
 def test_the_navigation_has_the_core_and_the_experiments_that_have_a_run(toy: Toy) -> None:

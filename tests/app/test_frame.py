@@ -7,6 +7,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.charts.chips import shade
+from app.experiments import CORE, names, pages_of
 from app.frame import csv_of, for_spreadsheets
 from harness.experiments.gravity.schema import SCHEMA
 from tests.app.conftest import BROKEN, EMPTY, FAILED, OLDER, PAGES, RUNNING, open_view
@@ -28,13 +29,16 @@ def told(test: AppTest) -> str:
 
 def test_there_is_a_file_for_every_page_and_a_page_for_every_file() -> None:
     files = {p.relative_to(VIEWS).as_posix() for p in VIEWS.rglob("*.py")}
-    assert files - {page.file.relative_to(VIEWS).as_posix() for page in PAGES.values()} == {
+    pages = [*CORE, *(page for name in names() for page in pages_of(name))]
+    assert files - {page.file.relative_to(VIEWS).as_posix() for page in pages} == {
         "__init__.py",
         "core/__init__.py",
         "gravity/__init__.py",
         "gravity/extras.py",
+        "lda/__init__.py",
+        "lda/extras.py",
     }
-    assert all(page.file.exists() for page in PAGES.values())
+    assert all(page.file.exists() for page in pages)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -223,6 +223,18 @@ def test_dropped_completions_free_their_rows_with_the_next_step() -> None:
     assert decoder.step() == {}
 
 
+def test_what_is_written_of_a_completion_can_be_read_while_it_goes_on() -> None:
+    decoder = Decoder(pair_of("tiny-llama"), FREE)
+    numbers = decoder.add(ASKS[:3])
+    seen: list[list[int]] = []
+    for _ in range(4):
+        assert decoder.step() == {}
+        seen.append(list(decoder.written(numbers[1]).token_ids))
+    done = finished(decoder)[numbers[1]]
+    assert isinstance(done, Rollout)
+    assert seen == [done.token_ids[:n] for n in range(1, 5)]
+
+
 def test_a_number_is_never_used_twice() -> None:
     decoder = Decoder(pair_of("tiny-llama"), FREE)
     first = decoder.add(ASKS[:3])

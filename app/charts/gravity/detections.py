@@ -13,7 +13,6 @@ SCALE = (
     "background: the token's probability under the model's own distribution, 0 (no colour) to 1 (deepest); outlined: X; "
     "hatched: not recorded"
 )
-OPEN, CLOSE = "⟦", "⟧"
 _NUM_BINS = 20
 _DEEPEST = 0.55
 """Opacity of probability 1: text stays readable on it, light and dark."""
@@ -37,20 +36,6 @@ def answer_chips(answer: Mapping[str, Any], texts: Mapping[int, str]) -> list[Ch
             )
         )
     return found
-
-
-def in_place(text: str | None, spans: Sequence[Sequence[int]] | None) -> str:
-    """The text with each span, in characters (code points), between ⟦ and ⟧."""
-    if not isinstance(text, str):
-        return ""
-    found, done = "", 0
-    known = spans if spans is not None and hasattr(spans, "__len__") else []  # a data frame says NA, not None
-    for start, end in sorted((int(a), int(b)) for a, b in known):
-        if start < done:  # overlaps the one before, which is marked
-            continue
-        found += f"{text[done:start]}{OPEN}{text[start:end]}{CLOSE}"
-        done = end
-    return found + text[done:]
 
 
 def rate_counts(rates: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from app import chips, frame
+from app.charts.chips import in_place
 from app.charts.gravity import detections as charts
 from app.queries.gravity import View, prompts, token_texts
 from app.queries.gravity import detections as ask
@@ -114,9 +115,7 @@ def _answers(view: View, asked: ask.Asked) -> None:
     pages = -(-num // ask.PAGE_SIZE)
     page = _page(pages)
     rows = ask.answers(view, asked, page)
-    rows.insert(
-        4, "X marked", [charts.in_place(t, s) for t, s in zip(rows["text"], rows.pop("char_spans"), strict=True)]
-    )
+    rows.insert(4, "X marked", [in_place(t, s) for t, s in zip(rows["text"], rows.pop("char_spans"), strict=True)])
     # A key of its own for each page of each question, so that no row of another one stays selected.
     key = f"answers-{view.paths.run_id}-{asked}-{view.category}-{view.outcome}-{page}"
     st.dataframe(
@@ -211,7 +210,7 @@ def _tokens(view: View, asked: ask.Asked, prompt_id: str, sample: int) -> None:
         return
     texts = token_texts(view.paths, found["token_ids"])
     chips.show(charts.answer_chips(found, texts), charts.SCALE, f"chips-{prompt_id}")
-    st.code(charts.in_place(found["text"], found["char_spans"]), language=None, wrap_lines=True)
+    st.code(in_place(found["text"], found["char_spans"]), language=None, wrap_lines=True)
     verdict = {True: "X is in the answer", False: "X is not in the answer", None: "no verdict"}[found["word_present"]]
     if found["word_present_full"] and not found["word_present"]:
         verdict += ", but further on in the text"

@@ -11,10 +11,10 @@ from harness.experiments.gravity.stages.prompts import Prompts
 from harness.experiments.gravity.stages.psem import Psem
 from harness.experiments.gravity.stages.select import Select
 from harness.experiments.gravity.stages.single_token import SingleToken
-from harness.experiments.gravity.stages.vocabulary import TokenTexts
+from harness.experiments.vocabulary import TokenTexts
 
 STAGES: tuple[Entry, ...] = (
-    Entry("vocabulary", TokenTexts.build),
+    Entry("vocabulary", lambda given: TokenTexts(given.model, given.identity)),
     Entry("prompts", Prompts.build, needs=("vocabulary",)),
     Entry("sanity", certificate_of, needs=("prompts",)),
     Entry("single_token", SingleToken.build, needs=("prompts",), optional=True),

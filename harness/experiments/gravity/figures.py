@@ -7,7 +7,7 @@ What was not measured is said in grey on the figure; a NULL is left out, never d
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,22 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import ndtri
 
+from harness.experiments import drawing
+from harness.experiments.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from harness.experiments.drawing import WIDTH as WIDTH
 from harness.experiments.gravity.bins import BIN_NAMES, EDGES
 from harness.experiments.gravity.fit import Pressed, curve_of
 from harness.stats import Curve, estimate_of
 from harness.store import Reader, Row
 
-# Okabe & Ito's palette, which survives the usual kinds of colour blindness.
-BLUE, VERMILLION, ORANGE, GREEN, SKY, PURPLE, BLACK = (
-    "#0072B2",
-    "#D55E00",
-    "#E69F00",
-    "#009E73",
-    "#56B4E9",
-    "#CC79A7",
-    "#222222",
-)
-GREY = "#767676"
 OUTCOMES: dict[str, tuple[str, str]] = {"success": (BLUE, "o"), "failure": (VERMILLION, "s")}
 """Outcome of the greedy answer: its colour and marker."""
 PATCHES: dict[str, str] = {
@@ -43,8 +35,6 @@ PATCHES: dict[str, str] = {
     "knockout_instruction": "instruction not attended to",
 }
 """Every kind of patch and what it stands for in words."""
-WIDTH = 9.0  # inches: 1,350 pixels at 150 dpi, sharp in a column of 900
-_COLUMNS = 3
 _SMALLEST_RELATIVE = -1.5
 """Relative suppression has no lower bound where P0 is near zero; the axis stops here."""
 
@@ -125,7 +115,7 @@ def violation_by_pressure(data: FigureData) -> Figure:
     The curve is dashed and its band paler where no prompt's P0 reaches: there it is extrapolated.
     """
     shown = {c: found for c in data.conditions if (found := data.prompts(c, "p0", "rate"))}
-    figure, axes = _panels(list(shown), "needs `psem` of the baseline and samples")
+    figure, axes = drawing.panels(list(shown), "needs `psem` of the baseline and samples")
     for ax, (condition, points) in zip(axes, shown.items(), strict=True):
         p0, rate, said, samples = (_column(points, k) for k in ("p0", "rate", "num_violations", "num_samples"))
         _dots(ax, p0, _jittered(rate, samples), f"one prompt, jittered (n = {len(points):,})")
@@ -140,16 +130,16 @@ def violation_by_pressure(data: FigureData) -> Figure:
             _fitted(ax, curve, told.replace("-", "−"))
         known = data.bins("rates", condition, "violation_rate")
         _binned(ax, p0, rate, BLUE, "o", "mean of a pressure bin, 95 %", known=known, seed=data.seed)
-        _label(ax, condition, "P0 (probability of X under baseline)", "share of samples that say X")
+        drawing.label(ax, condition, "P0 (probability of X under baseline)", "share of samples that say X")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.05, 1.05))
-        _legend(ax)
+        drawing.legend(ax)
     return figure
 
 
 def suppression_by_pressure(data: FigureData) -> Figure:
     """Relative suppression (P0 − P1)/P0 against P0 by condition, with the median and the mean of each bin."""
     shown = {c: found for c in data.compared if (found := data.prompts(c, "p0", "relative"))}
-    figure, axes = _panels(list(shown), "needs `psem` of the baseline and of another condition")
+    figure, axes = drawing.panels(list(shown), "needs `psem` of the baseline and of another condition")
     for ax, (condition, points) in zip(axes, shown.items(), strict=True):
         p0, relative = _column(points, "p0"), _column(points, "relative")
         inside = relative >= _SMALLEST_RELATIVE
@@ -163,9 +153,9 @@ def suppression_by_pressure(data: FigureData) -> Figure:
         _binned(ax, p0, relative, BLUE, "o", "mean of a bin, 95 %", known=known, seed=data.seed)
         _medians(ax, p0, np.maximum(relative, _SMALLEST_RELATIVE))
         ax.axhline(0, color=GREY, linewidth=0.8)
-        _label(ax, condition, "P0 (probability of X under baseline)", "relative suppression (P0 − P1) / P0")
+        drawing.label(ax, condition, "P0 (probability of X under baseline)", "relative suppression (P0 − P1) / P0")
         ax.set(xlim=(-0.02, 1.02), ylim=(_SMALLEST_RELATIVE, 1.05))
-        _legend(ax, "lower right")
+        drawing.legend(ax, "lower right")
     return figure
 
 
@@ -174,7 +164,7 @@ def attention_by_pressure(data: FigureData) -> Figure:
     measures = {"iar": "IAR (instruction share)", "nf": "NF (negation focus)", "tmf": "TMF (target-mention focus)"}
     shown = [c for c in data.compared if any(data.prompts(c, "p0", "outcome", m) for m in measures)]
     panels = [(c, m) for c in shown for m in measures]
-    figure, axes = _panels(panels, "needs attention and greedy answers under a condition", columns=3, height=2.7)
+    figure, axes = drawing.panels(panels, "needs attention and greedy answers under a condition", columns=3, height=2.7)
     for ax, (condition, measure) in zip(axes, panels, strict=True):
         points = data.prompts(condition, "p0", "outcome", measure)
         for outcome, (colour, marker) in OUTCOMES.items():
@@ -184,20 +174,20 @@ def attention_by_pressure(data: FigureData) -> Figure:
                 _binned(
                     ax, _column(chosen, "p0"), _column(chosen, measure), colour, marker, name, line=True, seed=data.seed
                 )
-        _label(ax, condition, "P0", measures[measure])
+        drawing.label(ax, condition, "P0", measures[measure])
         ax.set_xlim(0, 1)
         if points and measure == "iar":  # the same in the whole row
-            _legend(ax)
+            drawing.legend(ax)
         if not points:
             ax.set(xticks=[], yticks=[])
-            _say(ax, "not measured\n(this condition has no such span)")
+            drawing.say(ax, "not measured\n(this condition has no such span)")
     return figure
 
 
 def priming_and_violation(data: FigureData) -> Figure:
     """Violation rate against the priming index PI = TMF − NF of the first step, with their correlation, by condition."""
     shown = {c: found for c in data.compared if (found := data.prompts(c, "pi", "rate"))}
-    figure, axes = _panels(
+    figure, axes = drawing.panels(
         list(shown), "needs samples, and attention under a condition that has a negation and names X"
     )
     for ax, (condition, points) in zip(axes, shown.items(), strict=True):
@@ -205,9 +195,9 @@ def priming_and_violation(data: FigureData) -> Figure:
         _dots(ax, x, _jittered(y, _column(points, "num_samples")), f"one prompt, jittered (n = {len(points):,})")
         ax.plot([], [], linestyle="none", label=_correlation(x, y))
         ax.axvline(0, color=GREY, linewidth=0.8)
-        _label(ax, condition, "priming index PI (mean over layers and heads)", "share of samples that say X")
+        drawing.label(ax, condition, "priming index PI (mean over layers and heads)", "share of samples that say X")
         ax.set_ylim(-0.05, 1.05)
-        _legend(ax)
+        drawing.legend(ax)
     return figure
 
 
@@ -215,7 +205,7 @@ def lens_by_outcome(data: FigureData) -> Figure:
     """Logit-lens probability of X by layer at the first step, by outcome, under baseline and under the condition."""
     rows = data.where("lens", step_kind="first", measure="p_target")
     shown = [c for c in data.compared if any(r["condition"] == c for r in rows)]
-    figure, axes = _panels(shown, "needs the lens, greedy answers under a condition, and stage analysis")
+    figure, axes = drawing.panels(shown, "needs the lens, greedy answers under a condition, and stage analysis")
     for ax, condition in zip(axes, shown, strict=True):
         for outcome, (colour, _) in OUTCOMES.items():
             for measured, style in (("baseline", "--"), (condition, "-")):
@@ -223,10 +213,10 @@ def lens_by_outcome(data: FigureData) -> Figure:
                     r for r in rows if (r["condition"], r["measured"], r["grouping"]) == (condition, measured, outcome)
                 ]
                 _curve(ax, chosen, f"{outcome}, {measured}", colour, style)
-        _label(ax, condition, "layer", "P(first token of X)")
+        drawing.label(ax, condition, "layer", "P(first token of X)")
         ax.set_ylim(0, 1)
         _layers(ax)
-        _legend(ax)
+        drawing.legend(ax)
     return figure
 
 
@@ -238,15 +228,15 @@ def contributions_by_layer(data: FigureData) -> Figure:
     shown = [c for c in data.compared if any(r["condition"] == c for r in rows)]
     panels = [(c, part) for c in shown for part in parts]
     reason = "needs the decomposition, greedy answers under a condition, and stage analysis"
-    figure, axes = _panels(panels, reason, columns=2, height=2.9, share_y=True)
+    figure, axes = drawing.panels(panels, reason, columns=2, height=2.9, share_y=True)
     for ax, (condition, part) in zip(axes, panels, strict=True):
         for outcome, (colour, _) in OUTCOMES.items():
             chosen = [r for r in rows if (r["condition"], r["measure"], r["grouping"]) == (condition, part, outcome)]
             _curve(ax, chosen, outcome, colour, "-" if outcome == "failure" else "--")
         ax.axhline(0, color=GREY, linewidth=0.8)
-        _label(ax, f"{condition}: {parts[part]}", "layer", "change of P(X)")
+        drawing.label(ax, f"{condition}: {parts[part]}", "layer", "change of P(X)")
         _layers(ax)
-        _legend(ax, "upper left")
+        drawing.legend(ax, "upper left")
     return figure
 
 
@@ -260,7 +250,7 @@ def patching_by_layer(data: FigureData) -> Figure:
         if any((r["condition"], r["patch"]) == (c, patch) for r in rows)
     ]
     reason = "needs stage patching and stage analysis"
-    figure, axes = _panels(panels, reason, columns=3, height=2.7, share_y=True)
+    figure, axes = drawing.panels(panels, reason, columns=3, height=2.7, share_y=True)
     colours = dict(zip(BIN_NAMES, (SKY, GREEN, PURPLE, ORANGE, VERMILLION), strict=True))
     for ax, (condition, patch) in zip(axes, panels, strict=True):
         chosen = [r for r in rows if (r["condition"], r["patch"]) == (condition, patch)]
@@ -269,10 +259,12 @@ def patching_by_layer(data: FigureData) -> Figure:
             _curve(ax, [r for r in chosen if r["grouping"] == name], f"P0 in {name}", colour, ":", band=False)
         ax.axhline(0, color=GREY, linewidth=0.8)
         several = len({c for c, _ in panels}) > 1
-        _label(ax, f"{condition}: {PATCHES[patch]}" if several else PATCHES[patch], "layer", "ΔP(X), patched − not")
+        drawing.label(
+            ax, f"{condition}: {PATCHES[patch]}" if several else PATCHES[patch], "layer", "ΔP(X), patched − not"
+        )
         _layers(ax)
         if ax is axes[0]:  # the same in every panel but for the numbers of prompts
-            _legend(ax)
+            drawing.legend(ax)
     return figure
 
 
@@ -280,7 +272,7 @@ def taxonomy_counts(data: FigureData) -> Figure:
     """How many greedy failures of each condition are priming, override or unknown."""
     rows = data.where("taxonomy", measure="count")
     shown = [c for c in data.compared if any(r["condition"] == c for r in rows)]
-    figure, axes = _panels(
+    figure, axes = drawing.panels(
         ["all"] if shown else [],
         "needs greedy answers under a condition, and stage analysis",
         columns=1,
@@ -295,12 +287,12 @@ def taxonomy_counts(data: FigureData) -> Figure:
             ax.bar_label(bars, [f"{w:,.0f}" if w else "" for w in widths], label_type="center", color=BLACK)
             ends += widths
         if not ends.any():
-            _say(ax, "no failures: no greedy answer says X")
+            drawing.say(ax, "no failures: no greedy answer says X")
         ax.set_xlim(0, max(1.0, 1.02 * ends.max()))
         ax.tick_params(axis="y", labelsize=9)
-        ax.set_yticks(range(len(shown)), [_plain(c) for c in shown])
+        ax.set_yticks(range(len(shown)), [drawing.plain(c) for c in shown])
         ax.invert_yaxis()
-        _label(ax, f"greedy failures (n = {ends.sum():,.0f})", "prompts", "")
+        drawing.label(ax, f"greedy failures (n = {ends.sum():,.0f})", "prompts", "")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     return figure
@@ -366,59 +358,6 @@ CAPTIONS: dict[str, tuple[str, str]] = {
 
 
 # -- drawing
-
-
-def _panels(
-    panels: Sequence[object], reason: str, columns: int = _COLUMNS, height: float = 3.4, share_y: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure with one axes a panel; with none, a figure that says why."""
-    if not panels:
-        figure = Figure(figsize=(WIDTH, 1.6), layout="constrained")
-        ax = figure.add_subplot()
-        ax.set_axis_off()
-        _say(ax, f"not measured\n({reason})")
-        return figure, []
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    # One wide panel would be mostly air; two or three share the width.
-    figure = Figure(figsize=(WIDTH if columns > 1 else 0.72 * WIDTH, height * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
-    axes = [*grid.flat]
-    for spare in axes[len(panels) :]:
-        spare.remove()
-    for ax in axes[: len(panels)]:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-    return figure, axes[: len(panels)]
-
-
-def _say(ax: Axes, text: str) -> None:
-    ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, fontsize=10, transform=ax.transAxes)
-
-
-def _label(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(_plain(title), fontsize=10, loc="left")
-    ax.set_xlabel(x, fontsize=9)
-    ax.set_ylabel(y, fontsize=9)
-
-
-def _plain(text: str) -> str:
-    """Names are the user's: a dollar sign in one must not be read as mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _legend(ax: Axes, where: Literal["best", "upper left", "lower right"] = "best") -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        ax.legend(
-            handles,
-            [_plain(text) for text in labels],
-            fontsize=7.5,
-            frameon=True,
-            framealpha=0.8,
-            edgecolor="none",
-            loc=where,
-        )
 
 
 def _layers(ax: Axes) -> None:

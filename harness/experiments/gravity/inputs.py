@@ -17,10 +17,8 @@ from harness.experiments.gravity.settings import GravitySettings, TemplateSettin
 from harness.experiments.weights import Models
 from harness.models.load import ModelIdentity, ModelSpec, load_codec
 from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings
-from harness.text.prompts import Prompt, PromptSet, read_prompts, take
-
-_TOLD = 20
-"""Rejected rows that are named one by one."""
+from harness.text.prompts import Prompt, read_prompts, take
+from harness.text.records import rejections_told
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def prepare(resolved: Resolved, models: Models, stages: tuple[str, ...]) -> Prep
         },
         some=some,
         num_contexts=len(chosen) * len(conditions),
-        warnings=tuple(_rejections_told(prompt_set)),
+        warnings=tuple(rejections_told(prompt_set.path, prompt_set.rejections)),
         events=tuple(("rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}") for r in prompt_set.rejections),
     )
 
@@ -142,15 +140,6 @@ def _check_patched(resolved: Resolved, own: GravitySettings, conditions: Mapping
             f"{setting}: expected a condition of this run other than baseline ({', '.join(others) or 'there is none'}), "
             f"found {name!r}{nearest(name, others)}"
         )
-
-
-def _rejections_told(prompt_set: PromptSet) -> list[str]:
-    told = [f"{prompt_set.path.name} row {r.row}: {r.rule}: {r.detail}" for r in prompt_set.rejections[:_TOLD]]
-    if prompt_set.rejections:
-        counts = Counter(r.rule for r in prompt_set.rejections)
-        by_rule = ", ".join(f"{n} {rule}" for rule, n in sorted(counts.items()))
-        told.append(f"{prompt_set.path}: {len(prompt_set.rejections)} rows rejected ({by_rule})")
-    return told
 
 
 def _hash_of(value: object) -> str:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.charts.chips import CLOSE, OPEN, in_place
 from app.charts.gravity import detections as charts
 from app.queries.gravity import View
 from app.queries.gravity import detections as ask
@@ -153,19 +154,19 @@ def test_violation_rates_are_those_of_judged_samples(small: RunPaths) -> None:
 
 def test_x_is_marked_where_the_characters_say_beyond_the_basic_plane_too() -> None:
     text = "🥛 milk, Milk"
-    assert charts.in_place(text, [[2, 6], [8, 12]]) == "🥛 ⟦milk⟧, ⟦Milk⟧"
-    assert charts.in_place(text, [[8, 12], [2, 6]]) == charts.in_place(text, [[2, 6], [8, 12]])
-    assert charts.in_place(text, None) == charts.in_place(text, []) == text
-    assert charts.in_place(text, pd.NA) == text  # type: ignore[arg-type]
-    assert charts.in_place(None, None) == ""
+    assert in_place(text, [[2, 6], [8, 12]]) == "🥛 ⟦milk⟧, ⟦Milk⟧"
+    assert in_place(text, [[8, 12], [2, 6]]) == in_place(text, [[2, 6], [8, 12]])
+    assert in_place(text, None) == in_place(text, []) == text
+    assert in_place(text, pd.NA) == text  # type: ignore[arg-type]
+    assert in_place(None, None) == ""
 
 
 def test_the_stored_spans_mark_x_and_nothing_else(whole: RunPaths) -> None:
     rows = ask.answers(_view(whole), Asked("negative", "sample", says="present"), 1)
     assert len(rows) > 10
     for row in rows.to_dict("records"):
-        marked = charts.in_place(row["text"], row["char_spans"])
-        inside = marked.split(charts.OPEN)[1].split(charts.CLOSE)[0]
+        marked = in_place(row["text"], row["char_spans"])
+        inside = marked.split(OPEN)[1].split(CLOSE)[0]
         assert inside.casefold() == row["target"].casefold()
 
 

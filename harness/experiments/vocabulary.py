@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Any
 
 from harness.engine import AnyTables, Item, ItemResult
-from harness.experiments.gravity.inputs import Inputs
 from harness.models.load import Codec, ModelIdentity, ModelSpec, load_codec
 from harness.text.words import token_texts
 
@@ -21,10 +20,6 @@ class TokenTexts:
     version = 1
     reads = MappingProxyType({})
     row_bytes = 5_000_000
-
-    @classmethod
-    def build(cls, given: Inputs) -> "TokenTexts":
-        return cls(given.model, given.identity)
 
     def params(self) -> dict[str, Any]:
         return {}

@@ -1,0 +1,1 @@
+"""The stages of amplification, one file each; contents.py lists them."""
