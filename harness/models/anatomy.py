@@ -43,6 +43,8 @@ class Anatomy:
     final_norm: nn.Module
     head: nn.Module
     to_logits: Callable[[Tensor], Tensor]
+    logit_scale: float
+    """What the head's output is multiplied by, before any soft cap."""
     neurons: tuple[nn.Module, ...] | None
     """Per block the projection whose *input* are the MLP's neurons (after the gate); None where a block has no single
     one (mixtures of experts)."""
@@ -129,8 +131,9 @@ def dissect(model: PreTrainedModel, token_ids: Tensor, name: str) -> Anatomy:
         shifted = model(**{**inputs, "position_ids": position_ids + _SHIFT}).logits
     is_relative = close(plain.to(wide), shifted.to(wide))
     return Anatomy(
-        decoder, blocks, attention_out, mlp_out, multiplier, final_norm, head, to_logits, neurons, is_relative
-    )
+        decoder, blocks, attention_out, mlp_out, multiplier, final_norm, head, to_logits, _logit_scale(config), neurons,
+        is_relative,
+    )  # fmt: skip
 
 
 def _find_blocks(model: PreTrainedModel, num_layers: int, name: str) -> tuple[nn.Module, tuple[nn.Module, ...]]:
@@ -174,6 +177,11 @@ def _head_function(config: object) -> Callable[[Tensor], Tensor]:
         return torch.tanh(raw / cap) * cap if cap else raw
 
     return to_logits
+
+
+def _logit_scale(config: object) -> float:
+    """The factor of `_head_function`."""
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _find_contributions(

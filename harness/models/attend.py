@@ -121,6 +121,7 @@ _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 _is_cached: ContextVar[bool] = ContextVar("is_cached", default=False)
 _windows_seen: ContextVar[dict[int, int | None] | None] = ContextVar("windows_seen", default=None)
 _row_tap: ContextVar[_RowTap | None] = ContextVar("row_tap", default=None)
+_is_frozen: ContextVar[bool] = ContextVar("is_frozen", default=False)
 
 
 @contextmanager
@@ -184,6 +185,16 @@ def watch_windows() -> Iterator[dict[int, int | None]]:
 
 
 @contextmanager
+def frozen_patterns() -> Iterator[None]:
+    """Gradients of forwards inside the block take attention weights for constants: they flow through values alone."""
+    token = _is_frozen.set(True)
+    try:
+        yield
+    finally:
+        _is_frozen.reset(token)
+
+
+@contextmanager
 def watch_rows(at: Int[Tensor, "R Q"], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Hands `receive(layer, weights [R, H, Q, S])` the attention weights of the query tokens `at`, in every layer.
 
@@ -213,6 +224,8 @@ def attention(
     Where the layout has cells, queries come as one row of tokens and go so; keys too, unless a cache has laid them out.
     """
     layout = _layout.get()
+    if _is_frozen.get():
+        query, key = query.detach(), key.detach()
     layer: int | None = getattr(module, "layer_idx", None)
     cells = None if layout is None or layout.cells is None else layout.cells.at(layer)
     if cells is not None:
