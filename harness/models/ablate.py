@@ -90,8 +90,17 @@ class Set(NamedTuple):
 
 
 @torch.no_grad()
-def sets(scene: Scene, places: Int[Tensor, "O L M"], wanted: Sequence[Set], change: Change) -> Float[np.ndarray, " N"]:
-    """The target's value with each set kept or dropped. `places[o, l, m]`: a neuron's place in order o, from 0."""
+def sets(
+    scene: Scene,
+    places: Int[Tensor, "O L M"],
+    wanted: Sequence[Set],
+    change: Change,
+    layers: Sequence[int] | None = None,
+) -> Float[np.ndarray, " N"]:
+    """The target's value with each set kept or dropped. `places[o, l, m]`: a neuron's place in order o, from 0.
+
+    Neurons of other layers than `layers` are left as they are.
+    """
     count, values = scene.num_edited, []
     for some in chunked(len(wanted), _rows(scene)):
         rows = [wanted[n] for n in some]
@@ -105,7 +114,7 @@ def sets(scene: Scene, places: Int[Tensor, "O L M"], wanted: Sequence[Set], chan
             made = torch.where(is_changed, change.factor * own + change.shift[layer].to(a.dtype), own)
             return torch.cat([made, a[:, count:]], 1)
 
-        with watched(scene.circuit.lm, put):
+        with watched(scene.circuit.lm, put, layers):
             values.append(scene.value(scene.hidden(len(rows))).double().cpu().numpy())
     return np.concatenate(values) if values else np.zeros(0)
 

@@ -68,6 +68,10 @@ class Scene:
                 lm.hidden(tokens, layout, self._prefix)
 
     @property
+    def device(self) -> torch.device:
+        return self.circuit.lm.device
+
+    @property
     def width(self) -> int:
         """Tokens of a row."""
         return len(self.suffix)

@@ -45,7 +45,7 @@ class PromptSet:
 
 
 def read_prompts(path: Path) -> PromptSet:
-    """The prompts of a .jsonl, .ndjson, .csv or .parquet file, and the rows refused.
+    """The prompts of a .jsonl, .ndjson, .json, .csv or .parquet file, and the rows refused.
 
     Rules, in the order they are tried: empty_field, target_not_alphabetic, target_in_question, target_hidden,
     duplicate. Duplicates are looked for among accepted rows, so the first of two equal rows is kept.

@@ -1,4 +1,4 @@
-"""Files of records in, rows of named cells out: JSONL, CSV and Parquet, with the place of whatever is wrong.
+"""Files of records in, rows of named cells out: JSONL, JSON lists, CSV and Parquet, with the place of whatever is wrong.
 
 Which columns there are is the caller's; a file that is not what its name claims is a PromptFileError.
 """
@@ -34,13 +34,13 @@ _MAX_SHOWN = 60  # characters of a found value, and twelve names, are enough to 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns a file has. `lists`: those that hold several texts (in CSV with a bar between them). `known_as`: another
-    name that a column may go by, where it is not there by its own."""
+    """Which columns a file has. `lists`: those that hold several texts (in CSV with a bar between them). `known_as`: other
+    names that a column may go by, where it is not there by its own, the first of them that is there."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
-    known_as: Mapping[str, str] = field(default_factory=dict, hash=False)
+    known_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -48,7 +48,11 @@ class Columns:
 
     def named(self, names: list[str]) -> list[str]:
         """The names of a file's columns as they are called here."""
-        other = {v: k for k, v in self.known_as.items() if k not in names}
+        other = {
+            next(o for o in others if o in names): name
+            for name, others in self.known_as.items()
+            if name not in names and not set(others).isdisjoint(names)
+        }
         return [other.get(name, name) for name in names]
 
 
@@ -92,7 +96,7 @@ def accepted(
     wording: Callable[[T], Hashable],
     same: str,
 ) -> Accepted:
-    """What `build` makes of the rows of a .jsonl, .ndjson, .csv or .parquet file; each has a `prompt_id` of its own.
+    """What `build` makes of the rows of a .jsonl, .ndjson, .json, .csv or .parquet file; each has a `prompt_id` of its own.
 
     `broken` gives the rule that one breaks, and what was found. Of several with the same `wording` the first is kept, and the
     others break the rule `duplicate`, told in the words `same`.
@@ -129,8 +133,8 @@ def accepted(
     return Accepted(tuple(found), tuple(rejections), hashlib.sha256(data).hexdigest())
 
 
-def text_of(path: Path, where: str, value: object) -> str:
-    """A cell that holds text, without spaces at its ends. Raises PromptFileError."""
+def text_of(path: Path, where: str, value: object, *, is_exact: bool = False) -> str:
+    """A cell that holds text, without spaces at its ends unless it is wanted as it is. Raises PromptFileError."""
     if not isinstance(value, str):
         raise fail(path, where, f"expected text, found {described(value)}", "write it as text, in quotes")
     # JSON can spell both with an escape and Parquet can hold a NUL; no tokenizer, hash or table takes them.
@@ -139,7 +143,7 @@ def text_of(path: Path, where: str, value: object) -> str:
     if len(value) > MOST_CHARACTERS:
         found = f"{len(value):,} characters, expected at most {MOST_CHARACTERS:,}"
         raise fail(path, where, found, "see whether a quote or a line end is missing, or shorten the text")
-    return value.strip()
+    return value if is_exact else value.strip()
 
 
 def rejections_told(path: Path, rejections: Sequence[Rejection]) -> list[str]:
@@ -185,6 +189,25 @@ def _jsonl_rows(path: Path, data: bytes, columns: Columns) -> Iterator[Record]:
             raise fail(path, f"{where}, column {e.colno}", f"not valid JSON ({e.msg})", advice) from e
         except (ValueError, RecursionError) as e:  # a key given twice, a number of 5,000 digits, a nest without end
             raise fail(path, where, f"JSON that cannot be read ({e})", advice) from e
+        if not isinstance(cells, dict):
+            raise fail(path, where, f"expected a JSON object, found {described(cells)}", advice)
+        names = columns.named(list(cells))
+        _check_columns(path, where, "field", names, columns)
+        yield Record(number, where, dict(zip(names, cells.values(), strict=True)))
+
+
+def _json_rows(path: Path, data: bytes, columns: Columns) -> Iterator[Record]:
+    advice = "write one list of JSON objects"
+    try:
+        rows = json.loads(_decode(path, data), object_pairs_hook=_json_object)
+    except json.JSONDecodeError as e:
+        raise fail(path, f"line {e.lineno}, column {e.colno}", f"not valid JSON ({e.msg})", advice) from e
+    except (ValueError, RecursionError) as e:
+        raise fail(path, "", f"JSON that cannot be read ({e})", advice) from e
+    if not isinstance(rows, list):
+        raise fail(path, "", f"expected a list, found {described(rows)}", advice)
+    for number, cells in enumerate(rows, 1):
+        where = f"row {number}"
         if not isinstance(cells, dict):
             raise fail(path, where, f"expected a JSON object, found {described(cells)}", advice)
         names = columns.named(list(cells))
@@ -298,7 +321,9 @@ def _check_type(path: Path, name: str, kind: pa.DataType, *, is_list: bool) -> N
 
 
 _LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
-_FORMATS = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_FORMATS = {
+    ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows,
+}  # fmt: skip
 
 
 def _decode(path: Path, data: bytes) -> str:

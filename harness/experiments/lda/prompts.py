@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.text.prompts import fold
 from harness.text.records import Columns, Record, Rejection, accepted, text_of
 
-_COLUMNS = Columns(("prompt",), ("prompt_id", "category"), known_as={"prompt": "question"})
+_COLUMNS = Columns(("prompt",), ("prompt_id", "category"), known_as={"prompt": ("question",)})
 _NO_CATEGORY = "all"
 
 
@@ -33,7 +33,7 @@ class PromptSet:
 
 
 def read_prompts(path: Path, min_chars: int = 0, max_chars: int | None = None) -> PromptSet:
-    """The prompts of a .jsonl, .ndjson, .csv or .parquet file, and the rows refused.
+    """The prompts of a .jsonl, .ndjson, .json, .csv or .parquet file, and the rows refused.
 
     Rules, in the order they are tried: empty_field, too_short, too_long, duplicate (compared by NFKC, whatever case and spaces).
     Raises PromptFileError, one line, for anything that is wrong with the file and not with a row.

@@ -14,6 +14,8 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (prompt_id, condition));
     CREATE TABLE neuron_rows (
         prompt_id VARCHAR PRIMARY KEY, path VARCHAR, row_start INTEGER, row_end INTEGER, dtype VARCHAR);
+    -- Texts whose activations are no numbers: statistics are of the others.
+    CREATE TABLE left_out (stage VARCHAR, prompt_id VARCHAR, layer INTEGER, position INTEGER, PRIMARY KEY (stage, prompt_id));
     CREATE TABLE neurons (
         layer INTEGER, neuron INTEGER, num_prompts BIGINT, num_tokens BIGINT, mean_peak DOUBLE, sd_peak DOUBLE,
         max_peak DOUBLE, min_peak DOUBLE, max_signed DOUBLE, mean DOUBLE, sd DOUBLE, share_active DOUBLE, kurtosis DOUBLE,
@@ -72,6 +74,7 @@ _ORDER = (
     "contexts",
     "neuron_rows",
     "artifacts",
+    "left_out",
     "neurons",
     "targets",
     "influence",

@@ -115,7 +115,9 @@ class NeuronsSettings(ExperimentSettings):
     @model_validator(mode="after")
     def _has_a_target(self) -> "NeuronsSettings":
         if self.contrast and self.target == "sequence":
-            raise ValueError("contrast: expected one token's logit to subtract from, found target = sequence; leave it out")
+            raise ValueError(
+                "contrast: expected one token's logit to subtract from, found target = sequence; leave it out"
+            )
         return self
 
     @property
