@@ -35,8 +35,8 @@ class Neurons:
     other_model: Literal["none", "optional", "required"] = "none"
     settings: type[ExperimentSettings] = NeuronsSettings
     pages = (
-        Page("neurons", "Neurons", Path("neurons/neurons.py"), needs=("neurons",), remarks=("left_out", "agreement")),
-        Page("heat_map", "Token heat map", Path("neurons/heat_map.py"), needs=("contexts",)),
+        Page("neurons", "Neurons", Path("neurons/neurons.py"), remarks=("left_out", "agreement")),
+        Page("heat_map", "Token heat map", Path("neurons/heat_map.py")),
     )
 
     @cached_property
