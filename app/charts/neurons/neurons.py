@@ -171,8 +171,9 @@ def claims(rows: pd.DataFrame, chosen: Point | None = None) -> Option:
         for ranking, part in _by_ranking(rows)
     ]  # fmt: skip
     known = rows[["predicted", "measured"]].dropna()
-    if series and len(known):
-        low, high = float(known.min().min()), float(known.max().max())
+    # ECharts leaves out a line that ends beyond an axis: as far as both axes go.
+    low, high = (float(known.min().max()), float(known.max().min())) if len(known) else (0.0, 0.0)
+    if low < high:
         series[0]["markLine"] = {
             "symbol": "none", "silent": True, "animation": False, "label": {"show": False},
             "lineStyle": {"color": GREY, "type": "dashed", "width": 1.5},

@@ -136,15 +136,28 @@ def _sign(text: str, n: int) -> str:
     return sign
 
 
-def direction(text: str) -> str:
-    """`rtl` for a text whose first letter is written from right to left, else `ltr`."""
+def direction(text: str) -> str | None:
+    """`rtl` for a text whose first letter is written from right to left, `ltr` for one from left to right; None without a
+    letter."""
     for sign in text:
         kind = unicodedata.bidirectional(sign)
         if kind in ("R", "AL"):
             return "rtl"
         if kind == "L":
             return "ltr"
-    return "ltr"
+    return None
+
+
+def directions(parts: Sequence[Cell], base: str) -> list[str]:
+    """Of each cell the direction of the run that it stands in: its own; that of both neighbours where it has none; else that
+    of the whole. Cells are isolated from each other, so that runs of them must be told."""
+    own = [direction(cell.text) for cell in parts]
+    before, behind = [base] * len(own), [base] * len(own)
+    for n in range(1, len(own)):
+        before[n] = own[n - 1] or before[n - 1]
+    for n in range(len(own) - 2, -1, -1):
+        behind[n] = own[n + 1] or behind[n + 1]
+    return [o or (a if a == b else base) for o, a, b in zip(own, before, behind, strict=True)]
 
 
 # -- colours
@@ -194,7 +207,8 @@ def panel(
     """One prompt for the component: `title`, `dir`, and of each cell its text, signed opacities (a neuron each; None: not
     known), what it is, and the lines of the popup. `told`: token_ids, special, counted, dumped, an entry a token."""
     drawn: list[dict[str, Any]] = []
-    for cell in parts:
+    base = direction(text) or "ltr"
+    for cell, way in zip(parts, directions(parts, base), strict=True):
         tokens = range(cell.start, cell.stop)
         found = [loudest(one, cell) for one in values]
         strengths = [colouring.opacity(v, s) for v, s in zip(found, scale, strict=True)]
@@ -207,10 +221,11 @@ def panel(
                 "counted": all(told["counted"][n] for n in tokens),
                 "known": any(told["dumped"][n] for n in tokens),
                 "ends_line": cell.ends_line,
+                "dir": way,
                 "lines": _lines(cell, told, values, names, scale),
             }
         )  # fmt: skip
-    return {"title": title, "dir": direction(text), "cells": drawn}
+    return {"title": title, "dir": base, "cells": drawn}
 
 
 def _lines(

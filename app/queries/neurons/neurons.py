@@ -111,9 +111,9 @@ def num_ranked(view: View, filters: Filters) -> int:
 
 
 def ranked(view: View, filters: Filters, page: int) -> pd.DataFrame:
-    """One page of a ranking, the first being page 1: layer, neuron, influence (signed), share, num_ranked (prompts that rank
-    it), place (its best), effect, predicted, num_measured, mean_peak, max_signed, z_background, q, share_active,
-    peak_token (text), peak_token_share; NaN for what is not known."""
+    """One page of a ranking, the first being page 1: layer, neuron, influence (signed), size (mean |influence|), share,
+    num_ranked (prompts that rank it), place (its best), effect, predicted, num_measured, mean_peak, max_signed,
+    z_background, q, share_active, peak_token (text), peak_token_share; NaN for what is not known."""
     joined, params = _joined(view)
     where, more = filters.where()
     return queries.ask(
@@ -121,7 +121,7 @@ def ranked(view: View, filters: Filters, page: int) -> pd.DataFrame:
         f"""{joined}, shown AS (
             SELECT * FROM joined WHERE {where} ORDER BY {_SIZE[filters.by]} DESC, layer, neuron
             LIMIT {PAGE_SIZE} OFFSET {PAGE_SIZE * (max(page, 1) - 1)})
-        SELECT s.layer, s.neuron, s.influence, s.share, s.num_ranked, s.place, s.effect, s.predicted, s.num_measured,
+        SELECT s.layer, s.neuron, s.influence, s.size, s.share, s.num_ranked, s.place, s.effect, s.predicted, s.num_measured,
                s.mean_peak, s.max_signed, s.z_background, s.q, s.share_active, v.text AS peak_token, s.peak_token_share
         FROM shown s LEFT JOIN vocabulary v ON v.token_id = s.peak_token_mode
         ORDER BY {_SIZE[filters.by]} DESC, s.layer, s.neuron

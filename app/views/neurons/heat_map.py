@@ -18,8 +18,7 @@ from app.views.neurons import absent, open_page, tokens
 from harness.errors import HarnessError
 
 MOST_NEURONS = 4
-MOST_TOKENS = 4_000
-"""Tokens of a prompt that are drawn at once."""
+MOST_TOKENS = 4_000  # of a prompt, drawn at once
 _SCALE_OF = {told: name for name, told in charts.SCALES.items()}
 
 
@@ -41,9 +40,7 @@ def main() -> None:
     if not known:
         st.info(absent(view, "prompts", "Prompts"))
         return
-    prompts = _prompts(view, known)
-    rows = ask.candidates(view, prompts[0])
-    neurons = _neurons(view, rows)
+    prompts, neurons, rows = _chosen(view, known)
     drawn = _drawn()
     frame.safely(lambda: _map(view, prompts, neurons, drawn))
     frame.safely(lambda: _candidates(view, prompts[0], rows))
@@ -52,41 +49,32 @@ def main() -> None:
 # -- what is chosen
 
 
-def _prompts(view: View, known: list[str]) -> list[str]:
+def _chosen(view: View, known: list[str]) -> tuple[list[str], list[Neuron], pd.DataFrame]:
+    """The prompts and neurons to draw, and those that could be: the sidebar's, or the first ones, and what is laid beside."""
     first = view.prompt_id or known[0]
     if st.session_state.get("pin") not in (None, *known):
         frame.choose(pin=None)
-    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    left, right = st.columns(2, vertical_alignment="bottom")
     pinned = left.selectbox(
-        "Beside it", known, key="pin", bind="query-params", index=None, placeholder="no second prompt",
-        help="a second prompt, drawn on the same scale",
+        "A second prompt beside it", known, key="pin", bind="query-params", index=None, placeholder="none",
+        help="drawn on the same scale",
     )  # fmt: skip
-    with right:
-        st.text(f"Prompt {first}" + ("" if view.prompt_id else ": the first; choose another in the sidebar"))
-    return [first] if pinned in (None, first) else [first, str(pinned)]
+    also = right.text_input(
+        "More neurons, laid over it", key="also", bind="query-params", placeholder="up to three, such as 3.77 5.12",
+        max_chars=100,
+    )  # fmt: skip
+    rows = ask.candidates(view, first)
+    prompts = [first] if pinned in (None, first) else [first, str(pinned)]
+    return prompts, _neurons(view.neuron, rows, str(also or "")), rows
 
 
-def _neurons(view: View, rows: pd.DataFrame) -> list[Neuron]:
-    """The neuron of the sidebar, or the first of the prompt's ranking, and those laid over it."""
-    first = view.neuron
+def _neurons(first: Neuron | None, rows: pd.DataFrame, also: str) -> list[Neuron]:
     if first is None and len(rows):
         first = Neuron(int(rows["layer"].iloc[0]), int(rows["neuron"].iloc[0]))
-    text = str(
-        st.text_input(
-            "More neurons, laid over it",
-            key="also",
-            bind="query-params",
-            placeholder="up to three, such as 3.77 5.12",
-            max_chars=100,
-        )
-        or ""
-    )
-    words = text.replace(",", " ").split()
-    more = [shared.neuron_of(word) for word in words]
+    more = [shared.neuron_of(word) for word in also.replace(",", " ").split()]
     if None in more:
         st.caption("What is no neuron is left out: expected layer.number, such as 3.77.")
-    found = [n for n in (first, *more) if n is not None]
-    distinct = list(dict.fromkeys(found))
+    distinct = list(dict.fromkeys(n for n in (first, *more) if n is not None))
     if len(distinct) > MOST_NEURONS:
         st.caption(f"The first {MOST_NEURONS} neurons are drawn.")
     return distinct[:MOST_NEURONS]
@@ -143,7 +131,7 @@ def _map(view: View, prompts: Sequence[str], neurons: Sequence[Neuron], drawn: D
         panels.append(
             charts.panel(told.prompt_id, told.text, parts[:MOST_TOKENS], facts, own, names, scale, drawn.colouring)
         )
-    st.text(_told(neurons))
+    st.text(_told(view, neurons))
     tokens.show(panels, charts.legend(drawn.colouring), drawn.per_row, "heat")
     st.caption(_scale_told(contexts, neurons, scales, drawn))
     frame.download(_rows(contexts, neurons, values), "token-heat-map")
@@ -181,13 +169,18 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "?" for c in text)[:60]
 
 
-def _told(neurons: Sequence[Neuron]) -> str:
+def _told(view: View, neurons: Sequence[Neuron]) -> str:
+    """What is drawn, in one line."""
+    defaults = [
+        what for what, is_own in (("prompt", view.prompt_id is None), ("neuron", view.neuron is None)) if is_own
+    ]
+    of_own = f" No {' and no '.join(defaults)} is chosen in the sidebar: the first is shown." if defaults else ""
     if not neurons:
         return "No neuron is chosen: the sidebar takes one, and so does a row below."
     if len(neurons) == 1:
-        return f"Activation of neuron {neurons[0].label} at each token: green above 0, orange below."
+        return f"Activation of neuron {neurons[0].label} at each token: green above 0, orange below.{of_own}"
     bars = ", ".join(f"{n + 1}. {one.label}" for n, one in enumerate(neurons))
-    return f"Bars under each token, from above: {bars}. Green above 0, orange below."
+    return f"Bars under each token, from above: {bars}. Green above 0, orange below.{of_own}"
 
 
 def _scale_told(

@@ -23,7 +23,7 @@ _KINDS = {
     "add": "raised by standard deviations", "flip": "turned in sign", "swap": "moved to its value in another prompt",
 }  # fmt: skip
 _MEASURES = {
-    "spearman": "rank correlation", "pearson": "correlation", "sign": "same sign", "slope": "slope, measured on claimed",
+    "spearman": "rank correlation", "pearson": "correlation", "sign": "same sign", "slope": "slope",
 }  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def _missing(view: View, known: list[str]) -> None:
 
 
 def _filters(known: list[str], layers: list[int]) -> Filters:
-    by, span, q, sign, share = st.columns([3, 3, 2, 3, 2], vertical_alignment="bottom")
+    by, span, sign = st.columns([4, 5, 4], vertical_alignment="bottom")
+    q, share, _ = st.columns([4, 4, 5], vertical_alignment="bottom")
     chosen = str(
         by.selectbox(
             "Rank by", known, key="by", bind="query-params", on_change=_first_page,
@@ -145,11 +146,12 @@ def _table(view: View, filters: Filters) -> None:
         selection_mode="single-row",
         on_select=lambda: _clicked_row(key, rows),
         height=min(390, 40 + 35 * len(rows)),
-        column_order=["name", "influence", "share", "num_ranked", "place", "effect", "predicted", "mean_peak", "z_background",
-                      "q", "share_active", "peak_token", "peak_token_share"],
+        column_order=["name", "size", "influence", "share", "num_ranked", "place", "effect", "predicted", "mean_peak",
+                      "z_background", "q", "share_active", "peak_token", "peak_token_share"],
         column_config={
             "name": "neuron",
-            "influence": _number("influence", "%+.4f", "signed; mean over all prompts, or the chosen one's"),
+            "size": _number("|influence|", "%.4f", "mean over all prompts, or the chosen one's"),
+            "influence": _number("influence", "%+.4f", "the same with its sign: prompts may cancel"),
             "share": st.column_config.NumberColumn("share", format="percent", help="of Σ|influence|"),
             "num_ranked": st.column_config.NumberColumn("prompts", help="in which the metric keeps it"),
             "place": st.column_config.NumberColumn("best place", help="in any prompt's ranking"),
@@ -235,7 +237,7 @@ def _one(view: View) -> None:
     if not ask.is_known(view, chosen):
         st.info(f"Neuron {chosen.label} has no row in this run: its layer or number may not be there, or not yet.")
         return
-    left, right = st.columns([2, 3])
+    left, right = st.columns([4, 5])
     with left:
         _statistics(view, chosen)
     with right:
@@ -430,7 +432,7 @@ def _claims(view: View) -> None:
         st.info(absent(view, "effects", "Measured effects", "neurons.effects"))
         return
     rows = ask.effects(view).assign(ranking=view.metric)
-    left, right = st.columns(2)
+    left, right = st.columns([4, 5])
     with left:
         if rows.empty:
             st.info(absent(view, "effects", "Measured effects of this metric's ranking", "neurons.effects"))
@@ -477,8 +479,8 @@ def _agreement(view: View) -> None:
     else:
         told = "Mean over prompts so far, without intervals: those come with the stage `analysis`."
     st.caption(
-        f"How well each metric's claims foretell what changing the neurons does. {told} A slope under 1 says that the metric "
-        "claims more than happens."
+        f"How well each metric's claims foretell what changing the neurons does. {told} Slope: of what is measured "
+        "on what is claimed; under 1 the metric claims more than happens."
     )
     frame.download(rows, "agreement")
 

@@ -27,6 +27,7 @@ _CSS = """
 .tokens .bars { display: inline-block; position: relative; padding-bottom: var(--bars); }
 .legend { font-size: 13px; margin-top: 10px; line-height: 2; }
 .legend bdi { padding: 2px 7px; white-space: nowrap; }
+.legend .tokens { font: inherit; }
 .legend .gap { display: inline-block; width: 12px; }
 .popup { position: absolute; z-index: 10; max-width: min(340px, 96%); padding: 6px 10px; font-size: 13px; line-height: 1.5;
   white-space: pre-wrap; overflow-wrap: anywhere; pointer-events: none; background: var(--st-secondary-background-color);
@@ -112,6 +113,7 @@ export default function ({ data, parentElement }) {
     title.textContent = panel.title; tokens.dir = panel.dir; tokens.tabIndex = 0;
     tokens.setAttribute('role', 'group');
     tokens.setAttribute('aria-label', 'tokens of ' + panel.title + '; arrow keys go from one to the next');
+    let run = tokens;
     const drawn = panel.cells.map((cell, n) => {
       const element = document.createElement('bdi');
       element.textContent = cell.text;
@@ -119,8 +121,17 @@ export default function ({ data, parentElement }) {
       if (!cell.known) element.classList.add('unknown');
       paint(element, data, cell.shades, cell.special, under);
       element.dataset.n = n;
-      tokens.append(element);
-      if (data.per_row ? (n + 1) % data.per_row === 0 : cell.ends_line) tokens.append(document.createElement('br'));
+      if (cell.dir === panel.dir) run = tokens;
+      else if (run === tokens) {
+        run = document.createElement('bdi');
+        run.dir = cell.dir;
+        tokens.append(run);
+      }
+      run.append(element);
+      if (data.per_row ? (n + 1) % data.per_row === 0 : cell.ends_line) {
+        tokens.append(document.createElement('br'));
+        run = tokens;
+      }
       return element;
     });
     const cellOf = (target) => target.closest && target.closest('bdi[data-n]');
