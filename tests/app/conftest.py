@@ -40,7 +40,7 @@ def open_view(name: str, **params: str) -> AppTest:
     return open_file(page_file(name), **params)
 
 
-def open_file(file: Path, **params: str) -> AppTest:
+def open_file(file: Path, **params: str | list[str]) -> AppTest:
     """The same for a page in a file."""
     test = AppTest.from_file(str(file), default_timeout=60)
     for key, value in params.items():

@@ -97,6 +97,8 @@ def values(paths: RunPaths, told: Context, neurons: Sequence[Neuron]) -> dict[Ne
     path, start, end = str(row["path"]), int(row["row_start"]), int(row["row_end"])
     if not row["is_listed"]:
         raise RunError(f"{path}: not among the files that this run says it wrote")
+    if any(not 0 <= n < len(told.token_ids) for n in told.positions):
+        raise RunError(f"{told.prompt_id}: expected positions within its {len(told.token_ids)} tokens, found others")
     matrices = map_matrices(paths.artifacts, path)
     result: dict[Neuron, np.ndarray | None] = {}
     for one in neurons:

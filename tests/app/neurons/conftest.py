@@ -2,7 +2,6 @@
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -27,30 +26,21 @@ SHAPES: dict[str, Shape] = {
 
 
 @pytest.fixture(scope="session")
-def neuron_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of these runs, each with its name as a link to its folder's name in `names.json`."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunPaths]:
+    """These runs by name, in a folder of their own."""
     root = tmp_path_factory.mktemp("neurons") / "runs"
     root.mkdir()
-    names: dict[str, str] = {}
+    made: dict[str, RunPaths] = {}
     for n, (name, shape) in enumerate(SHAPES.items()):
-        paths = synthetic.make(root, shape, datetime(2026, 2, 28 - n, tzinfo=UTC))
-        names[name] = paths.run_id
+        paths = made[name] = synthetic.make(root, shape, datetime(2026, 2, 28 - n, tzinfo=UTC))
         if shape.is_running:
             manifest = json.loads(paths.manifest.read_text()) | {"status": "running", "heartbeat": AHEAD, "ended": None}
             paths.manifest.write_text(json.dumps(manifest))
-    (root.parent / "names.json").write_text(json.dumps(names))
-    return root
-
-
-@pytest.fixture(scope="session")
-def runs(neuron_root: Path) -> dict[str, RunPaths]:
-    """These runs by name."""
-    names = json.loads((neuron_root.parent / "names.json").read_text())
-    return {name: RunPaths(neuron_root / run_id) for name, run_id in names.items()}
+    return made
 
 
 @pytest.fixture
-def opened(neuron_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, as the folder of runs of this process."""
-    monkeypatch.setenv("OUTPUT_ROOT", str(neuron_root))
-    return neuron_root
+def opened(runs: dict[str, RunPaths], monkeypatch: pytest.MonkeyPatch) -> dict[str, RunPaths]:
+    """The same, their folder being the folder of runs of this process."""
+    monkeypatch.setenv("OUTPUT_ROOT", str(runs["whole"].folder.parent))
+    return runs

@@ -189,7 +189,10 @@ def test_bins_are_named_up_to_the_last_that_has_any() -> None:
 
 
 POINTS = pd.DataFrame(
-    {"layer": [0, 1, 2], "neuron": [5, 6, 7], "mean_peak": [1.0, 10.0, 3.0], "influence": [0.5, -0.25, 0.0], "q": [0.01, 0.9, None]}
+    {
+        "layer": [0, 1, 2], "neuron": [5, 6, 7], "mean_peak": [1.0, 10.0, 3.0], "influence": [0.5, -0.25, 0.0],
+        "q": [0.01, 0.9, None],
+    }
 )  # fmt: skip
 
 
@@ -212,8 +215,8 @@ def test_a_point_of_the_scatter_names_its_neuron_and_the_chosen_one_is_ringed() 
 
 CLAIMS = pd.DataFrame(
     {
-        "ranking": ["relp", "dla", "dla", "dla"], "prompt_id": ["a", "a", "{b}", "c"], "layer": [0, 0, 1, 1], "neuron": [3, 3, 4, 5],
-        "predicted": [-1.0, -2.0, 0.5, None], "measured": [-1.0, -0.8, 0.25, 1.0],
+        "ranking": ["relp", "dla", "dla", "dla"], "prompt_id": ["a", "a", "{b}", "c"], "layer": [0, 0, 1, 1],
+        "neuron": [3, 3, 4, 5], "predicted": [-1.0, -2.0, 0.5, None], "measured": [-1.0, -0.8, 0.25, 1.0],
     }
 )  # fmt: skip
 
@@ -256,5 +259,5 @@ def test_a_whisker_an_ranking_and_run() -> None:
 
 
 def test_numbers_are_told_in_digits_that_count() -> None:
-    assert (number_told(0.00012345), number_told(None), number_told(math.nan)) == ("+0.0001235", "–", "–")
+    assert (number_told(0.00012346), number_told(None), number_told(math.nan)) == ("+0.0001235", "–", "–")
     assert (size_told(12345.6), size_told(None)) == ("1.235e+04", "–")
