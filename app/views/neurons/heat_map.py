@@ -248,7 +248,6 @@ def _candidates(view: View, prompt_id: str, rows: pd.DataFrame) -> None:
         on_select=clicked,
         height=min(320, 40 + 35 * len(rows)),
         column_config={
-            "place": "place",
             "value": st.column_config.NumberColumn("influence", format="%+.4f"),
             "share": st.column_config.NumberColumn("share of Σ|influence|", format="percent"),
             "activation": st.column_config.NumberColumn("a where the target is read", format="%+.4g"),

@@ -309,6 +309,7 @@ def _examples(view: View, chosen: Neuron) -> None:
         height=min(530, 40 + 35 * len(rows)),
         selection_mode="single-row",
         on_select=frame.on_row(key, list(rows["prompt_id"])),
+        column_order=["value", "look", "where", "prompt_id", "position"],
         column_config={
             "value": _number("a", "%+.4g", "its peak in that prompt"),
             "where": st.column_config.TextColumn("prompt, the token of the peak marked", width="large"),
