@@ -124,13 +124,13 @@ def entry(**manifest: Any) -> RunEntry:
 
 def test_the_core_names_no_experiment() -> None:
     def named(text: str) -> list[str]:
-        return re.findall(r"gravity|p_?sem|baseline|negative|condition|\blda\b|amplif", text, re.IGNORECASE)
+        return re.findall(r"gravity|p_?sem|baseline|negative|condition|\blda\b|amplif|neuron", text, re.IGNORECASE)
 
     for file in APP.rglob("*.py"):
-        if not {"gravity", "lda"} & set(file.parts):
+        if not {"gravity", "lda", "neurons"} & set(file.parts):
             text = re.sub(r"# Stands in for .*?# Until here\.", "", file.read_text("utf-8"), flags=re.DOTALL)
             assert named(text) == [], file
-    for name in ("gravity/pressure.py", "lda/amplification.py"):
+    for name in ("gravity/pressure.py", "lda/amplification.py", "neurons/heat_map.py"):
         assert named((APP / "queries" / name).read_text("utf-8"))  # control
 
 

@@ -37,6 +37,9 @@ def test_there_is_a_file_for_every_page_and_a_page_for_every_file() -> None:
         "gravity/extras.py",
         "lda/__init__.py",
         "lda/extras.py",
+        "neurons/__init__.py",
+        "neurons/extras.py",
+        "neurons/tokens.py",
     }
     assert all(page.file.exists() for page in pages)
 
