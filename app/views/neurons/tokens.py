@@ -18,13 +18,15 @@ _CSS = """
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 16px; }
 .panel { min-width: 0; }
 .title { font-weight: 600; font-size: 14px; margin-bottom: 4px; overflow-wrap: anywhere; unicode-bidi: isolate; }
-.tokens { font-family: var(--st-code-font, monospace); font-size: 14px; line-height: 2.1; white-space: pre-wrap;
+.tokens { font-family: var(--st-code-font, monospace); font-size: 14px; line-height: 1.6; white-space: pre-wrap;
   overflow-wrap: anywhere; border-radius: 4px; padding: 4px; outline-offset: 2px; }
-.tokens bdi, .legend bdi { border-radius: 3px; padding: 2px 0; cursor: default; }
+.tokens bdi, .legend bdi { border-radius: 3px; cursor: default; }
+.tokens bdi[data-n] { display: inline-block; max-width: 100%; padding: 1px 0; margin: 2px 0; line-height: 1.4;
+  vertical-align: top; }
 .tokens bdi.active { outline: 2px solid var(--st-primary-color); }
 .tokens bdi.uncounted { border-bottom: 2px dotted currentColor; border-radius: 3px 3px 0 0; }
 .tokens bdi.unknown { outline: 1px dashed #808080; outline-offset: -1px; }
-.tokens .bars { display: inline-block; position: relative; padding-bottom: var(--bars); }
+.tokens bdi.bars { padding-bottom: var(--bars); }
 .legend { font-size: 13px; margin-top: 10px; line-height: 2; }
 .legend bdi { padding: 2px 7px; white-space: nowrap; }
 .legend .tokens { font: inherit; }

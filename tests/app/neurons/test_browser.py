@@ -1,10 +1,13 @@
 """The pages of neurons in a real browser: one popup for all tokens, readable colours, hostile text, clicks and links."""
 
 import io
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlparse
 
+import duckdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -188,6 +191,32 @@ def test_hostile_text_is_text_and_does_nothing(tab: Tab, number: int) -> None:
     tab.page.locator(TOKEN).nth(1).hover()
     assert tab.page.locator(".popup script, .popup b").count() == 0
     check(tab)
+
+
+def test_an_id_that_is_markup_is_text_in_a_tooltip_too(runs: dict[str, RunPaths], browser: Any, tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    shutil.copytree(runs["whole"].folder, tmp_path / runs["whole"].run_id)
+    with duckdb.connect(str(tmp_path / runs["whole"].run_id / "live.duckdb")) as con:
+        for table in ("prompts", "contexts", "influence", "influence_totals", "effects", "curves", "targets"):
+            con.execute(f"UPDATE {table} SET prompt_id = ? WHERE prompt_id = 'p0004'", [hostile])
+    with serving(tmp_path) as address:
+        tab = Tab(browser, address)
+        tab.page.add_init_script("window.alert = () => console.error('a script of a prompt ran')")
+        go(tab, "neurons", prompt=hostile)
+        chart = tab.page.locator("[data-testid=stEChartsChart]").nth(2)
+        chart.scroll_into_view_if_needed()
+        box = chart.locator("canvas").first.bounding_box()
+        x, y = _dot(chart.locator("canvas").first)
+        tab.page.mouse.move(box["x"] + x, box["y"] + y)
+        tab.page.wait_for_timeout(500)
+        tooltip = tab.page.get_by_text(f"in {hostile}: dla claims")
+        assert tooltip.count() == 1
+        assert tab.page.locator("img[src=x]").count() == 0
+        go(tab, "heat_map", prompt=hostile, neuron="1.3")
+        assert tab.page.locator(".title").first.inner_text() == hostile
+        assert tab.page.locator("img[src=x]").count() == 0
+        check(tab)
+        tab.page.close()
 
 
 def test_a_click_on_a_point_chooses_its_neuron_and_a_copied_link_shows_the_same(
