@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.errors import (
     EnvironmentFault,
@@ -306,9 +306,9 @@ def _add_settings(parser: argparse.ArgumentParser, fields: Fields) -> None:
     short = {name: flag for flag, name in fields.short_flags.items()}
     for name in fields.names:
         flags = [f"--{short[name]}"] if name in short else []
-        group.add_argument(
-            *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=fields.describe(name).replace("%", "%%")
-        )
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if fields.is_switch(name) else {}
+        told = fields.describe(name).replace("%", "%%")
+        group.add_argument(*flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=told, **alone)
     for old, section in fields.former.items():
         for rest in (n.removeprefix(f"{section}.") for n in fields.names if n.startswith(f"{section}.")):
             group.add_argument(f"--{old}.{rest}", dest=f"set:{old}.{rest}", help=argparse.SUPPRESS)
@@ -480,7 +480,7 @@ def _serve(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness.commands import serve
 
-    serve.leave(serve.command(resolved, experiment))
+    serve.leave(serve.command(resolved, experiment, args.experiment, args.argv))
 
 
 def _app(args: argparse.Namespace) -> int:

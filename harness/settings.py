@@ -273,6 +273,8 @@ class ServeSettings(Section):
     """Tokens of one completion."""
     max_body_bytes: Annotated[int, Field(ge=1, le=10**10)] = 4_000_000
     """Bytes of one request."""
+    record: bool = False
+    """Keep every request and its answer as rows of a run in `paths.runs`, which can be shown, exported and cited."""
 
 
 class Settings(BaseSettings):
@@ -356,6 +358,10 @@ class Fields:
     def describe(self, name: str) -> str:
         """The docstring of a setting, for help texts."""
         return self._info(name).description or ""
+
+    def is_switch(self, name: str) -> bool:
+        """Whether a setting is true or false, so that its flag says enough without a value."""
+        return self._info(name).annotation is bool
 
     def canonical(self, name: str) -> str:
         """A dotted name with the name that its section has today."""
