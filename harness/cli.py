@@ -192,6 +192,8 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     command("runs", _runs, "list the runs")
     show = command("show", _show, "one run: manifest, progress, warnings, headline results")
     show.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    browse = command("browse", _browse, "look at a run on the terminal, while it goes on too")
+    browse.add_argument("run", help="a run_id, a unique prefix of one, latest, or a run's folder")
     export = command("export", _export, "write every table of a run")
     export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
@@ -398,6 +400,13 @@ def _show(args: argparse.Namespace) -> int:
 
     show.print_run(root, args.run)
     return 0
+
+
+def _browse(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness.commands import browse
+
+    return browse.command(root, args.run)
 
 
 def _export(args: argparse.Namespace) -> int:

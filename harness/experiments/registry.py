@@ -95,10 +95,21 @@ def served() -> tuple[str, ...]:
     """The experiments that `harness serve` takes; one that cannot be imported is passed over."""
     from harness.experiments.experiment import Served
 
+    return _that_are(Served)
+
+
+def browsed() -> tuple[str, ...]:
+    """As `served`, those whose runs `harness browse` takes."""
+    from harness.experiments.experiment import Browsed
+
+    return _that_are(Browsed)
+
+
+def _that_are(kind: type) -> tuple[str, ...]:
     found = []
     for name in names():
         with suppress(SettingsError):
-            found += [name] if isinstance(get(name), Served) else []
+            found += [name] if isinstance(get(name), kind) else []
     return tuple(found)
 
 

@@ -1,0 +1,1 @@
+"""Tests of the neuron experiment, and what they share."""
