@@ -10,6 +10,7 @@ by their secant (Arora et al. 2026, arXiv 2601.22594).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -217,13 +218,15 @@ def _integrated(
     along = _Path(scene, start, a, baseline is None and any(o.post is not None for o in scene.circuit.outlets))
     order = min(steps, _ORDER)
     edges = np.linspace(0, 1, max(1, steps // order) + 1)
-    total, panels = torch.zeros_like(a, dtype=torch.float64), list(zip(edges[:-1], edges[1:], strict=True))
+    total, panels = torch.zeros_like(a, dtype=torch.float64), list(pairwise(edges.tolist()))
     difference, misses, used = along.difference(0.0, 1.0), [], 0
     while panels:
         parts = along.integrals(panels, order)
         used += order * len(panels)
         room = _MOST_GAP * abs(difference) - sum(misses)
-        gaps = [abs(_sum(part * (a - start)) - along.difference(*ends)) for part, ends in zip(parts, panels, strict=True)]
+        gaps = [
+            abs(_sum(part * (a - start)) - along.difference(*ends)) for part, ends in zip(parts, panels, strict=True)
+        ]
         # The smallest misses are let be, as many as there is room for.
         halved: list[tuple[float, float]] = []
         for n in np.argsort(gaps, kind="stable").tolist():
@@ -295,7 +298,9 @@ class _Path:
         shares, found = self._share(u), [torch.zeros_like(self._end, dtype=torch.float64) for _ in panels]
         size = max(order, rows_at_once(self._scene, _MOST_TOKENS) // order * order)  # whole panels
         for some in chunked(len(u), size):
-            for n, gradient in enumerate(self._gradients(shares[some.start : some.stop], w[some.start : some.stop], order)):
+            for n, gradient in enumerate(
+                self._gradients(shares[some.start : some.stop], w[some.start : some.stop], order)
+            ):
                 found[some.start // order + n] += gradient
         return found
 
@@ -396,7 +401,7 @@ def acts_of(circuit: Circuit) -> Acts:
 
         leaves = [m for m in block.modules() if not list(m.children())]
         handles = [m.register_forward_hook(keep) for m in leaves]
-        handles.append(outlet.module.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0])))
+        handles.append(outlet.module.register_forward_pre_hook(_keeping(into)))
         try:
             lm.hidden(tokens, attend.Layout(positions, positions))
         finally:
@@ -414,6 +419,10 @@ def acts_of(circuit: Circuit) -> Acts:
     if len(set(gated)) != 1:
         raise ModelError(f"{lm.identity.name}: some of its MLPs are gated and some are not; relp cannot be had")
     return Acts(tuple(dict.fromkeys(found)), gated[0])
+
+
+def _keeping(into: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
+    return lambda _module, args: into.append(args[0])
 
 
 def _act_among(seen: Sequence[tuple[nn.Module, Tensor, Tensor]], a: Tensor) -> tuple[nn.Module, bool] | None:

@@ -128,7 +128,9 @@ class ModelIdentity:
         """Blocks of the decoder, as the configuration has it."""
         config = self.about["config"]
         config = config.get("text_config", config)
-        return int(config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"])  # GPT-2 and its kin
+        return int(
+            config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
+        )  # GPT-2 and its kin
 
     def fingerprint(self) -> dict[str, str]:
         return {

@@ -12,7 +12,7 @@ from harness.errors import ModelError, NotFinite
 from harness.models import norms, shapes
 from harness.models import plain_neurons as plain
 from harness.models.ablate import Change, Set, effects, sets
-from harness.models.attribution import attribute, acts_of
+from harness.models.attribution import acts_of, attribute
 from harness.models.load import LM
 from harness.models.neurons import Circuit, check_neurons, circuit_of, read, watched
 from harness.models.scene import Scene, Target
@@ -66,7 +66,11 @@ def test_the_control_a_neighbouring_hook_gives_something_else(circuit: Circuit) 
     seen: list[Tensor] = []
     block, outlet = lm.anatomy.blocks[1], circuit.outlets[1].module
     inner = [m for m in block.modules() if isinstance(getattr(m, "weight", None), Tensor) and m is not outlet]
-    handles = [m.register_forward_hook(lambda _m, _a, out: seen.append(out)) for m in inner]
+
+    def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
+        seen.append(output)
+
+    handles = [m.register_forward_hook(keep) for m in inner]
     try:
         rows = dumped(lm, [TEXT], [1])[1]
     finally:
@@ -85,9 +89,11 @@ def test_the_control_a_neighbouring_hook_gives_something_else(circuit: Circuit) 
 
 def test_the_forward_ends_behind_the_last_layer_that_is_wanted(circuit: Circuit) -> None:
     entered: list[int] = []
-    handles = [
-        b.register_forward_pre_hook(lambda _m, _a, n=n: entered.append(n)) for n, b in enumerate(circuit.lm.anatomy.blocks)
-    ]
+
+    def enter(n: int) -> Any:
+        return lambda _module, _args: entered.append(n)
+
+    handles = [b.register_forward_pre_hook(enter(n)) for n, b in enumerate(circuit.lm.anatomy.blocks)]
     try:
         rows = dumped(circuit.lm, [TEXT], [1])
     finally:
@@ -217,7 +223,9 @@ def test_act_grad_is_what_central_differences_give(family: str) -> None:
 
 @pytest.mark.parametrize("is_upto", [False, True])
 @pytest.mark.parametrize("start", ["zero", "mean"])
-def test_integrated_gradients_add_up_to_the_difference_of_their_ends(circuit: Circuit, is_upto: bool, start: str) -> None:
+def test_integrated_gradients_add_up_to_the_difference_of_their_ends(
+    circuit: Circuit, is_upto: bool, start: str
+) -> None:
     scene = Scene(circuit, TARGETS["logit"], is_upto=is_upto)
     base = None if start == "zero" else torch.full((circuit.num_layers, circuit.num_neurons), 0.05)
     found = attribute(scene, ("ig",), base)
@@ -257,7 +265,7 @@ def linear_lm(family: str) -> Circuit:
 
     model = build_model(family)
     for module in model.modules():
-        for name, child in list(module.named_children()):
+        for name, _child in list(module.named_children()):
             if name in ("act", "act_fn", "activation_fn"):
                 setattr(module, name, Linear())
     return circuit_of(assemble(model, Codec(byte_tokenizer()), identity(family)))

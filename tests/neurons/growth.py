@@ -81,7 +81,11 @@ def _rss() -> int:
 def _own() -> int:
     """Without mapped files, which the system takes back when it needs to."""
     found = psutil.Process().memory_full_info()
-    return (found.uss - getattr(found, "shared", 0)) // 2**20 if found.uss > getattr(found, "shared", 0) else found.uss // 2**20
+    return (
+        (found.uss - getattr(found, "shared", 0)) // 2**20
+        if found.uss > getattr(found, "shared", 0)
+        else found.uss // 2**20
+    )
 
 
 def _peak() -> int:

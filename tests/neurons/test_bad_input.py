@@ -89,7 +89,9 @@ def test_a_background_that_is_no_text(given: dict[str, Any], tmp_path: Path) -> 
 
 def test_prompts_that_cannot_be_measured_fail_alone(given: dict[str, Any], tmp_path: Path) -> None:
     """One without a counted token, one without the position; the others are measured, and exit 1 says so."""
-    path = prompts_in(tmp_path, [{"id": "short", "text": "a"}, {"id": "two", "text": "ab"}, {"id": "long", "text": "abcdef"}])
+    path = prompts_in(
+        tmp_path, [{"id": "short", "text": "a"}, {"id": "two", "text": "ab"}, {"id": "long", "text": "abcdef"}]
+    )
     told = run(tmp_path / "runs", {**given, "data.prompts": path, "neurons.target_pos": 3})
     assert told.code == 1
     folder = only_run(tmp_path / "runs")
@@ -116,7 +118,12 @@ def test_activations_that_are_no_numbers_fail_their_prompt_alone(
     broken: Path, given: dict[str, Any], tmp_path: Path
 ) -> None:
     path = prompts_in(tmp_path, [{"id": "bad", "text": "ab}cd"}, {"id": "good", "text": "abcde"}])
-    more = {"model.name": broken, "data.prompts": path, "neurons.sanity.num_prompts": 1, "paths.cache": tmp_path / "cache"}
+    more = {
+        "model.name": broken,
+        "data.prompts": path,
+        "neurons.sanity.num_prompts": 1,
+        "paths.cache": tmp_path / "cache",
+    }
     told = run(tmp_path / "runs", {**given, **more}, "--stages", "dump,peaks,influence")
     assert told.code == 1, told.err
     folder = only_run(tmp_path / "runs")

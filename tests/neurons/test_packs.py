@@ -25,7 +25,8 @@ def texts(seed: int = 0, num: int = 40) -> list[Text]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 20, num)
     return [
-        Text(f"p{n:03d}", tuple(rng.integers(0, 256, k).tolist()), tuple(range(1, k))) for n, k in enumerate(lengths.tolist())
+        Text(f"p{n:03d}", tuple(rng.integers(0, 256, k).tolist()), tuple(range(1, k)))
+        for n, k in enumerate(lengths.tolist())
     ]
 
 
@@ -33,7 +34,13 @@ def in_packs(some: Sequence[Text], size: int, most_tokens: int, folder: Path) ->
     opened = []
     for k in range(0, len(some), size):
         pack = pack_of(
-            tiny_lm("tiny-qwen3"), some[k : k + size], LAYERS, most_tokens, first=k, top=5, functional=frozenset(range(90))
+            tiny_lm("tiny-qwen3"),
+            some[k : k + size],
+            LAYERS,
+            most_tokens,
+            first=k,
+            top=5,
+            functional=frozenset(range(90)),
         )
         path = folder / f"{size}-{most_tokens}-{k:03d}.safetensors"
         save_file(arrays_of(pack), path)
@@ -47,7 +54,13 @@ def test_they_are_numpys_on_the_same_rows(tmp_path: Path) -> None:
     found = in_packs(some, len(some), 10**6, tmp_path)
     rows: dict[int, np.ndarray] = {}
     counted = [t.counted for t in some]
-    read(tiny_lm("tiny-qwen3"), [t.tokens for t in some], counted, LAYERS, lambda n, r: rows.__setitem__(n, r.double().numpy()))
+    read(
+        tiny_lm("tiny-qwen3"),
+        [t.tokens for t in some],
+        counted,
+        LAYERS,
+        lambda n, r: rows.__setitem__(n, r.double().numpy()),
+    )
     ends = np.cumsum([len(c) for c in counted])[:-1]
     for layer, own in found.items():
         a = rows[layer]
@@ -120,6 +133,12 @@ def test_equal_peaks_are_told_by_the_earlier_text_and_position() -> None:
     assert (values[0] == values[1]).all()
 
 
+def counted(counts: Counts, n: int) -> dict[int, int]:
+    """Tokens of one neuron, and how often it peaks at them."""
+    own = slice(counts.start[n], counts.start[n + 1])
+    return dict(zip(counts.token[own].tolist(), counts.times[own].tolist(), strict=True))
+
+
 def test_a_table_that_does_not_fit_says_by_how_much_it_may_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.zipf(1.3, (300, 4)).clip(1, 500)
@@ -129,9 +148,8 @@ def test_a_table_that_does_not_fit_says_by_how_much_it_may_be_wrong(monkeypatch:
     cut = Counts.of(tokens, 20)
     for n in range(4):
         ids, counts = np.unique(tokens[:, n], return_counts=True)
-        own = dict(zip(exact.token[exact.start[n] : exact.start[n + 1]], exact.count[exact.start[n] : exact.start[n + 1]], strict=True))
+        own, kept = (counted(c, n) for c in (exact, cut))
         assert own == dict(zip(ids, counts, strict=True))
-        kept = dict(zip(cut.token[cut.start[n] : cut.start[n + 1]], cut.count[cut.start[n] : cut.start[n + 1]], strict=True))
         assert len(kept) == 10
         assert all(own[t] == c for t, c in kept.items())
         assert max(c for t, c in own.items() if t not in kept) == cut.error[n] <= min(kept.values())

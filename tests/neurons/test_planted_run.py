@@ -93,12 +93,15 @@ def test_the_token_and_the_position_are_where_their_neurons_peak(ran: Path, plan
                     "WHERE (layer, neuron) = ({l}, {n})", l=token.layer, n=token.neuron)  # fmt: skip
     assert found == [(token.token, 1.0)]
     (examples,) = of(
-        ran, "SELECT list_distinct(list_transform(examples, lambda e: e.position)) FROM neurons WHERE (layer, neuron) = ({l}, {n})",
+        ran, "SELECT list_distinct(list_transform(examples, lambda e: e.position)) FROM neurons "
+             "WHERE (layer, neuron) = ({l}, {n})",
         l=position.layer, n=position.neuron,
     )[0]  # fmt: skip
     assert examples == [position.position]
     root = ran.parent.parent / "control"
-    told = harness("run", "neurons", "--limit", 21, "--paths.runs", root, "--neurons.skip_first", 0, "--stages", "peaks")
+    told = harness(
+        "run", "neurons", "--limit", 21, "--paths.runs", root, "--neurons.skip_first", 0, "--stages", "peaks"
+    )
     assert told.code == 0
     control = of(only_run(root), "SELECT v.text FROM neurons JOIN vocabulary v ON token_id = peak_token_mode "
                                  "WHERE (layer, neuron) = ({l}, {n})", l=token.layer, n=token.neuron)  # fmt: skip
@@ -107,7 +110,8 @@ def test_the_token_and_the_position_are_where_their_neurons_peak(ran: Path, plan
 
 def test_dlas_parts_add_up_to_the_logit(ran: Path) -> None:
     (worst, logit) = query(
-        ran, "SELECT max(abs(residual)), max(abs(logit)) FROM influence_totals JOIN targets USING (prompt_id) WHERE metric = 'dla'"
+        ran, "SELECT max(abs(residual)), max(abs(logit)) FROM influence_totals JOIN targets USING (prompt_id) "
+             "WHERE metric = 'dla'"
     )[0]  # fmt: skip
     assert worst <= 1e-5
     assert logit > 10

@@ -122,11 +122,15 @@ def test_statistics_are_those_of_plain_forwards(tmp_path: Path) -> None:
 def test_the_size_of_packs_decides_nothing(size: int, given: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     assert run(tmp_path, {**given, "neurons.pack": size, "batching.max_tokens": 50}, "--stages", "peaks").code == 0
     folder = only_run(tmp_path)
-    exact = "layer, neuron, num_prompts, num_tokens, peak_token_mode, peak_token_share, num_peak_tokens, next_token_mode"
+    exact = (
+        "layer, neuron, num_prompts, num_tokens, peak_token_mode, peak_token_share, num_peak_tokens, next_token_mode"
+    )
     assert rows(folder, "neurons", exact) == rows(whole, "neurons", exact)
     near = "mean, sd, mean_peak, sd_peak, kurtosis, z_background"
     for one, other in zip(rows(folder, "neurons", near), rows(whole, "neurons", near), strict=True):
-        assert np.allclose(np.array(one, dtype=float), np.array(other, dtype=float), rtol=1e-3, atol=1e-5, equal_nan=True)
+        assert np.allclose(
+            np.array(one, dtype=float), np.array(other, dtype=float), rtol=1e-3, atol=1e-5, equal_nan=True
+        )
 
 
 def test_peak_tokens_are_those_at_which_a_neuron_peaks(whole: Path) -> None:
@@ -188,7 +192,9 @@ def test_the_cumulative_set_is_the_shortest_that_holds_the_share(given: dict[str
     ],
     ids=str,
 )
-def test_every_way_of_asking_is_answered_and_certified(more: dict[str, Any], given: dict[str, Any], tmp_path: Path) -> None:
+def test_every_way_of_asking_is_answered_and_certified(
+    more: dict[str, Any], given: dict[str, Any], tmp_path: Path
+) -> None:
     told = run(tmp_path, {**given, **more})
     assert told.code == 0, told.err
     folder = only_run(tmp_path)
@@ -205,7 +211,10 @@ def test_every_way_of_asking_is_answered_and_certified(more: dict[str, Any], giv
 def test_what_is_predicted_of_a_small_change_is_what_happens(given: dict[str, Any], tmp_path: Path) -> None:
     """act_grad is the slope: of a small step it foretells the effect, of ablation only roughly (the control)."""
     found = {}
-    for name, more in (("small", {"neurons.effect": "add", "neurons.strength": 0.02}), ("large", {"neurons.ablate": "zero"})):
+    for name, more in (
+        ("small", {"neurons.effect": "add", "neurons.strength": 0.02}),
+        ("large", {"neurons.ablate": "zero"}),
+    ):
         assert run(tmp_path / name, {**given, **more, "neurons.metrics": "act_grad"}, "--stages", "effects").code == 0
         rows_of = query(only_run(tmp_path / name), "SELECT predicted, delta_logit FROM effects")
         predicted, measured = np.array(rows_of).T
@@ -221,8 +230,10 @@ def test_prompts_name_their_own_targets(given: dict[str, Any], tmp_path: Path) -
     )  # fmt: skip
     more = {"data.prompts": path, "neurons.target": "next_token", "neurons.token": "q"}
     assert run(tmp_path / "runs", {**given, **more}, "--stages", "targets").code == 0
-    found = query(only_run(tmp_path / "runs"), "SELECT prompt_id, token_ids, contrast_ids, position FROM targets ORDER BY 1")
-    byte = {c: t for (c, t) in zip("xqyz", [[ord(c) - 33] for c in "xqyz"], strict=True)}
+    found = query(
+        only_run(tmp_path / "runs"), "SELECT prompt_id, token_ids, contrast_ids, position FROM targets ORDER BY 1"
+    )
+    byte = {c: [ord(c) - 33] for c in "xqyz"}
     assert [f[0] for f in found] == ["a", "b", "c"]
     assert [f[1] for f in found] == [byte["x"], byte["q"], byte["z"]]
     assert found[1][2] == byte["y"]
@@ -234,12 +245,12 @@ def test_prompts_name_their_own_targets(given: dict[str, Any], tmp_path: Path) -
 
 def test_neurons_of_prompts_drawn_from_the_background_are_not_beyond_it() -> None:
     """Law 7: share of q < .05 at most .05 in 95 of 100 seeds. Control: peaks that are moved are found."""
+    import torch
+    from scipy.special import ndtr
+
     from harness.experiments.neurons.packs import Moments
     from harness.experiments.neurons.stages.peaks import z_of
     from harness.stats import benjamini_hochberg
-    from scipy.special import ndtr
-
-    import torch
 
     good, found = 0, 0
     for seed in range(100):
@@ -259,7 +270,9 @@ def test_neurons_of_prompts_drawn_from_the_background_are_not_beyond_it() -> Non
 # ---- kill and resume ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", some_of(["dump", "partials", "background", "peaks", "influence", "effects", "writes"], 3))
+@pytest.mark.parametrize(
+    "stage", some_of(["dump", "partials", "background", "peaks", "influence", "effects", "writes"], 3)
+)
 def test_a_run_killed_at_any_stage_and_resumed_has_the_same_rows_and_files(
     stage: str, given: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +305,9 @@ def _killed_after(commit: Callable[..., Any], stage: str) -> Callable[..., Any]:
     return killed
 
 
-def test_the_background_is_computed_once_for_all_runs_of_a_model(given: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+def test_the_background_is_computed_once_for_all_runs_of_a_model(
+    given: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
     told = run(tmp_path, given, "--stages", "background")
     assert "is known from an earlier run" in told.err
     folder = only_run(tmp_path)

@@ -32,7 +32,9 @@ class Neurons:
     name = "neurons"
     title = "Neurons"
     sentence = "which MLP neurons fire on these prompts, which move a logit, and what switching them off does"
-    planted = "This model's neurons were written into it: these numbers test the pipeline and say nothing of language models."
+    planted = (
+        "This model's neurons were written into it: these numbers test the pipeline and say nothing of language models."
+    )
     other_model: Literal["none", "optional", "required"] = "none"
     settings: type[ExperimentSettings] = NeuronsSettings
     pages = (

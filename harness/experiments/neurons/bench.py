@@ -50,7 +50,9 @@ def influence(grounds: Grounds) -> Timed:
 
     def forwards() -> list[Tensor]:
         with torch.inference_mode():
-            return [lm.model(input_ids=torch.tensor([t.tokens], device=lm.device), use_cache=False).logits for t in targets]
+            return [
+                lm.model(input_ids=torch.tensor([t.tokens], device=lm.device), use_cache=False).logits for t in targets
+            ]
 
     def attributed(*metrics: str) -> list[Tensor]:
         return [attribute(Scene(circuit, t), metrics, acts=acts).values[metrics[-1]] for t in targets]
@@ -142,10 +144,7 @@ def _one_by_one(lm: LM, texts: Sequence[tuple[int, ...]]) -> Rows:
     found: Rows = []
     for text in texts:
         seen: list[Tensor] = []
-        handles = [
-            m.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0][0].cpu()))
-            for m in lm.anatomy.neurons
-        ]
+        handles = [m.register_forward_pre_hook(_keeping(seen)) for m in lm.anatomy.neurons]
         try:
             with torch.inference_mode():
                 lm.model(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
@@ -154,6 +153,10 @@ def _one_by_one(lm: LM, texts: Sequence[tuple[int, ...]]) -> Rows:
                 handle.remove()
         found.append(torch.stack(seen).float().numpy())
     return found
+
+
+def _keeping(seen: list[Tensor]) -> Callable[[Any, tuple], None]:
+    return lambda _module, args: seen.append(args[0][0].cpu())
 
 
 def _ablated(circuit: Circuit, target: Target, chosen: np.ndarray) -> np.ndarray:
@@ -219,7 +222,7 @@ class _NNsight:
     def rows(self, texts: Sequence[tuple[int, ...]]) -> Rows:
         save, modules, found = self._save, self._modules, []
         for text in texts:
-            tokens = torch.tensor([text], device=self._device)
+            tokens, kept = torch.tensor([text], device=self._device), []
             with torch.inference_mode(), self._model.trace(input_ids=tokens, use_cache=False):
                 kept = save([m.input[0] for m in modules])
             found.append(torch.stack([k.cpu() for k in kept]).float().numpy())

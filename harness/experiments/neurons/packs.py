@@ -54,7 +54,9 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, rows: Float[Tensor, "K M"]) -> "Moments":
         found = []
-        for some in rows.split(max(1, _AT_ONCE // max(1, len(rows))), 1):  # float64 of all at once would be most of the memory
+        for some in rows.split(
+            max(1, _AT_ONCE // max(1, len(rows))), 1
+        ):  # float64 of all at once would be most of the memory
             wide = some.double()
             mean = wide.mean(0)
             left = wide - mean
@@ -94,7 +96,7 @@ class Counts(NamedTuple):
 
     start: Int[np.ndarray, " M1"]
     token: Int[np.ndarray, " E"]
-    count: Int[np.ndarray, " E"]
+    times: Int[np.ndarray, " E"]
     error: Int[np.ndarray, " M"]
 
     @classmethod
@@ -129,7 +131,7 @@ class Counts(NamedTuple):
         num = len(parts[0].error)
         neuron = np.concatenate([np.repeat(np.arange(num), np.diff(p.start)) for p in parts])
         token = np.concatenate([p.token for p in parts]).astype(np.int64)
-        count = np.concatenate([p.count for p in parts])
+        count = np.concatenate([p.times for p in parts])
         pair, where = np.unique(neuron * (1 << 31) + token, return_inverse=True)
         total = np.bincount(where, weights=count, minlength=len(pair)).astype(np.int64)
         found = cls._kept(pair >> 31, pair & ((1 << 31) - 1), total, num, None)
@@ -139,11 +141,11 @@ class Counts(NamedTuple):
         """The most frequent token of each neuron (of equals the smallest id; −1 without any), and how often it is."""
         num = len(self.error)
         owner = np.repeat(np.arange(num), np.diff(self.start))
-        order = np.lexsort((self.token, -self.count, owner))
+        order = np.lexsort((self.token, -self.times, owner))
         token, count = np.full(num, -1, dtype=np.int64), np.zeros(num, dtype=np.int64)
         has = np.diff(self.start) > 0
         first = order[self.start[:-1][has]]
-        token[has], count[has] = self.token[first], self.count[first]
+        token[has], count[has] = self.token[first], self.times[first]
         return token, count
 
 
@@ -186,10 +188,16 @@ class Layer:
         )
 
 
-def _highest(texts: np.ndarray, positions: np.ndarray, values: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
+def _highest(
+    texts: np.ndarray, positions: np.ndarray, values: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `top` of largest |value| a column; of equals the earlier text."""
     order = np.lexsort((texts, -np.abs(values)), axis=0)[:top]
-    return tuple(np.take_along_axis(x, order, 0) for x in (texts, positions, values))
+    return (
+        np.take_along_axis(texts, order, 0),
+        np.take_along_axis(positions, order, 0),
+        np.take_along_axis(values, order, 0),
+    )
 
 
 class Pack(NamedTuple):
@@ -314,7 +322,7 @@ def _layer(
         return layer
     values = signed.cpu().numpy().astype(np.float32)
     numbers = np.array([ordinal[t.name] for t in kept], dtype=np.int32)
-    layer.examples = _highest(np.broadcast_to(numbers[:, None], values.shape), where, values, top)  # type: ignore[assignment]
+    layer.examples = _highest(np.broadcast_to(numbers[:, None], values.shape), where, values, top)
     width = max(len(t.tokens) for t in kept)
     ids = np.full((len(kept), width + 1), -1, dtype=np.int64)
     for n, text in enumerate(kept):
@@ -384,9 +392,7 @@ class Open(NamedTuple):
         if self.has(f"{number}.num_functional"):
             layer.examples = (get("examples.text"), get("examples.position"), get("examples.value"))
             layer.num_functional = get("num_functional")
-            layer.tokens = {
-                table: Counts(*(get(f"{table}.{n}") for n in Counts._fields)) for table in _TABLES
-            }
+            layer.tokens = {table: Counts(*(get(f"{table}.{n}") for n in Counts._fields)) for table in _TABLES}
         return layer
 
 
