@@ -432,10 +432,9 @@ def test_other_widths_and_scales_of_logits_too() -> None:
         ("cohere", {"logit_scale": 0.25}), ("stablelm", {}), ("starcoder2", {"use_bias": True}),
     ):  # fmt: skip
         config = AutoConfig.for_model(kind, **base, **more)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attend.registered()).eval()
-        with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -444,7 +443,7 @@ def test_other_widths_and_scales_of_logits_too() -> None:
         circuit = circuit_of(assemble(model.requires_grad_(False), Codec(byte_tokenizer()), identity(kind)))
         told = attribute(Scene(circuit, TARGETS["logit"]), ("dla",)).totals["dla"]
         assert told.residual == pytest.approx(0, abs=1e-4), kind
-        assert abs(told.total) > 1e-3, kind
+        assert abs(told.total) > 1e-4, kind
         acts_of(circuit)
 
 
