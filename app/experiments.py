@@ -15,7 +15,8 @@ import pandas as pd
 
 from app.selection import Selection
 from harness.errors import SettingsError
-from harness.experiments.experiment import Page
+from harness.experiments import registry
+from harness.experiments.experiment import Experiment, Page
 from harness.experiments.registry import DEFAULT, get, names
 from harness.experiments.remarks import Remark, of_certificate
 from harness.run import Manifest, RunEntry, RunPaths
@@ -52,8 +53,10 @@ class Extras:
 
 
 def of_run(manifest: Manifest) -> str:
-    """The name of a run's experiment; the default one's where the manifest is older than the question."""
-    return manifest.experiment or DEFAULT
+    """The name of a run's experiment; the default one's where the manifest is older than the question. A run that a service
+    recorded is of no experiment with pages, and is called by its kind too."""
+    name = manifest.experiment or DEFAULT
+    return f"{manifest.kind} {name}" if manifest.kind else name
 
 
 def problem(name: str) -> str | None:
@@ -65,19 +68,35 @@ def problem(name: str) -> str | None:
     return None
 
 
+def problem_of(manifest: Manifest) -> str | None:
+    """Why a run cannot be opened; None where it can."""
+    if manifest.kind is None:
+        return problem(of_run(manifest))
+    try:
+        _shown_by(manifest)
+    except SettingsError as e:
+        return str(e)
+    return None
+
+
+def _shown_by(manifest: Manifest) -> Experiment:
+    """What has a run's tables and what is said of it. Raises SettingsError where it is not installed."""
+    return get(of_run(manifest)) if manifest.kind is None else registry.of_run(manifest)
+
+
 def schema_of(manifest: Manifest) -> Schema:
     """The tables of a run's experiment. Raises SettingsError where it is not installed."""
-    return get(of_run(manifest)).schema
+    return _shown_by(manifest).schema
 
 
 def planted_of(manifest: Manifest) -> str:
     """What is said above a run whose truth is planted; empty for any other."""
-    return get(of_run(manifest)).planted if manifest.planted else ""
+    return _shown_by(manifest).planted if manifest.planted else ""
 
 
 def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """What a run should say of itself."""
-    return [*get(of_run(manifest)).remarks(reader, manifest), *of_certificate(reader, manifest)]
+    return [*_shown_by(manifest).remarks(reader, manifest), *of_certificate(reader, manifest)]
 
 
 def pages_of(name: str) -> tuple[Page, ...]:

@@ -62,9 +62,9 @@ def open_core(title: str) -> tuple[Selection | None, Extras]:
         return None, Extras()
     with st.sidebar:
         entry = pick_run(entries)
-        name = experiments.of_run(Selection(entry).manifest)
-        problem = experiments.problem(name)
-        extras = Extras() if problem else experiments.extras_of(name)
+        manifest = Selection(entry).manifest
+        problem = experiments.problem_of(manifest)
+        extras = Extras() if problem else experiments.extras_of(experiments.of_run(manifest))
         selected = extras.pick(entry)
     if problem:
         st.info("The results of this run cannot be shown.")

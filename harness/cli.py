@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.errors import (
     EnvironmentFault,
@@ -192,6 +192,8 @@ def _parser(given: Sequence[str] = ()) -> argparse.ArgumentParser:
     command("runs", _runs, "list the runs")
     show = command("show", _show, "one run: manifest, progress, warnings, headline results")
     show.add_argument("run", help="a run_id, a unique prefix of one, or latest")
+    browse = command("browse", _browse, "look at a run on the terminal, while it goes on too")
+    browse.add_argument("run", help="a run_id, a unique prefix of one, latest, or a run's folder")
     export = command("export", _export, "write every table of a run")
     export.add_argument("run", help="a run_id, a unique prefix of one, or latest")
     export.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write to")
@@ -306,9 +308,9 @@ def _add_settings(parser: argparse.ArgumentParser, fields: Fields) -> None:
     short = {name: flag for flag, name in fields.short_flags.items()}
     for name in fields.names:
         flags = [f"--{short[name]}"] if name in short else []
-        group.add_argument(
-            *flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=fields.describe(name).replace("%", "%%")
-        )
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if fields.is_switch(name) else {}
+        told = fields.describe(name).replace("%", "%%")
+        group.add_argument(*flags, f"--{name}", dest=f"set:{name}", metavar="VALUE", help=told, **alone)
     for old, section in fields.former.items():
         for rest in (n.removeprefix(f"{section}.") for n in fields.names if n.startswith(f"{section}.")):
             group.add_argument(f"--{old}.{rest}", dest=f"set:{old}.{rest}", help=argparse.SUPPRESS)
@@ -400,6 +402,13 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _browse(args: argparse.Namespace) -> int:
+    root = _resolved(args).settings.paths.runs
+    from harness.commands import browse
+
+    return browse.command(root, args.run)
+
+
 def _export(args: argparse.Namespace) -> int:
     root = _resolved(args).settings.paths.runs
     from harness.commands import export
@@ -480,7 +489,7 @@ def _serve(args: argparse.Namespace) -> int:
     resolved = _resolved(args)
     from harness.commands import serve
 
-    serve.leave(serve.command(resolved, experiment))
+    serve.leave(serve.command(resolved, experiment, args.experiment, args.argv))
 
 
 def _app(args: argparse.Namespace) -> int:

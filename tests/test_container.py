@@ -191,6 +191,19 @@ def test_compose_services_are_as_careful_as_the_documents_say() -> None:
     assert COMPOSE["services"]["app"]["ports"] == ["127.0.0.1:8501:8501"], "nobody else is served"
 
 
+def test_the_image_gets_all_bundled_data() -> None:
+    """Once a new folder was left out: .dockerignore lets in what it names, and nothing else."""
+    admitted = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
+
+    def is_let_in(name: str) -> bool:
+        return any(name == one or name.startswith(f"{one}/") for one in admitted)
+
+    found = [path.relative_to(ROOT).as_posix() for path in (ROOT / "data").rglob("*") if path.is_file()]
+    assert {"data/neurons/planted.jsonl", "data/models/demo/model.safetensors"} <= set(found)
+    assert [name for name in found if not is_let_in(name) and not name.endswith((".py", ".pyc"))] == []
+    assert not is_let_in("data/models/train_demo.py"), "control: not everything is let in"
+
+
 # ---- layers ------------------------------------------------------------------------------------------------------
 
 

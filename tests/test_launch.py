@@ -18,6 +18,7 @@ import pytest
 from harness.commands.recognise import open_run
 from harness.run import RunPaths
 from harness.store import Row
+from harness.tolerance import TOLERANCE
 from tests.commands import BAN, DATA, ROWS, harness, manifest, only_run, prompt_file, query
 from tests.gravity import prepare, resolve
 
@@ -96,7 +97,7 @@ def test_batch_size_does_not_decide_results(by_budget: dict[int, Path]) -> None:
         compare(by_budget[budget], by_budget[8192], tolerance=1e-5)  # float32 sums in another order
         p = "SELECT p_sem, p_word, paper_p_sem FROM psem ORDER BY prompt_id, condition"
         for x, y in zip(query(by_budget[budget], p), query(by_budget[8192], p), strict=True):
-            assert x == pytest.approx(y, abs=1e-6, rel=0)
+            assert x == pytest.approx(y, abs=TOLERANCE["float32"].prob, rel=0)
 
 
 def test_the_seed_does_decide_results(by_budget: dict[int, Path], tmp_path: Path) -> None:

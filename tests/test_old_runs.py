@@ -18,6 +18,7 @@ import pytest
 from tests.app.conftest import open_view
 from tests.cases import some_of
 from tests.commands import Told, harness
+from tests.test_launch import compare
 
 ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "runs"
 NAMES = sorted(path.name.removesuffix(".tar.xz") for path in ARCHIVES.glob("*.tar.xz"))
@@ -200,8 +201,8 @@ def test_an_unfinished_run_goes_on_by_its_own_command_and_ends_as_one_that_was_n
     assert manifest(run)["status"] == "finished"
     assert len(manifest(run)["resumed"]) == 1
     assert manifest(run)["fingerprint"] == manifest(whole)["fingerprint"]
-    told = harness("diff", run.name, whole.name, "--exit-code", "--paths.runs", tmp_path)
-    assert told.code == 0, told.out
+    # Not to the last bit: the runs were made on one processor, and what was left of this one on another.
+    compare(run, whole, tolerance=1e-5)
     told = harness("verify", run.name, "--batches", 0, "--paths.runs", tmp_path)
     assert told.code == 0, told.out
 

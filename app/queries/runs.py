@@ -45,14 +45,13 @@ def _row(entry: RunEntry) -> dict[str, Any]:
     facts, manifest = entry.facts(), entry.manifest
     if manifest is None:
         return facts | dict.fromkeys(("fingerprint", "sanity", "stages", "experiment"), "")
-    experiment = experiments.of_run(manifest)
     return facts | {
         "fingerprint": manifest.fingerprint[:8],
         "warnings": sum(manifest.warnings.values()) if manifest.says("warnings") else None,
         "sanity": verdict(manifest),
         "stages": _stages_done(manifest),
-        "experiment": experiment,
-        "reason": facts["reason"] or experiments.problem(experiment) or "",
+        "experiment": experiments.of_run(manifest),
+        "reason": facts["reason"] or experiments.problem_of(manifest) or "",
     }
 
 

@@ -214,7 +214,9 @@ def _hub_cache(settings: Settings) -> str:
 def _model_cache(settings: Settings) -> str:
     folder = settings.paths.cache_folder
     kept = [name for name in FETCHABLE if path_of(name, folder).exists()]
-    return f"{_told_of_cache(folder, 'paths.cache')}; fetched: {', '.join(kept) or 'nothing yet (harness fetch)'}"
+    built = sum(1 for _ in folder.glob("planted/*/planted.json"))
+    told = f"{_told_of_cache(folder, 'paths.cache')}; fetched: {', '.join(kept) or 'nothing yet (harness fetch)'}"
+    return f"{told}; planted models built: {built}" if built else told
 
 
 def _told_of_cache(folder: Path, setting: str) -> str:

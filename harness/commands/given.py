@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.files import read_unlinked
 from harness.models.fetch import FETCHABLE
-from harness.settings import BUNDLED_MODELS, BUNDLED_PROMPTS
+from harness.settings import BUNDLED_MODELS, BUNDLED_PROMPTS, PLANTED_MODELS
 
 FLAGS = {"model.name": "--model", "other.name": "--other", "data.prompts": "--prompts"}
 """Settings that may be paths, and the flag that gives each."""
@@ -47,7 +47,8 @@ def is_own(settings: Mapping[str, Any], given: object, state: Path) -> bool:
 
 def is_name(model: str) -> bool:
     """Whether a model's setting names one of our own, or none, and neither a path nor one of the hub."""
-    return not model or model in BUNDLED_MODELS or model in FETCHABLE or model.startswith("random:")
+    ours = model in BUNDLED_MODELS or model in PLANTED_MODELS or model in FETCHABLE
+    return not model or ours or model.startswith("random:")
 
 
 def _is_path(name: str, value: str) -> bool:

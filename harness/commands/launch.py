@@ -160,15 +160,16 @@ def start(
     """Start or go on with the run of a plan, to its end. With `origin` it repeats that run. `asked_sha256`: by which the same
     command is recognised once the run is finished, see `asked`."""
     settings = resolved.settings
-    here = surroundings(plan, resolved)
+    here = surroundings(plan.experiment.name, plan.device, resolved)
     _warn(plan)
     if settings.runtime.device == "auto" and device.is_gpu_unused(plan.device):
         logger.warning("torch sees no GPU: computing on the CPU; in a container add `--gpus all`, see `harness doctor`")
     with ExitStack() as stack:
-        with choosing(_root(settings.paths.runs, resume)):
+        with choosing(root_of(settings.paths.runs, resume)):
             found = _find_run(settings.paths.runs, plan, resume, origin)
             if found is None:
-                content = _manifest(plan, resolved, argv or [], here, origin) | {"asked_sha256": asked_sha256}
+                content = content_of(plan.experiment.name, plan.parts, plan.models, resolved, argv or [], here, origin)
+                content["asked_sha256"] = asked_sha256
                 run_id = new_run_id(plan.slug, plan.fingerprint, datetime.now(UTC))
                 paths = stack.enter_context(new_run(settings.paths.runs, run_id, partial(_lay, plan, content)))
             else:
@@ -199,7 +200,7 @@ def start(
 def _lay(plan: Plan, content: dict[str, Any], paths: RunPaths, run_id: str) -> None:
     """What a new run has from its first moment: its manifest, a store with what was refused, and a snapshot of it."""
     ManifestFile.create(paths, content, run_id, plan.prepared.facts)
-    _write_diff(paths)
+    write_diff(paths)
     with Store(paths.results, plan.experiment.schema) as store:
         for kind, message in plan.prepared.events:
             store.event("warning", kind, message)
@@ -384,7 +385,7 @@ def _is_long(plan: Plan) -> bool:
     return plan.prepared.num_subjects >= _LEAST_SUBJECTS and plan.prepared.num_contexts * weights >= _LEAST_WORK
 
 
-def _root(root: Path, resume: str) -> Path:
+def root_of(root: Path, resume: str) -> Path:
     """The folder of runs, made where it is missing and a run may be new."""
     if resume not in ("auto", "new"):
         find_run(root, resume)
@@ -399,6 +400,8 @@ def _find_run(root: Path, plan: Plan, resume: str, origin: Origin | None) -> Run
     if resume not in ("auto", "new"):
         paths = find_run(root, resume)
         manifest = read_manifest(paths)
+        if manifest.kind is not None:
+            raise RunError(f"run {paths.run_id} holds what a service was asked: there is nothing in it to go on with")
         if manifest.fingerprint != plan.fingerprint:
             changes = differences(manifest.part("fingerprint_parts"), plan.parts)
             told = (
@@ -427,44 +430,52 @@ def _finished(paths: RunPaths) -> bool:
     return read_manifest(paths).status == "finished"
 
 
-def surroundings(plan: Plan, resolved: Resolved) -> dict[str, Any]:
+def surroundings(experiment: str, device_name: str, resolved: Resolved) -> dict[str, Any]:
     """Code, versions, machine and torch's switches, for a manifest. Sets the threads and switches that it tells of."""
     threads = device.set_threads(resolved.settings.runtime.threads)
     numerics = device.be_exact()
     return {
-        "code": environment.code(registry.folder_outside(plan.experiment.name)),
+        "code": environment.code(registry.folder_outside(experiment)),
         "packages": environment.packages(),
         "lock_sha256": environment.lock_sha256(resolved.settings.paths.data_folder),
         "machine": environment.machine(),
-        "device": plan.device,
+        "device": device_name,
         "threads": threads,
         "numerics": {**numerics, "attention": "harness (SDPA, explicit where a model soft-caps or has sinks)"},
     }
 
 
-def _manifest(
-    plan: Plan, resolved: Resolved, argv: list[str], here: Mapping[str, Any], origin: Origin | None
+def content_of(
+    experiment: str,
+    parts: Mapping[str, Any],
+    models: Models,
+    resolved: Resolved,
+    argv: list[str],
+    here: Mapping[str, Any],
+    origin: Origin | None = None,
 ) -> dict[str, Any]:
+    """What the manifest of a new run begins with: `parts` decide its results, `here` are its `surroundings`."""
     values = {name: value for name, value, _ in resolved.rows()}
-    other = plan.models.other_identity
+    other = models.other_identity
     return {
-        "experiment": plan.experiment.name,
+        "experiment": experiment,
         "parent": origin.run_id if origin else None,
         "accepted_differences": [d._asdict() for d in origin.accepted] if origin else [],
         "recorded_sizes": dict(origin.sizes) if origin else {},
-        "fingerprint": plan.fingerprint,
-        "fingerprint_parts": plan.parts,
+        "fingerprint": fingerprint(parts),
+        "fingerprint_parts": parts,
         "argv": argv,
         "settings": {name: {"value": value, "source": source} for name, value, source in resolved.rows()},
         "given_here": given.mark(values, resolved.settings.paths.state_folder),
         **here,
         "random_numbers": noise.RULE,
-        "model": told_of(plan.models.identity),
+        "model": told_of(models.identity),
         **({"other": told_of(other)} if other is not None else {}),
     }
 
 
-def _write_diff(paths: RunPaths) -> None:
+def write_diff(paths: RunPaths) -> None:
+    """Keep the uncommitted changes of the code that runs, where there are any."""
     diff = environment.tree_diff()
     if diff:
         with replacing(paths.tree_diff) as temporary:

@@ -9,12 +9,12 @@ from harness.store.snapshot import open_snapshot
 
 
 def experiment_of(manifest: Manifest) -> Experiment:
-    """The experiment of a run. A manifest that names none is older than experiments are several.
+    """The experiment of a run, see `registry.of_run`.
 
     Raises RunError where it is not installed here, or cannot be imported.
     """
     try:
-        return registry.get(manifest.experiment or registry.DEFAULT)
+        return registry.of_run(manifest)
     except SettingsError as e:
         raise RunError(
             f"run {manifest.run_id} is of an experiment that is not at hand: {e}; its manifest can be read, its tables cannot"

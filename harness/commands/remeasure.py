@@ -51,7 +51,7 @@ def measured_again(
     if decisive:
         yield Check("FAIL", "again", f"this is not what was measured: {told(decisive)}")
         return
-    here = surroundings(plan, resolved)
+    here = surroundings(plan.experiment.name, plan.device, resolved)
     apart = environment_differences(manifest.tree, {**here, "stages": manifest.part("stages")})
     tolerance = 0.0 if not apart else TOLERANCE[plan.models.identity.dtype].nats
     how = (

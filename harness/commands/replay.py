@@ -24,8 +24,13 @@ def settings_of(manifest: Manifest, state: Path) -> dict[str, Any]:
     """The settings of a recorded run by dotted name: its commit for the branch it named, and the threads it really had.
 
     Not among them: trust in a model's code, which is given anew or not at all, and paths that this user, whose state is
-    in `state`, did not give.
+    in `state`, did not give. Raises RunError for a run that was not computed from settings, but asked for by clients.
     """
+    if manifest.kind is not None:
+        raise RunError(
+            f"run {manifest.run_id} holds what a service was asked: nothing of it is measured again; ask the same requests, "
+            "with the seeds that its answers name"
+        )
     values = _recorded(manifest)
     values = {name: value for name, value in values.items() if name not in (*_TRUST, *_strange_paths(manifest, state))}
     if manifest.device == "cpu" and manifest.threads:

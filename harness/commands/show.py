@@ -70,7 +70,8 @@ def print_run(root: Path, wanted: str) -> None:
             f"{row.get('padding_tokens') or 0:,}",
             f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"] and row["seconds"] else "",
         )
-    log.print_out(progress)
+    if manifest.kind is None:
+        log.print_out(progress)
     events = reader.query("SELECT * FROM events WHERE level IN ('warning', 'error') ORDER BY event_id LIMIT 20")
     for event in events:
         log.print_out(f"{event['level']}: {event['kind']} {event['item_key'] or ''} {event['message']}")
@@ -120,7 +121,7 @@ def _facts(manifest: Manifest, reader: Reader) -> list[tuple[str, str]]:
     facts = [
         ("run", manifest.run_id),
         ("status", state(manifest) + (f" ({manifest.reason})" if manifest.reason else "")),
-        ("experiment", str(manifest.experiment)),
+        ("experiment", str(manifest.experiment) + (f", {manifest.kind}" if manifest.kind else "")),
         *([("repeats", f"run {manifest.parent}")] if manifest.parent else []),
         ("created", str(manifest.created)),
         ("snapshot", f"{reader.age_s:.0f} s old"),

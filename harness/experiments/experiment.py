@@ -14,7 +14,7 @@ from harness.engine import AnyStage
 from harness.errors import SettingsError, nearest
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
-from harness.run import Manifest
+from harness.run import Manifest, RunPaths
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
 
@@ -238,6 +238,17 @@ class Served(Protocol):
         """Its service, the models loaded, ready to be run; a request needs one of `keys` where there are any.
 
         `resolved` has the section `serve`. Raises HarnessError, one line, for what cannot be served."""
+        ...
+
+
+@runtime_checkable
+class Browsed(Protocol):
+    """An experiment whose runs can also be looked at on a terminal, by `harness browse RUN`."""
+
+    def browse(self, paths: RunPaths) -> int:
+        """Show a run, finished or not, until it is left; the exit code.
+
+        Raises HarnessError, one line, for a run that has nothing to show."""
         ...
 
 

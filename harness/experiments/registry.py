@@ -20,6 +20,7 @@ from harness.settings import Fields, Own, Resolved
 
 if TYPE_CHECKING:  # it knows the store: `harness --help` should not wait for a database
     from harness.experiments.experiment import Experiment
+    from harness.run import Manifest
 
 DEFAULT = "gravity"
 """What `harness run` runs without a name."""
@@ -48,6 +49,21 @@ def get(name: str) -> "Experiment":
         raise SettingsError(
             f"experiment {name} ({places[name]}) cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         ) from e
+
+
+def of_run(manifest: "Manifest") -> "Experiment":
+    """What a run is shown and checked by: its experiment; of one that a service recorded, which needs none, what all such runs
+    have. A manifest that names no experiment is older than they are several. Raises SettingsError as `get` does."""
+    name = manifest.experiment or DEFAULT
+    if manifest.kind is None:
+        return get(name)
+    from harness.experiments.requests import KIND, Requests
+
+    if manifest.kind != KIND:
+        raise SettingsError(
+            f"a run of the kind {manifest.kind[:80]!r}, which this harness does not know; use a newer one"
+        )
+    return Requests(name)
 
 
 def fields(experiment: str | None, command: str | None = None) -> Fields:
@@ -79,10 +95,21 @@ def served() -> tuple[str, ...]:
     """The experiments that `harness serve` takes; one that cannot be imported is passed over."""
     from harness.experiments.experiment import Served
 
+    return _that_are(Served)
+
+
+def browsed() -> tuple[str, ...]:
+    """As `served`, those whose runs `harness browse` takes."""
+    from harness.experiments.experiment import Browsed
+
+    return _that_are(Browsed)
+
+
+def _that_are(kind: type) -> tuple[str, ...]:
     found = []
     for name in names():
         with suppress(SettingsError):
-            found += [name] if isinstance(get(name), Served) else []
+            found += [name] if isinstance(get(name), kind) else []
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from loguru import logger
 
 from harness.errors import ModelError
 from harness.files import is_file
-from harness.settings import BUNDLED_MODELS, DEMO_MODEL, ModelSettings, PathSettings, Settings
+from harness.settings import BUNDLED_MODELS, DEMO_MODEL, PLANTED_MODELS, ModelSettings, PathSettings, Settings
 
 if TYPE_CHECKING:
     from harness.models.load import ModelIdentity, ModelSpec
@@ -55,9 +55,9 @@ def _identified(spec: "ModelSpec") -> "ModelIdentity":
 
 def spec_of(model: ModelSettings, section: str, paths: PathSettings, device: str) -> "ModelSpec":
     """What to load, with a path in place of the name of a bundled model, or of a fetched one; `section` is that of
-    its settings.
+    its settings. A planted model is built where it is missing, which takes some seconds.
 
-    Raises ModelError where a model that can be fetched has not been.
+    Raises ModelError where a model that can be fetched has not been, EnvironmentFault where one cannot be built.
     """
     from harness.models.fetch import FETCHABLE, path_of
     from harness.models.load import ModelSpec
@@ -68,6 +68,10 @@ def spec_of(model: ModelSettings, section: str, paths: PathSettings, device: str
     name, sha256 = model.name, None
     if name in BUNDLED_MODELS:
         name = str(bundled / BUNDLED_MODELS[name])
+    elif name in PLANTED_MODELS:
+        from harness.models.planted import planted_folder
+
+        name = str(planted_folder(bundled / BUNDLED_MODELS[PLANTED_MODELS[name]], paths.cache_folder))
     elif fetched := FETCHABLE.get(name):
         name, sha256 = str(path_of(name, paths.cache_folder)), fetched.file_sha256
         if not is_file(Path(name)):

@@ -44,10 +44,9 @@ class Effects(NamedTuple):
 @torch.no_grad()
 def effects(scene: Scene, neurons: Int[np.ndarray, "K 2"], change: Change) -> Effects:
     """value, logit, logp and contrast with each of `neurons` (layer, index) changed alone."""
-    found: list[Scores] = []
     size = _rows(scene) - 1  # the untouched row is among them every time: it leads the others to their layers
-    for places in chunked(len(neurons), max(1, size)) or [range(0)]:
-        found.append(_one_by_one(scene, neurons[places.start : places.stop], change))
+    pieces = chunked(len(neurons), max(1, size)) or [range(0)]
+    found = [_one_by_one(scene, neurons[places.start : places.stop], change) for places in pieces]
     clean = {name: float(value[0]) for name, value in found[0]._asdict().items()}
     changed = {
         name: np.concatenate([getattr(scores, name)[1:].double().cpu().numpy() for scores in found]) for name in clean
@@ -69,7 +68,8 @@ def _one_by_one(scene: Scene, neurons: Int[np.ndarray, "K 2"], change: Change) -
         if here is None:
             return None
         layout = active()
-        assert layout is not None and layout.cells is not None, "rows enter late"
+        assert layout is not None, "rows enter late"
+        assert layout.cells is not None
         rows, which = (torch.tensor(x, device=packed.device) for x in zip(*here, strict=True))
         at = layout.cells.at(layer).source[rows, :count]  # [rows, C]
         changed = packed.clone()
@@ -120,6 +120,7 @@ def sets(
 
 
 def _rows(scene: Scene) -> int:
-    vocabulary = scene.circuit.lm.anatomy.head.weight.shape[0]
-    assert isinstance(vocabulary, int), "a head is a matrix"
+    head = scene.circuit.lm.anatomy.head.weight
+    assert isinstance(head, Tensor), "a head is a matrix"
+    vocabulary = head.shape[0]
     return max(2, min(rows_at_once(scene, _MOST_TOKENS), _MOST_LOGITS // vocabulary))

@@ -10,6 +10,7 @@ by their secant (Arora et al. 2026, arXiv 2601.22594).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -207,65 +208,129 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 def _integrated(
     scene: Scene, clean: _Clean, baseline: Float[Tensor, "L M"] | None, steps: int
 ) -> tuple[Tensor, Tensor, Totals]:
-    """ig: every layer's neurons are set, so a gradient does not pass through another layer's."""
+    """ig: every layer's neurons are set, so a gradient does not pass through another layer's.
+
+    The path is cut into panels, each integrated by Gauss and Legendre. What a panel should come to is known, the difference
+    of the target at its ends: those that miss it are halved, until all misses together are less than 1 % of the whole.
+    """
     a = clean.activations
     start = torch.zeros_like(a) if baseline is None else baseline.to(a)[:, None].expand_as(a)
-    mean = torch.zeros_like(a, dtype=torch.float64)
-    shares, weights = path(steps, is_steep=baseline is None and any(o.post is not None for o in scene.circuit.outlets))
-    for places in chunked(steps, rows_at_once(scene, _MOST_TOKENS)):
-        some = slice(places.start, places.stop)
-        mean += _path_gradients(scene, start, a, shares[some], weights[some])
-    gradients = mean.to(a.dtype)
+    along = _Path(scene, start, a, baseline is None and any(o.post is not None for o in scene.circuit.outlets))
+    order = min(steps, _ORDER)
+    edges = np.linspace(0, 1, max(1, steps // order) + 1)
+    total, panels = torch.zeros_like(a, dtype=torch.float64), list(pairwise(edges.tolist()))
+    difference, misses, used = along.difference(0.0, 1.0), [], 0
+    while panels:
+        parts = along.integrals(panels, order)
+        used += order * len(panels)
+        room = _MOST_GAP * abs(difference) - sum(misses)
+        gaps = [
+            abs(_sum(part * (a - start)) - along.difference(*ends)) for part, ends in zip(parts, panels, strict=True)
+        ]
+        # The smallest misses are let be, as many as there is room for.
+        halved: list[tuple[float, float]] = []
+        for n in np.argsort(gaps, kind="stable").tolist():
+            if gaps[n] <= room or used + 2 * order * (len(halved) + 1) > _MOST_TIMES * steps:
+                room -= gaps[n]
+                misses.append(gaps[n])
+                total += parts[n]
+            else:
+                low, high = panels[n]
+                halved += [(low, (low + high) / 2), ((low + high) / 2, high)]
+        panels = sorted(halved)
+    gradients = total.to(a.dtype)
     values = (a - start) * gradients
-    with torch.no_grad():
-        ends = [_value_at(scene, start, a, share) for share in (0.0, 1.0)]
-    total, difference = _sum(values), ends[1] - ends[0]
-    gap = (total - difference) / max(abs(difference), 1e-12)
-    return values.sum(1), gradients.sum(1), Totals(total, gap=gap)
+    whole = _sum(values)
+    gap = (whole - difference) / max(abs(difference), 1e-12)
+    return values.sum(1), gradients.sum(1), Totals(whole, gap=gap)
 
 
+_ORDER = 8
+"""Places of a panel."""
+_MOST_GAP = 0.01
+_MOST_TIMES = 32
+"""As many places as were asked for at first, so often, and no more."""
 _STEEPNESS = 10.0
 
 
-def path(steps: int, *, is_steep: bool) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Places on the way from 0 to 1 and their weights, by Gauss and Legendre: as many midpoints leave ten times the gap.
+class _Path:
+    """The straight way from `start` to `end`, both [L, C, M]: u in [0, 1] stands for the share g(u) of it.
 
     A norm behind the MLP makes its part of the stream whole as soon as a neuron is not 0: all of the change is at the very
-    beginning. There (`is_steep`) places stand at (e^κu − 1)/(e^κ − 1), so that they are dense where it is.
+    beginning. There (`is_steep`) g(u) = (e^κu − 1)/(e^κ − 1), so that places are dense where it is.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    nodes, weights = (nodes + 1) / 2, weights / 2
-    if not is_steep:
-        return nodes, weights
-    whole = np.expm1(_STEEPNESS)
-    return np.expm1(_STEEPNESS * nodes) / whole, weights * _STEEPNESS * np.exp(_STEEPNESS * nodes) / whole
 
+    def __init__(self, scene: Scene, start: Tensor, end: Tensor, is_steep: bool):
+        self._scene, self._start, self._end, self._is_steep = scene, start, end, is_steep
+        self._values: dict[float, float] = {}
 
-def _path_gradients(
-    scene: Scene, start: Tensor, end: Tensor, shares: Float[np.ndarray, " R"], weights: Float[np.ndarray, " R"]
-) -> Float[Tensor, "L C M"]:
-    leaves: list[Tensor] = []
-    along = torch.tensor(shares, device=end.device, dtype=end.dtype)[:, None, None]
+    def _share(self, u: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        return np.expm1(_STEEPNESS * u) / np.expm1(_STEEPNESS) if self._is_steep else u
 
-    def put(layer: int, a: Tensor) -> Tensor:
-        x = (start[layer] + along * (end[layer] - start[layer])).detach().requires_grad_(True)
-        leaves.append(x)
-        return torch.cat([x, a[:, scene.num_edited :]], 1)
+    def _slope(self, u: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        return _STEEPNESS * np.exp(_STEEPNESS * u) / np.expm1(_STEEPNESS) if self._is_steep else np.ones_like(u)
 
-    with torch.enable_grad(), watched(scene.circuit.lm, put):
-        value = scene.value(scene.hidden(len(shares))).sum()
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    each = torch.tensor(weights, device=end.device)[:, None, None]
-    return torch.stack([(_or_zero(g, x).double() * each).sum(0) for g, x in zip(gradients, leaves, strict=True)])
+    def difference(self, low: float, high: float) -> float:
+        """Of the target at two places."""
+        self._look([u for u in (low, high) if u not in self._values])
+        return self._values[high] - self._values[low]
 
+    @torch.no_grad()
+    def _look(self, places: Sequence[float]) -> None:
+        scene, size = self._scene, rows_at_once(self._scene, _MOST_TOKENS)
+        for some in chunked(len(places), size):
+            own = places[some.start : some.stop]
+            along = self._along(self._share(np.array(own)))
 
-def _value_at(scene: Scene, start: Tensor, end: Tensor, share: float) -> float:
-    def put(layer: int, a: Tensor) -> Tensor:
-        x = start[layer] + share * (end[layer] - start[layer])
-        return torch.cat([x[None], a[:, scene.num_edited :]], 1)
+            def put(layer: int, a: Tensor, along: Tensor = along) -> Tensor:
+                return torch.cat([self._at(layer, along), a[:, scene.num_edited :]], 1)
 
-    with watched(scene.circuit.lm, put):
-        return float(scene.value(scene.hidden(1))[0])
+            with watched(scene.circuit.lm, put):
+                found = scene.value(scene.hidden(len(own)))
+            self._values |= dict(zip(own, found.double().tolist(), strict=True))
+
+    def integrals(self, panels: Sequence[tuple[float, float]], order: int) -> list[Float[Tensor, "L C M"]]:
+        """The mean gradient over each panel, times its share of the way."""
+        self._look([u for u in dict.fromkeys(u for ends in panels for u in ends) if u not in self._values])
+        nodes, weights = np.polynomial.legendre.leggauss(order)
+        u = np.concatenate([low + (high - low) * (nodes + 1) / 2 for low, high in panels])
+        w = np.concatenate([(high - low) * weights / 2 for low, high in panels]) * self._slope(u)
+        shares, found = self._share(u), [torch.zeros_like(self._end, dtype=torch.float64) for _ in panels]
+        size = max(order, rows_at_once(self._scene, _MOST_TOKENS) // order * order)  # whole panels
+        for some in chunked(len(u), size):
+            for n, gradient in enumerate(
+                self._gradients(shares[some.start : some.stop], w[some.start : some.stop], order)
+            ):
+                found[some.start // order + n] += gradient
+        return found
+
+    def _along(self, shares: Float[np.ndarray, " R"]) -> Float[Tensor, "R 1 1"]:
+        return torch.tensor(shares, device=self._end.device, dtype=self._end.dtype)[:, None, None]
+
+    def _at(self, layer: int, along: Float[Tensor, "R 1 1"]) -> Float[Tensor, "R C M"]:
+        return self._start[layer] + along * (self._end[layer] - self._start[layer])
+
+    def _gradients(
+        self, shares: Float[np.ndarray, " R"], weights: Float[np.ndarray, " R"], order: int
+    ) -> Iterator[Float[Tensor, "L C M"]]:
+        """Weighted sums of gradients, of so many rows each."""
+        scene, along = self._scene, self._along(shares)
+        leaves: list[Tensor] = []
+
+        def put(layer: int, a: Tensor) -> Tensor:
+            x = self._at(layer, along).detach().requires_grad_(True)
+            leaves.append(x)
+            return torch.cat([x, a[:, scene.num_edited :]], 1)
+
+        with torch.enable_grad(), watched(scene.circuit.lm, put):
+            value = scene.value(scene.hidden(len(shares))).sum()
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        each = torch.tensor(weights, device=self._end.device).reshape(-1, order, 1, 1)
+        by_layer = [
+            (_or_zero(g, x).double().reshape(len(each), order, *x.shape[1:]) * each).sum(1)
+            for g, x in zip(gradients, leaves, strict=True)
+        ]
+        yield from torch.stack(by_layer, 1)
 
 
 # ---- relp's rules -------------------------------------------------------------------------------------------------
@@ -336,7 +401,7 @@ def acts_of(circuit: Circuit) -> Acts:
 
         leaves = [m for m in block.modules() if not list(m.children())]
         handles = [m.register_forward_hook(keep) for m in leaves]
-        handles.append(outlet.module.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0])))
+        handles.append(outlet.module.register_forward_pre_hook(_keeping(into)))
         try:
             lm.hidden(tokens, attend.Layout(positions, positions))
         finally:
@@ -354,6 +419,10 @@ def acts_of(circuit: Circuit) -> Acts:
     if len(set(gated)) != 1:
         raise ModelError(f"{lm.identity.name}: some of its MLPs are gated and some are not; relp cannot be had")
     return Acts(tuple(dict.fromkeys(found)), gated[0])
+
+
+def _keeping(into: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
+    return lambda _module, args: into.append(args[0])
 
 
 def _act_among(seen: Sequence[tuple[nn.Module, Tensor, Tensor]], a: Tensor) -> tuple[nn.Module, bool] | None:

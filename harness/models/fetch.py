@@ -5,7 +5,6 @@ or certificate this user has configured holds. Every byte kept is one whose SHA-
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -24,7 +23,7 @@ from types import MappingProxyType
 from loguru import logger
 
 from harness.errors import EnvironmentFault, ModelError, machine_fault, nearest
-from harness.files import open_regular, replacing, sha256, sweep
+from harness.files import held, open_regular, replacing, sha256, sweep
 
 _ASIDE = ".fetch-"
 _CHUNK_BYTES = 1 << 20
@@ -127,20 +126,12 @@ def _is_whole(path: Path, model: Fetchable) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, and removes what killed ones left there; the kernel frees it at any death."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is fetching into {}: waiting for it", folder)
-            fcntl.flock(number, fcntl.LOCK_EX)
+    """Holds the folder for this process, and removes what killed ones left there."""
+    with held(folder, lambda: logger.info("another process is fetching into {}: waiting for it", folder)):
         sweep(folder)
         for left in folder.glob(f"{_ASIDE}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        os.close(number)
 
 
 def _check_room(folder: Path, model: Fetchable) -> None:

@@ -127,7 +127,10 @@ class ModelIdentity:
     def num_layers(self) -> int:
         """Blocks of the decoder, as the configuration has it."""
         config = self.about["config"]
-        return int(config.get("text_config", config)["num_hidden_layers"])
+        config = config.get("text_config", config)
+        return int(
+            config["num_hidden_layers"] if "num_hidden_layers" in config else config["n_layer"]
+        )  # GPT-2 and its kin
 
     def fingerprint(self) -> dict[str, str]:
         return {

@@ -117,8 +117,8 @@ def circuit_of(lm: LM) -> Circuit:
     ends: dict[int, Tensor] = {}
     handles = []
     for n, (module, end) in enumerate(zip(modules, anatomy.mlp_out, strict=True)):
-        handles.append(module.register_forward_pre_hook(lambda _m, args, n=n: inputs.__setitem__(n, args[0])))
-        handles.append(end.register_forward_pre_hook(lambda _m, args, n=n: args and ends.__setitem__(n, args[0])))
+        handles.append(module.register_forward_pre_hook(_keeping(inputs, n)))
+        handles.append(end.register_forward_pre_hook(_keeping(ends, n)))
     named = {f"out.{n}": m for n, m in enumerate(modules)} | {f"end.{n}": m for n, m in enumerate(anatomy.mlp_out)}
     try:
         with record_outputs({**named, "norm": anatomy.final_norm, "last": anatomy.blocks[-1]}) as outputs:
@@ -143,6 +143,14 @@ def circuit_of(lm: LM) -> Circuit:
             raise ModelError(f"{name}: breaks 'final norm = gain × scale × stream'; its logits cannot be taken apart")
         final = Norm(torch.ones(width, device=lm.device), torch.zeros(width, device=lm.device), False)
     return Circuit(lm, tuple(outlets), final, tuple(found.items()))
+
+
+def _keeping(into: dict[int, Tensor], n: int) -> Callable[[nn.Module, tuple], None]:
+    def keep(_module: nn.Module, args: tuple) -> None:
+        if args:
+            into[n] = args[0]
+
+    return keep
 
 
 def _is_transposed(module: nn.Module, read: Tensor, written: Tensor, name: str) -> bool:

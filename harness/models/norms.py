@@ -98,7 +98,7 @@ def norms_of(decoder: nn.Module, width: int, like: Tensor) -> dict[nn.Module, No
 def frozen(norms: Sequence[tuple[nn.Module, Norm]]) -> Iterator[None]:
     """Gradients of forwards inside the block take every norm's scale for a constant. What is computed stays the same."""
 
-    def hook(norm: Norm):  # noqa: ANN202
+    def hook(norm: Norm):
         def replace(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             x = args[0]
             wide = torch.promote_types(x.dtype, torch.float32)

@@ -102,7 +102,8 @@ def direct(lm: LM, target: Target, layer: int, neuron: int) -> float:
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, output: object) -> None:
             given, made = first_tensor(args), first_tensor(output)
-            assert given is not None and made is not None, "parts take and give tensors"
+            assert given is not None, "parts take tensors"
+            assert made is not None, "and give them"
             kept[name] = (given[0, target.position].double(), made[0, target.position].double())
 
         return hook

@@ -106,7 +106,11 @@ class Scene:
         if self.target.is_sequence:
             return self._logp(hidden)
         here = hidden[:, self.num_edited - 1]
-        ids = self._ids if self.target.contrast is None else self._ids.new_tensor([*self.target.ids, self.target.contrast])
+        ids = (
+            self._ids
+            if self.target.contrast is None
+            else self._ids.new_tensor([*self.target.ids, self.target.contrast])
+        )
         found = self.circuit.raw_logits(here, ids)
         return found[:, 0] if self.target.contrast is None else found[:, 0] - found[:, 1]
 

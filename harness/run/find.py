@@ -37,7 +37,7 @@ class RunEntry(NamedTuple):
             "status": state(manifest),
             "model": (manifest.model.name or "").rsplit("/", 1)[-1],
             "prompts": manifest.prompts.used,
-            "stages done": ", ".join(manifest.stages),
+            "stages done": ", ".join(manifest.stages) or manifest.kind or "",
             "failed": manifest.num_failed,
             "seconds": manifest.seconds,
             "created": manifest.created,

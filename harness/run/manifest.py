@@ -220,6 +220,8 @@ class Manifest(_Record):
     """Of `fingerprint_parts`."""
     experiment: str | None = None
     """None: the run is older than experiments are several."""
+    kind: str | None = None
+    """`serve`: it holds what a service of the experiment was asked. None, as of all others: what its stages measured."""
     parent: str | None = None
     """The run that this one repeats."""
     status: str | None = None

@@ -1,7 +1,8 @@
 """A service over HTTP: what is common to all, whatever it computes.
 
 Bodies are bounded and timed, keys compared in constant time, everything that is refused is one line; a client that goes away
-takes its work with it, and a signal ends the process cleanly. Knows no experiment and no model.
+takes its work with it, and a signal ends the process cleanly; what is asked and answered can be recorded. Knows no experiment
+and no model.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from harness.errors import HarnessError, ItemFailed, NotFinite, SettingsError
 from harness.serving.metrics import CONTENT_TYPE, Metrics
 from harness.serving.queue import Broken, Queue, Refused
+from harness.serving.record import Overheard, Recording
 
 GRACE_S = 8.0
 """What runs may go on for so long after a signal."""
@@ -46,6 +48,8 @@ _MOST_HEAD_BYTES = 32_768
 _KEEP_ALIVE_S = 10
 _OPEN = ("/health", "/ready")
 """What may be asked without a key: it says nothing but that."""
+_LOOKING = ("GET", "HEAD", "OPTIONS")
+"""Requests that have nothing computed; they are not recorded."""
 _SHOWN = 200
 _T = TypeVar("_T")
 
@@ -74,13 +78,19 @@ class Bounds:
 
 @dataclass
 class Service:
-    """A service that can be run: its app, who may wait, who computes and what is counted."""
+    """A service that can be run: its app, who may wait, who computes, what is counted, and what is recorded where it is."""
 
     app: FastAPI
     queue: Queue
     worker: Working
     metrics: Metrics
     is_draining: bool = field(default=False)
+    recording: Recording | None = field(default=None)
+
+    def record(self, recording: Recording) -> None:
+        """From now on every exchange goes there; before the service is run."""
+        self.recording = recording
+        self.metrics.watch(recording)
 
     def drain(self) -> None:
         """Admit no request any more; those that were admitted go on."""
@@ -89,7 +99,12 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        return self.worker.is_alive and not self.is_draining
+        return self.worker.is_alive and not self.is_draining and self.unrecorded is None
+
+    @property
+    def unrecorded(self) -> Refused | None:
+        """Why what is asked now could not be recorded, as it should be."""
+        return None if self.recording is None else self.recording.refusal()
 
 
 def is_own(host: str) -> bool:
@@ -130,7 +145,7 @@ def service_of(title: str, queue: Queue, worker: Working, metrics: Metrics, boun
     # The pages of documentation would fetch scripts from elsewhere.
     app = FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None)
     service = Service(app, queue, worker, metrics)
-    app.add_middleware(_Guard, bounds=bounds, metrics=metrics)
+    app.add_middleware(_Guard, bounds=bounds, service=service)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(AnyHTTPException, _http)
     app.add_exception_handler(HarnessError, _refused)
@@ -144,7 +159,8 @@ def service_of(title: str, queue: Queue, worker: Working, metrics: Metrics, boun
     @app.get("/ready")
     async def ready() -> Response:
         is_ready = service.is_ready
-        status = "ready" if is_ready else "stopping" if service.is_draining else "broken"
+        cannot = "broken" if service.unrecorded is None else "not recording"
+        status = "ready" if is_ready else "stopping" if service.is_draining else cannot
         return JSONResponse({"status": status}, 200 if is_ready else 503)
 
     @app.get("/metrics")
@@ -235,10 +251,10 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """In front of everything: keys, and the size and time of bodies, counted as they come."""
+    """In front of everything: keys, and the size and time of bodies, counted as they come; and whoever records."""
 
-    def __init__(self, app: ASGIApp, bounds: Bounds, metrics: Metrics):
-        self._app, self._bounds, self._metrics = app, bounds, metrics
+    def __init__(self, app: ASGIApp, bounds: Bounds, service: Service):
+        self._app, self._bounds, self._service, self._metrics = app, bounds, service, service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -271,11 +287,30 @@ class _Guard:
             line = "expected a key that the service knows (Authorization: Bearer KEY)"
             await self._refuse(scope, receive, send, 401, line, "key", {"WWW-Authenticate": "Bearer"})
             return
-        length = headers.get(b"content-length", b"0")
+        # Who has no key leaves no row: a stranger could fill the disk.
+        recording = None if scope["method"] in _LOOKING else self._service.recording
+        if recording is None:
+            await self._asked(scope, receive, send)
+        elif (refusal := recording.refusal()) is not None:
+            wait = {"Retry-After": str(refusal.retry_after_s)}
+            await self._refuse(scope, receive, send, refusal.status, str(refusal), refusal.reason, wait)
+        else:
+            heard = Overheard(scope)
+            try:
+                await self._asked(scope, receive, heard.sent(send), heard)
+            except Exception:  # it is answered with this, further out
+                heard.status = heard.status or 500
+                raise
+            finally:
+                recording.add(heard.exchange())
+
+    async def _asked(self, scope: Scope, receive: Receive, send: Send, heard: Overheard | None = None) -> None:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 15 or int(length) > self._bounds.max_body_bytes):
             await self._refuse(scope, receive, send, 413, self._too_large, "body")
             return
-        await self._app(scope, self._bounded(receive), send)
+        bounded = self._bounded(receive)
+        await self._app(scope, bounded if heard is None else heard.received(bounded), send)
 
     def _may(self, given: bytes) -> bool:
         if not self._bounds.keys:
@@ -528,6 +563,6 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(service: Service, listening: Sequence[socket.socket], most_connections: int) -> None:
-    """Serve on these sockets until a signal has ended it."""
-    Server(service, most_connections).run(list(listening))
+def run(service: Service, listening: Sequence[socket.socket], most_connections: int, grace_s: float = GRACE_S) -> None:
+    """Serve on these sockets until a signal has ended it; what runs then may go on for `grace_s` seconds."""
+    Server(service, most_connections, grace_s).run(list(listening))

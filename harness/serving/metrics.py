@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from harness.serving.queue import Queue
+from harness.serving.record import Recording
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -42,6 +43,14 @@ class Metrics:
         self.splits = Counter("harness_splits", "Batches halved because memory ran out", registry=self.registry)
         self.refusals = Counter("harness_refusals", "Requests refused", ["reason"], registry=self.registry)
         self.answers = Counter("harness_answers", "Requests answered", ["path", "status"], registry=self.registry)
+
+    def watch(self, recording: Recording) -> None:
+        """Count what is recorded, too."""
+        for name, told, read in (
+            ("recorded", "Requests whose rows are on the disk", lambda: recording.num_written),
+            ("unrecorded", "Requests whose rows are still to be written", lambda: recording.num_waiting),
+        ):
+            Gauge(f"harness_{name}_requests", told, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""

@@ -272,6 +272,11 @@ class Store:
                 ],
             )
 
+    def append(self, table: str, rows: Sequence[Row]) -> None:
+        """Rows that are no batch's, all of them or none; one whose key is there already is passed over."""
+        with self._transaction():
+            self._with_rows(table, rows, f"INSERT OR IGNORE INTO {table} BY NAME SELECT * FROM incoming")
+
     def event(self, level: str, kind: str, message: str, stage: str | None = None, item_key: str | None = None) -> None:
         with self._transaction():
             self._event(level, kind, message, stage, None, item_key)
@@ -325,11 +330,13 @@ class Store:
         self._publish_cost_s = time.perf_counter() - start
         self._published = time.perf_counter()
 
-    def publish_if_due(self, live: Path, every_s: float = 2.0, share: float = 0.015) -> None:
-        """Publish when the snapshot is older than `every_s` and publishing stays under `share` of the wall time."""
+    def publish_if_due(self, live: Path, every_s: float = 2.0, share: float = 0.015) -> bool:
+        """Publish when the snapshot is older than `every_s` and publishing stays under `share` of the wall time. Whether it was
+        time for it."""
         age = time.perf_counter() - self._published
-        if age >= max(every_s, self._publish_cost_s / share):
+        if is_due := age >= max(every_s, self._publish_cost_s / share):
             self.publish(live)
+        return is_due
 
     def seal(self, path: Path) -> dict[str, TableSeal]:
         """Write the key and a digest of every row to `path`, as Parquet, so that a later change of any row can be named.

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app import experiments
 from app.charts.gravity import compared as charts
 from app.queries import runs as asked
 from app.queries.gravity import compared, prompts_of_items
@@ -23,6 +24,7 @@ from tests import synthetic
 from tests.app.conftest import AHEAD, open_view, page_file
 from tests.commands import saying
 from tests.fakes import older_store
+from tests.serving.recordings import exchange, recording_in
 from tests.synthetic import Shape
 
 VIEW = page_file("runs")
@@ -333,3 +335,20 @@ def test_a_run_of_an_older_schema_opens(root: Path, monkeypatch: pytest.MonkeyPa
     assert asked.progress(paths)["items"].tolist() == [2]
     assert asked.certificate(paths).empty
     assert compared.results(paths).empty
+
+
+@pytest.mark.parametrize("part", ["Progress", "Certificate", "Manifest", "Compare"])
+def test_a_run_that_a_service_recorded_is_listed_and_opens_and_is_of_no_experiment_with_pages(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording_in(tmp_path) as recording:
+        recording.add(exchange(1))
+    test = opened(tmp_path, monkeypatch, part=part)
+    (row,) = test.dataframe[0].value.to_dict("records")
+    assert (row["experiment"], row["status"], row["reason"]) == ("serve lda", "finished", "")
+    assert any("bundled models" in warning.value for warning in test.warning)
+    entries = list_runs(tmp_path)
+    assert "amplification" not in {name for pages in experiments.sections(entries).values() for name in pages}
+    sql = open_view("sql", run=entries[0].paths.run_id, sql="SELECT answer->>'$.n' AS n FROM requests")
+    assert not sql.exception
+    assert list(sql.dataframe[-1].value["n"]) == ["1"]

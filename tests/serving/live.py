@@ -36,13 +36,13 @@ def pairing_of(after: LM, before: LM) -> Pairing:
 
 
 def amplifier_of(
-    family: str = "tiny-llama", budget: int = 8192, lms: tuple[LM, LM] | None = None, recorder: Any = None, **serve: Any
+    family: str = "tiny-llama", budget: int = 8192, lms: tuple[LM, LM] | None = None, **serve: Any
 ) -> Amplifier:
     """A pair of tiny models of a family, or these."""
     after, before = lms or (tiny_lm(family), tiny_lm(family, seed=1))
     settings = LdaSettings(max_new_tokens=NEW)
     serve = {"batch_wait_ms": 1.0, **serve}
-    return Amplifier(after, before, pairing_of(after, before), settings, ServeSettings(**serve), budget, recorder)
+    return Amplifier(after, before, pairing_of(after, before), settings, ServeSettings(**serve), budget)
 
 
 class Live:

@@ -476,18 +476,6 @@ def test_an_error_in_a_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> No
         assert "not finite" in last["error"]["message"]
 
 
-def test_a_recorder_is_told_of_every_answer() -> None:
-    told: list[tuple[str, Any, Any]] = []
-    with served(amplifier_of(recorder=lambda *one: told.append(one))) as live:
-        live.made("/generate_lda", prompt="a", seed=1)
-        live.made("/generate_lda_batch", prompts=["a"], alpha=1)
-        list(streamed(live, prompt="a", max_tokens=3))
-        live.post("/generate_lda", prompt="")
-    assert [path for path, _, _ in told] == ["/generate_lda", "/generate_lda_batch", "/v1/completions"]
-    assert told[0][1]["prompt"] == "a"
-    assert told[0][2]["seed"] == 1
-
-
 # ---- rollouts for a run elsewhere -------------------------------------------------------------------------------
 
 CONTEXTS = [random_ids(30, 0), random_ids(1, 1), random_ids(18, 1), random_ids(40, 1)]

@@ -16,7 +16,7 @@ from harness.experiments.gravity.conditions import BUILT_IN, Template
 from harness.experiments.gravity.settings import GravitySettings, TemplateSettings
 from harness.experiments.weights import Models
 from harness.models.load import ModelIdentity, ModelSpec, load_codec
-from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, Resolved, Settings
+from harness.settings import BUNDLED_PROMPTS, DEMO_MODEL, PLANTED_MODELS, Resolved, Settings
 from harness.text.prompts import Prompt, read_prompts, take
 from harness.text.records import rejections_told
 
@@ -82,7 +82,7 @@ def prepare(resolved: Resolved, models: Models, stages: tuple[str, ...]) -> Prep
         num_subjects=len(chosen),
         about=f"{len(chosen)} prompts × {len(conditions)} conditions ({', '.join(conditions)})",
         facts={
-            "planted": settings.model.name == DEMO_MODEL,
+            "planted": settings.model.name in (DEMO_MODEL, *PLANTED_MODELS),
             "prompts": {
                 "path": str(prompt_set.path),
                 "sha256": prompt_set.sha256,

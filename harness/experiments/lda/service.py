@@ -36,6 +36,7 @@ from harness.serving.growing import Growing
 from harness.serving.http import Outcomes, Service, unless_gone
 from harness.serving.metrics import Metrics
 from harness.serving.queue import Job, Limits, Queue, Refused
+from harness.serving.record import record_as
 from harness.serving.worker import Worker
 from harness.settings import Resolved, ServeSettings
 
@@ -49,9 +50,6 @@ _GPU_SHARE = 0.4
 """Of the free memory, for caches: a batch that changes holds the old one beside the new."""
 _SPECIALS = 8
 """Tokens that a tokenizer may put around a text."""
-
-Recorder = Callable[[str, Mapping[str, Any], Mapping[str, Any]], None]
-"""Told of every request that was answered: its path, its fields and its answer. On the event loop: it must be quick."""
 
 
 # ---- what may be asked --------------------------------------------------------------------------------------------
@@ -279,9 +277,8 @@ class Amplifier:
     """A pair of models that completions can be asked of, and the bounds of what may be asked."""
 
     def __init__(
-        self, after: LM, before: LM, pairing: Pairing, settings: LdaSettings, serve: ServeSettings, budget: int,
-        recorder: Recorder | None = None,
-    ):  # fmt: skip
+        self, after: LM, before: LM, pairing: Pairing, settings: LdaSettings, serve: ServeSettings, budget: int
+    ):
         """`budget`: padded tokens of a batch. Raises HarnessError where the settings' own format cannot be used."""
         formats.check(settings.format, settings.system_prompt, after.codec)
         self.pair = Pair(after, before, pairing.num_common)
@@ -290,7 +287,6 @@ class Amplifier:
         self.names = {"after": slug_of(pairing.after.model), "before": slug_of(pairing.before.model)}
         self.pair_sha256 = pairing.sha256()
         self.created = int(time.time())
-        self._recorder = recorder
         # An id that one of the models has no row for would be no error of the device, but its end.
         embeddings: list[Any] = [lm.model.get_input_embeddings() for lm in self.pair.lms]
         self._num_ids = min(one.weight.shape[0] for one in embeddings)
@@ -458,10 +454,6 @@ class Amplifier:
             "finish_reason": outcome.finish_reason,
         }
 
-    def record(self, path: str, body: BaseModel, answer: Mapping[str, Any]) -> None:
-        if self._recorder is not None:
-            self._recorder(path, body.model_dump(), answer)
-
 
 def drawn_of(num_prompts: int, alphas: Sequence[float], num_samples: int) -> list[Drawn]:
     """Every sample of every arm of every prompt, in this order: prompts, arms, samples."""
@@ -541,17 +533,13 @@ def app_of(amplifier: Amplifier, keys: tuple[bytes, ...] = ()) -> Service:
             amplifier.result(wanted, read, one, outcome)
             for one, outcome in zip(wanted.drawn, _raise_first(outcomes), strict=True)
         )
-        answer = {"after": after, "before": before, "models": amplifier.names, "seed": wanted.seed}
-        amplifier.record("/generate", body, answer)
-        return answer
+        return {"after": after, "before": before, "models": amplifier.names, "seed": wanted.seed}
 
     @app.post("/generate_lda")
     async def generate_lda(body: GenerateLda, request: Request) -> dict[str, Any]:
         wanted = amplifier.wanted(body, [body.prompt], [body.alpha], floor=body.floor)
         read, outcomes = await amplifier.completed(request, wanted)
-        answer = amplifier.result(wanted, read, wanted.drawn[0], _raise_first(outcomes)[0])
-        amplifier.record("/generate_lda", body, answer)
-        return answer
+        return amplifier.result(wanted, read, wanted.drawn[0], _raise_first(outcomes)[0])
 
     @app.post("/generate_lda_batch")
     async def generate_lda_batch(body: GenerateLdaBatch, request: Request) -> dict[str, Any]:
@@ -563,20 +551,17 @@ def app_of(amplifier: Amplifier, keys: tuple[bytes, ...] = ()) -> Service:
             {**amplifier.result(wanted, read, one, outcome), "prompt_index": one.prompt, "sample": one.sample}
             for one, outcome in zip(wanted.drawn, outcomes, strict=True)
         ]
-        answer = {
+        return {
             "results": results,
             "models": amplifier.names,
             "batch_size": len(results),
             "num_failed": sum("error" in result for result in results),
             "seed": wanted.seed,
         }
-        amplifier.record("/generate_lda_batch", body, answer)
-        return answer
 
     @app.post("/rollouts")
     async def rollouts(body: Rollouts, request: Request) -> Response:
         answer = {"pair_sha256": amplifier.pair_sha256, "rollouts": await _rollouts(amplifier, body, request)}
-        amplifier.record("/rollouts", body, answer)
         return Response(json.dumps(answer, allow_nan=False), media_type="application/json")
 
     @app.get("/v1/models")
@@ -595,9 +580,7 @@ def app_of(amplifier: Amplifier, keys: tuple[bytes, ...] = ()) -> Service:
             return await _streamed(amplifier, body, wanted, request)
         growing = [Growing(amplifier.codec.decode, wanted.stops) for _ in wanted.drawn] if wanted.stops else []
         read, outcomes = await amplifier.completed(request, wanted, growing)
-        answer = _completions(amplifier, body, wanted, read, _raise_first(outcomes))
-        amplifier.record("/v1/completions", body, answer)
-        return JSONResponse(answer)
+        return JSONResponse(_completions(amplifier, body, wanted, read, _raise_first(outcomes)))
 
     return service
 
@@ -788,7 +771,9 @@ async def _streamed(amplifier: Amplifier, body: Completions, wanted: Wanted, req
     except BaseException:
         amplifier.queue.cancel(job)
         raise
-    events = _events(amplifier, body, wanted, read, growing, outcomes, first)
+    told = _Told(_head(amplifier, body, wanted), len(growing))
+    record_as(request, told.answer)
+    events = _events(amplifier, body, told, read, growing, outcomes, first)
     return _Stream(events, lambda: amplifier.queue.cancel(job))
 
 
@@ -799,41 +784,69 @@ def _say(growing: Growing, place: int, outcomes: Outcomes, rollout: Rollout) -> 
     return is_over
 
 
+class _Told:
+    """What a stream has told by now: its events, and the answer that they are the pieces of."""
+
+    def __init__(self, head: Mapping[str, Any], num: int):
+        self._head, self._texts = head, [list[str]() for _ in range(num)]
+        self._reasons: list[str | None] = [None] * num
+        self._last: dict[str, Any] = {}
+
+    def piece(self, place: int, text: str, reason: str | None) -> str:
+        """The event of a piece of text; with the last one of its choice, why that ended."""
+        self._texts[place].append(text)
+        self._reasons[place] = reason
+        return _event({**self._head, "choices": [_choice(place, text, reason)]})
+
+    def usage(self, usage: Mapping[str, int]) -> str:
+        self._last = {"usage": usage}
+        return _event({**self._head, "choices": [], **self._last})
+
+    def error(self, error: Mapping[str, Any]) -> str:
+        self._last = dict(error)
+        return _event(error)
+
+    def answer(self) -> dict[str, Any]:
+        """In the shape that it would have had in one piece."""
+        choices = [
+            _choice(place, "".join(pieces), reason)
+            for place, (pieces, reason) in enumerate(zip(self._texts, self._reasons, strict=True))
+        ]
+        return {**self._head, "choices": choices, **self._last}
+
+
+def _choice(place: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": place, "text": text, "logprobs": None, "finish_reason": reason}
+
+
 async def _events(
     amplifier: Amplifier,
     body: Completions,
-    wanted: Wanted,
+    told: _Told,
     read: Sequence[Read],
     growing: Sequence[Growing],
     outcomes: Outcomes,
     event: tuple[int, str, Any],
 ) -> AsyncIterator[str]:
-    head, written, told = _head(amplifier, body, wanted), [], []
-
-    def chunk(place: int, text: str, reason: str | None) -> str:
-        choice = {"index": place, "text": text, "logprobs": None, "finish_reason": reason}
-        told.append(choice)
-        return _event({**head, "choices": [choice]})
-
+    written = []
     while True:
         place, piece, outcome = event
         if piece:
-            yield chunk(place, piece, None)
+            yield told.piece(place, piece, None)
         if isinstance(outcome, HarnessError):
             status = http.status_of(outcome)
-            yield _event(http.error_body("/v1/completions", status, http.one_line(outcome), type(outcome).__name__))
+            yield told.error(http.error_body("/v1/completions", status, http.one_line(outcome), type(outcome).__name__))
             return
         if outcome is not None:
             one = growing[place]
             one.end(amplifier.answer_of(outcome))
-            yield chunk(place, one.news(is_over=True), "stop" if one.is_cut else outcome.finish_reason)
+            yield told.piece(place, one.news(is_over=True), "stop" if one.is_cut else outcome.finish_reason)
             written.append(len(outcome.token_ids))
             if len(written) == len(growing):
                 break
         event = await outcomes.event()
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": _usage(read, written)})
-    amplifier.record("/v1/completions", body, {**head, "choices": told})
+        yield told.usage(_usage(read, written))
     yield "data: [DONE]\n\n"
 
 

@@ -6,6 +6,7 @@ stages/         one file a stage; contents.py lists them
 schema.py       its tables
 certificate.py  every measurement, fast against plain
 results         summary.py, remarks.py, report.py, figures.py: from rows to what people read; method.py says what they mean
+browser/        a run on the terminal
 bench.py        speed as ratios
 """
 
@@ -18,7 +19,7 @@ from harness.experiments.experiment import Case, Entry, Headline, Page, Prepared
 from harness.experiments.neurons.settings import NeuronsSettings
 from harness.experiments.remarks import Remark
 from harness.experiments.weights import Models
-from harness.run import Manifest
+from harness.run import Manifest, RunPaths
 from harness.settings import ExperimentSettings, Resolved
 from harness.store import Reader, Schema
 
@@ -31,7 +32,9 @@ class Neurons:
     name = "neurons"
     title = "Neurons"
     sentence = "which MLP neurons fire on these prompts, which move a logit, and what switching them off does"
-    planted = "This model's neurons were written into it: these numbers test the pipeline and say nothing of language models."
+    planted = (
+        "This model's neurons were written into it: these numbers test the pipeline and say nothing of language models."
+    )
     other_model: Literal["none", "optional", "required"] = "none"
     settings: type[ExperimentSettings] = NeuronsSettings
     pages = (
@@ -83,6 +86,11 @@ class Neurons:
         from harness.experiments.neurons.certificate import tables_of
 
         return tables_of(prepared.given, num_subjects)
+
+    def browse(self, paths: RunPaths) -> int:
+        from harness.experiments.neurons.browser import browse
+
+        return browse(paths)
 
     @cached_property
     def benches(self) -> Mapping[str, Case]:

@@ -1,4 +1,5 @@
-"""The certificate of the neuron experiment: every measurement against one text at a time, without padding, cache or our attention.
+"""The certificate of the neuron experiment: every measurement against one text at a time, without padding, cache or our
+attention.
 
 The reference (harness/models/plain_neurons.py) runs in float64 where a copy of the model in it is small.
 """
@@ -306,4 +307,3 @@ def tables_of(given: Inputs, num_prompts: int) -> dict[str, list[dict[str, Any]]
     rows = [context_row(given.codec, p, given.settings, given.seed) for p in prompts]
     named = [{"prompt_id": p.prompt_id, "target": p.target, "contrast": p.contrast} for p in prompts]
     return {"contexts": rows, "prompts": named, "sanity_items": []}
-

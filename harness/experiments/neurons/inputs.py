@@ -23,7 +23,7 @@ from harness.experiments.neurons.tokens import functional_ids, ids_of, one_id
 from harness.experiments.weights import Models
 from harness.files import read_regular
 from harness.models.attribution import Acts, acts_of
-from harness.models.load import LM, Codec, ModelIdentity, ModelSpec, load_codec, shared
+from harness.models.load import LM, RANDOM, Codec, ModelIdentity, ModelSpec, load_codec, shared
 from harness.models.neurons import Circuit, circuit_of
 from harness.settings import BUNDLED_PROMPTS, PLANTED_MODELS, Resolved, Settings
 from harness.text.prompts import take
@@ -165,7 +165,7 @@ def _prompts(settings: Settings, own: NeuronsSettings) -> PromptSet:
         return one_prompt(own.text)
     if not is_bundled:
         return read_prompts(Path(settings.data.prompts))
-    if settings.model.name not in PLANTED_MODELS:
+    if settings.model.name not in PLANTED_MODELS and not settings.model.name.startswith(RANDOM):
         raise SettingsError(
             "expected prompts, found none: give --prompts FILE ({id, text} a row) or --neurons.text 'The capital of Texas is'"
         )

@@ -20,6 +20,8 @@ from harness.models.neurons import read
 _MOST_ENTRIES = 4_000_000
 """Of all layers' token tables of one pack; beyond, each neuron keeps its most frequent tokens and the error is told."""
 _KEPT_TOKENS = 16
+_AT_ONCE = 1 << 21
+"""Numbers that are in float64 at one time."""
 _TABLES = ("peak", "next")
 
 
@@ -51,12 +53,16 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, rows: Float[Tensor, "K M"]) -> "Moments":
-        wide = rows.double()
-        mean = wide.mean(0)
-        left = wide - mean
-        square = left * left
-        parts = (mean, square.sum(0), (square * left).sum(0), (square * square).sum(0))
-        return cls(len(rows), *(p.cpu().numpy() for p in parts))
+        found = []
+        for some in rows.split(
+            max(1, _AT_ONCE // max(1, len(rows))), 1
+        ):  # float64 of all at once would be most of the memory
+            wide = some.double()
+            mean = wide.mean(0)
+            left = wide - mean
+            square = left * left
+            found.append(torch.stack([mean, square.sum(0), (square * left).sum(0), (square * square).sum(0)]))
+        return cls(len(rows), *torch.cat(found, 1).cpu().numpy())
 
     def plus(self, b: "Moments") -> "Moments":
         """Those of both together."""
@@ -90,25 +96,25 @@ class Counts(NamedTuple):
 
     start: Int[np.ndarray, " M1"]
     token: Int[np.ndarray, " E"]
-    count: Int[np.ndarray, " E"]
+    times: Int[np.ndarray, " E"]
     error: Int[np.ndarray, " M"]
 
     @classmethod
     def of(cls, tokens: Int[np.ndarray, "P M"], most: int) -> "Counts":
         """Of a pack's peaks; −1 is no token. At most `most` entries, unless each neuron's most frequent are more."""
-        num = tokens.shape[1]
-        neuron = np.repeat(np.arange(num), tokens.shape[0])
-        flat = tokens.T.ravel().astype(np.int64)
-        is_token = flat >= 0
-        return cls._of(neuron[is_token], flat[is_token], np.ones(int(is_token.sum()), dtype=np.int64), num, most)
+        rows = np.sort(np.ascontiguousarray(tokens.T, dtype=np.int32), axis=1)
+        is_first = np.ones(rows.shape, dtype=bool)
+        is_first[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        first = np.flatnonzero(is_first)
+        which, total, owner = rows.ravel()[first], np.diff(first, append=rows.size), first // rows.shape[1]
+        is_token = which >= 0
+        return cls._kept(owner[is_token], which[is_token], total[is_token], len(rows), most)
 
     @classmethod
-    def _of(cls, neuron: np.ndarray, token: np.ndarray, count: np.ndarray, num: int, most: int | None) -> "Counts":
-        pair, where = np.unique(neuron * (1 << 31) + token, return_inverse=True)
-        total = np.bincount(where, weights=count, minlength=len(pair)).astype(np.int64)
-        owner, which = pair >> 31, pair & ((1 << 31) - 1)
+    def _kept(cls, owner: np.ndarray, which: np.ndarray, total: np.ndarray, num: int, most: int | None) -> "Counts":
+        """Of entries in order of neuron and token."""
         error = np.zeros(num, dtype=np.int64)
-        if most is not None and len(pair) > most:
+        if most is not None and len(which) > most:
             # By count, then by id: the first of each neuron stay.
             order = np.lexsort((which, -total, owner))
             place = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
@@ -125,19 +131,21 @@ class Counts(NamedTuple):
         num = len(parts[0].error)
         neuron = np.concatenate([np.repeat(np.arange(num), np.diff(p.start)) for p in parts])
         token = np.concatenate([p.token for p in parts]).astype(np.int64)
-        count = np.concatenate([p.count for p in parts])
-        found = cls._of(neuron, token, count, num, None)
+        count = np.concatenate([p.times for p in parts])
+        pair, where = np.unique(neuron * (1 << 31) + token, return_inverse=True)
+        total = np.bincount(where, weights=count, minlength=len(pair)).astype(np.int64)
+        found = cls._kept(pair >> 31, pair & ((1 << 31) - 1), total, num, None)
         return found._replace(error=np.sum([p.error for p in parts], axis=0))
 
     def modes(self) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
         """The most frequent token of each neuron (of equals the smallest id; −1 without any), and how often it is."""
         num = len(self.error)
         owner = np.repeat(np.arange(num), np.diff(self.start))
-        order = np.lexsort((self.token, -self.count, owner))
+        order = np.lexsort((self.token, -self.times, owner))
         token, count = np.full(num, -1, dtype=np.int64), np.zeros(num, dtype=np.int64)
         has = np.diff(self.start) > 0
         first = order[self.start[:-1][has]]
-        token[has], count[has] = self.token[first], self.count[first]
+        token[has], count[has] = self.token[first], self.times[first]
         return token, count
 
 
@@ -180,10 +188,16 @@ class Layer:
         )
 
 
-def _highest(texts: np.ndarray, positions: np.ndarray, values: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
+def _highest(
+    texts: np.ndarray, positions: np.ndarray, values: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `top` of largest |value| a column; of equals the earlier text."""
     order = np.lexsort((texts, -np.abs(values)), axis=0)[:top]
-    return tuple(np.take_along_axis(x, order, 0) for x in (texts, positions, values))
+    return (
+        np.take_along_axis(texts, order, 0),
+        np.take_along_axis(positions, order, 0),
+        np.take_along_axis(values, order, 0),
+    )
 
 
 class Pack(NamedTuple):
@@ -228,8 +242,9 @@ def pack_of(
         for forward in good:
             moments = moments.plus(forward.moments[layer])
             active = forward.active[layer] if active is None else active + forward.active[layer]
-        signed = torch.cat([forward.signed[layer] for forward in good])
-        where = torch.cat([forward.where[layer] for forward in good]).cpu().numpy()
+        # A layer's numbers are let go with it: all of them together are most of what a pack holds.
+        signed = torch.cat([forward.signed.pop(layer) for forward in good])
+        where = torch.cat([forward.where.pop(layer) for forward in good]).cpu().numpy()
         found[layer] = _layer(moments, active, signed, where, kept, ordinal, len(layers), top, functional)
     return Pack(len(kept), sum(len(t.counted) for t in kept), found, bad)
 
@@ -307,7 +322,7 @@ def _layer(
         return layer
     values = signed.cpu().numpy().astype(np.float32)
     numbers = np.array([ordinal[t.name] for t in kept], dtype=np.int32)
-    layer.examples = _highest(np.broadcast_to(numbers[:, None], values.shape), where, values, top)  # type: ignore[assignment]
+    layer.examples = _highest(np.broadcast_to(numbers[:, None], values.shape), where, values, top)
     width = max(len(t.tokens) for t in kept)
     ids = np.full((len(kept), width + 1), -1, dtype=np.int64)
     for n, text in enumerate(kept):
@@ -377,9 +392,7 @@ class Open(NamedTuple):
         if self.has(f"{number}.num_functional"):
             layer.examples = (get("examples.text"), get("examples.position"), get("examples.value"))
             layer.num_functional = get("num_functional")
-            layer.tokens = {
-                table: Counts(*(get(f"{table}.{n}") for n in Counts._fields)) for table in _TABLES
-            }
+            layer.tokens = {table: Counts(*(get(f"{table}.{n}") for n in Counts._fields)) for table in _TABLES}
         return layer
 
 

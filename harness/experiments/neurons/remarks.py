@@ -61,6 +61,7 @@ def _cut(reader: Reader) -> Iterator[Remark]:
         if row["cut"]:
             yield Remark(
                 "cut", row["metric"], row["cut"], row["n"],
-                f"The set that holds the cumulative share of |{row['metric']}| was cut in {row['cut']:,} of {row['n']:,} prompts.",
+                f"The set that holds the cumulative share of |{row['metric']}| was cut in {row['cut']:,} of {row['n']:,} "
+                "prompts.",
                 "Try a larger `--neurons.max_selected`; the files hold every neuron's value.", "set cut off",
             )  # fmt: skip

@@ -70,7 +70,9 @@ def strongest(reader: Reader, limit: int = _SHOWN) -> list[Row]:
 
 def shown_text(text: str | None) -> str:
     """A token's text with its spaces and control signs visible."""
-    return "–" if text is None else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text).replace(" ", "␣")
+    return (
+        "–" if text is None else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text).replace(" ", "␣")
+    )
 
 
 def _neurons(reader: Reader, manifest: Manifest) -> Table:
@@ -95,7 +97,10 @@ def _rankings(reader: Reader) -> Table:
     table = Table(title="Rankings against what ablation does", title_justify="left")
     for column in ("ranking", "rank correlation", "slope", "area kept", "area dropped"):
         table.add_column(column, justify="left" if column == "ranking" else "right")
-    order = [r["ranking"] for r in reader.query("SELECT DISTINCT ranking FROM curves UNION SELECT DISTINCT ranking FROM effects")]
+    order = [
+        r["ranking"]
+        for r in reader.query("SELECT DISTINCT ranking FROM curves UNION SELECT DISTINCT ranking FROM effects")
+    ]
     known = ("dla", "act_grad", "ig", "relp", "loudest", "matched", "random")
     for ranking in sorted(order, key=lambda r: known.index(r) if r in known else len(known)):
         told = [stored.get(("agreement", ranking, m)) for m in ("spearman", "slope")]

@@ -217,7 +217,10 @@ def _background_rows(tables: Tables) -> tuple[Row, ...]:
     num: dict[int | None, int] = defaultdict(int)
     beyond: dict[int | None, int] = defaultdict(int)
     for batch in tables.batches("neurons", ("layer", "q")):
-        layers, q = batch.column("layer").to_numpy(), batch.column("q").to_numpy(zero_copy_only=False).astype(np.float64)
+        layers, q = (
+            batch.column("layer").to_numpy(),
+            batch.column("q").to_numpy(zero_copy_only=False).astype(np.float64),
+        )
         known = ~np.isnan(q)
         for layer in (None, *np.unique(layers).tolist()):
             here = known if layer is None else known & (layers == layer)

@@ -14,7 +14,14 @@ from safetensors.numpy import save_file
 from harness.engine import AnyTables, Artifact, Item, ItemResult, Tables
 from harness.errors import ItemFailed
 from harness.experiments.neurons.inputs import (
-    Inputs, Means, Measuring, contexts_of, file_name, means_of, measuring, num_neurons,
+    Inputs,
+    Means,
+    Measuring,
+    contexts_of,
+    file_name,
+    means_of,
+    measuring,
+    num_neurons,
 )  # fmt: skip
 from harness.experiments.neurons.settings import NeuronsSettings
 from harness.experiments.neurons.stages.targets import target_of
@@ -196,5 +203,3 @@ def _totals(told: Totals, ranked: Ranked) -> dict[str, Any]:
         "effective": float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0,
         "completeness_gap": told.gap,
     }
-
-

@@ -123,11 +123,20 @@ class Partials:
 
     def _one(self, lm: LM, item: Item[Loaded]) -> ItemResult:
         pack = _made(
-            lm, item.payload.texts, self.layers, first=item.payload.first, top=self.top, functional=self.functional_ids()
+            lm,
+            item.payload.texts,
+            self.layers,
+            first=item.payload.first,
+            top=self.top,
+            functional=self.functional_ids(),
         )
         if not pack.num_texts:
-            return ItemResult.failed(item.key, f"none of its {len(item.payload.texts)} texts can be used: {_told(pack.bad)}")
-        return ItemResult(item.key, {"left_out": _left_out(self.name, pack.bad)}, artifacts=(_file(self.name, item.key, pack),))
+            return ItemResult.failed(
+                item.key, f"none of its {len(item.payload.texts)} texts can be used: {_told(pack.bad)}"
+            )
+        return ItemResult(
+            item.key, {"left_out": _left_out(self.name, pack.bad)}, artifacts=(_file(self.name, item.key, pack),)
+        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,9 @@ def _left_out(stage: str, bad: Sequence[Bad]) -> list[dict[str, Any]]:
 
 def _told(bad: Sequence[Bad]) -> str:
     shown = [
-        f"{b.name}: too long" if b.layer < 0 else f"{b.name}: layer {b.layer}, position {b.position} is no finite number"
+        f"{b.name}: too long"
+        if b.layer < 0
+        else f"{b.name}: layer {b.layer}, position {b.position} is no finite number"
         for b in bad[:3]
     ]
     return "; ".join(shown) + ("" if len(bad) <= len(shown) else f" and {len(bad) - len(shown)} more")
@@ -284,4 +295,3 @@ def _keep(path: Path, file: Artifact) -> None:
         part.replace(path)
     except OSError as e:
         logger.warning("background: statistics cannot be kept for other runs ({}): {}", path.parent, e.strerror or e)
-

@@ -117,9 +117,7 @@ def rows_of(job: Job, layers: Sequence[int], top: int, norms: Float[np.ndarray, 
 
 
 @lru_cache(maxsize=2)
-def _compared(
-    files: tuple[FileHandle, ...], background: tuple[FileHandle, ...], layers: tuple[int, ...]
-) -> Compared:
+def _compared(files: tuple[FileHandle, ...], background: tuple[FileHandle, ...], layers: tuple[int, ...]) -> Compared:
     """Over all layers at once: the share of false discoveries is of all of them."""
     z = []
     with ExitStack() as stack:
@@ -159,7 +157,9 @@ def z_of(own: Moments, background: Moments) -> Float[np.ndarray, " M"]:
 def _rows(
     job: Job, own: Layer, other: Layer | None, compared: Sequence[np.ndarray] | None, norms: Float[np.ndarray, " M"]
 ) -> list[dict[str, Any]]:
-    assert own.tokens is not None and own.examples is not None and own.num_functional is not None, "packs of prompts"
+    assert own.tokens is not None, "packs of prompts have them"
+    assert own.examples is not None
+    assert own.num_functional is not None
     peak, times = own.tokens["peak"].modes()
     following, _ = own.tokens["next"].modes()
     num, size = own.peaks.n, len(norms)
@@ -169,7 +169,7 @@ def _rows(
         "max_signed": own.max_signed, "mean": own.moments.mean, "sd": own.moments.sd,
         "share_active": own.num_active / own.moments.n, "kurtosis": own.moments.kurtosis,
         "peak_token_mode": peak, "peak_token_share": times / num,
-        "num_peak_tokens": np.diff(own.tokens["peak"].start), "next_token_mode": np.where(following < 0, None, following),
+        "num_peak_tokens": np.diff(own.tokens["peak"].start),
         "num_next_tokens": np.diff(own.tokens["next"].start), "tokens_error": error,
         "share_functional": own.num_functional / num, "out_norm": norms,
     }  # fmt: skip
@@ -180,6 +180,7 @@ def _rows(
             **dict(zip(("z_background", "p_background", "q"), compared, strict=True)),
         }  # fmt: skip
     values = {name: _known(column) for name, column in columns.items()}
+    values["next_token_mode"] = [None if token < 0 else token for token in following.tolist()]
     texts, positions, signed = (x.T.tolist() for x in own.examples)
     return [
         {
