@@ -1,6 +1,6 @@
 """The headline results of a run, from its snapshot, and how they look in a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -38,8 +38,8 @@ def stored_rows(reader: Reader) -> Mapping[tuple[str, str, str], Row]:
 def headlines(reader: Reader) -> list[Headline]:
     """Agreement with effects, areas of curves, and the share of neurons beyond the background."""
     rows = reader.query(
-        "SELECT ranking, measure, value, low, high FROM statistics WHERE value IS NOT NULL AND (analysis = 'agreement' "
-        "OR analysis = 'curves' OR (analysis = 'background' AND ranking = 'all')) ORDER BY ALL"
+        "SELECT ranking, measure, value, low, high FROM statistics WHERE value IS NOT NULL AND (analysis = "
+        "'agreement' OR analysis = 'curves' OR (analysis = 'background' AND ranking = 'all')) ORDER BY ALL"
     )
     return [Headline(r["ranking"], r["measure"], r["value"], r["low"], r["high"]) for r in rows]
 
@@ -76,13 +76,12 @@ def strongest(reader: Reader, limit: int) -> list[Row]:
     return reader.query(
         f"""
         WITH each AS (
-            SELECT prompt_id, layer, neuron, any_value({MEASURED}) AS delta, any_value(e.activation) AS activation,
-                   max(predicted) FILTER (ranking = ?) AS claimed
+            SELECT prompt_id, layer, neuron, any_value({MEASURED}) AS delta, max(predicted) FILTER (ranking = ?) AS claimed
             FROM effects e JOIN targets t USING (prompt_id) GROUP BY prompt_id, layer, neuron),
         summed AS (
             SELECT layer, neuron, sum(abs(delta)) AS total,
                    coalesce(avg(delta) FILTER (claimed IS NOT NULL), avg(delta)) AS mean, avg(claimed) AS claimed,
-                   coalesce(nullif(count(claimed), 0), count(*)) AS num_prompts, avg(activation) AS activation
+                   coalesce(nullif(count(claimed), 0), count(*)) AS num_prompts
             FROM each GROUP BY layer, neuron ORDER BY total DESC, layer, neuron LIMIT ?)
         SELECT s.*, n.mean_peak, n.z_background, n.q, n.peak_token_share, v.text AS peak_token
         FROM summed s LEFT JOIN neurons n USING (layer, neuron) LEFT JOIN vocabulary v ON v.token_id = n.peak_token_mode
@@ -93,35 +92,51 @@ def strongest(reader: Reader, limit: int) -> list[Row]:
 
 
 class Writes(NamedTuple):
-    """Tokens whose logits a neuron raises and lowers where it has the sign that it has, the most first."""
+    """Tokens whose logits a neuron's direction raises and lowers, the most first: so it is where its activation is "
+    "above 0."""
 
     raised: tuple[str, ...] = ()
     lowered: tuple[str, ...] = ()
+    is_raising: bool = True
+    """Whether those that it raises stand out from the next ones more than those that it lowers do."""
+
+    def at(self, activation: float | None) -> "Writes":
+        """What it does with this activation: below 0 it raises what its direction lowers."""
+        return self if (activation or 0.0) >= 0 else Writes(self.lowered, self.raised, not self.is_raising)
+
+    @property
+    def told(self) -> str:
+        """The side that stands out, `+` raised or `−` lowered."""
+        side = self.raised if self.is_raising else self.lowered
+        return f"{'+' if self.is_raising else '−'} {' '.join(side)}" if side else "–"
 
 
-def writes_of(reader: Reader, rows: Sequence[Row], number: int) -> dict[tuple[int, int], Writes]:
-    """By layer and neuron, `number` tokens each way of those that were computed.
-
-    `rows` have an `activation`: a neuron below 0 raises what its direction lowers.
-    """
-    signs = {(r["layer"], r["neuron"]): r["activation"] or 0.0 for r in rows}
-    places = [layer << 32 | neuron for layer, neuron in signs]
-    found = reader.query(
+def writes_of(reader: Reader, neurons: Sequence[tuple[int, int]], number: int) -> dict[tuple[int, int], Writes]:
+    """By layer and neuron, `number` tokens each way of those that were computed."""
+    places = [layer << 32 | neuron for layer, neuron in neurons]
+    rows = reader.query(
         f"""
-        SELECT layer, neuron, list_transform(top_ids[1:{number}], lambda i: names[i]) AS top,
-               list_transform(low_ids[1:{number}], lambda i: names[i]) AS low
-        FROM neuron_writes, (
-            SELECT map(list(token_id), list(text)) AS names FROM vocabulary)
-        WHERE list_contains(?, (layer::BIGINT << 32) | neuron)
+        SELECT layer, neuron, top_ids[1:{number}] AS top, low_ids[1:{number}] AS low,
+               coalesce(top_logits[1] - top_logits[-1] >= low_logits[-1] - low_logits[1], true) AS is_raising
+        FROM neuron_writes WHERE list_contains(?, (layer::BIGINT << 32) | neuron)
         """,
         [places],
     )
-    told = {}
-    for r in found:
-        both = [tuple(shown_text(t) for t in r[side] or ()) for side in ("top", "low")]
-        place = (r["layer"], r["neuron"])
-        told[place] = Writes(*(both if signs[place] >= 0 else reversed(both)))
-    return told
+    names = texts_of(reader, {i for r in rows for i in (*(r["top"] or ()), *(r["low"] or ()))})
+    return {
+        (r["layer"], r["neuron"]): Writes(
+            tuple(shown_text(names.get(i)) for i in r["top"] or ()),
+            tuple(shown_text(names.get(i)) for i in r["low"] or ()),
+            r["is_raising"],
+        )
+        for r in rows
+    }
+
+
+def texts_of(reader: Reader, ids: Iterable[int]) -> dict[int, str]:
+    """Tokens' texts, as they are."""
+    rows = reader.query("SELECT token_id, text FROM vocabulary WHERE list_contains(?, token_id)", [sorted(set(ids))])
+    return {r["token_id"]: r["text"] for r in rows}
 
 
 def interval_told(row: Row | None, digits: int = 3) -> str:
@@ -139,19 +154,21 @@ def interval_told(row: Row | None, digits: int = 3) -> str:
 
 
 def change_told(value: float | None) -> str:
-    """A change of the target with its sign: three digits behind the point, two that count of what is too small for them."""
+    """A change of the target with its sign; what three digits behind the point would hide by its size."""
     if value is None:
         return "–"
-    return f"{value:+.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:+.2g}"
+    return f"{value:+.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:+.0e}"
 
 
 def shown_text(text: str | None) -> str:
     """A token's text with its spaces and control signs visible."""
-    return "–" if text is None else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text).replace(" ", "␣")
+    return (
+        "–" if text is None else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text).replace(" ", "␣")
+    )
 
 
 def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
-    first, writes = first_ranking(reader), writes_of(reader, rows, 3)
+    first, writes = first_ranking(reader), writes_of(reader, [(r["layer"], r["neuron"]) for r in rows], 3)
     table = Table(
         title=f"Run {manifest.run_id}: what moves the target most ({unit_of(reader)})",
         title_justify="left",
@@ -161,13 +178,11 @@ def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
         table.add_column(column, justify="left" if column in words else "right", no_wrap=column != "writes")
     for r in rows:
         own = writes.get((r["layer"], r["neuron"]), Writes())
-        # What holds the target up is told by what it raises, what works against it by what it lowers.
-        told = ("↑ ", own.raised) if r["mean"] <= 0 else ("↓ ", own.lowered)
         table.add_row(
             f"{r['layer']}.{r['neuron']}", f"{r['total']:.1f}", f"{r['num_prompts']:,}", change_told(r["mean"]),
             change_told(r["claimed"]), "–" if r["mean_peak"] is None else f"{r['mean_peak']:.2f}",
             Text(shown_text(r["peak_token"])),
-            Text(told[0] + " ".join(told[1]) if told[1] else "–", no_wrap=True, overflow="ellipsis"),
+            Text(own.told, no_wrap=True, overflow="ellipsis"),
         )  # fmt: skip
     return table
 
@@ -175,8 +190,8 @@ def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
 def _neurons_line(reader: Reader) -> str:
     first = first_ranking(reader)
     return (
-        f"A neuron is layer.index. Mean Δ is measured, {first} is its claim, both over the prompts in which {first} names the "
-        "neuron (–: never). ↑ raises, ↓ lowers."
+        f"A neuron is layer.index. Mean Δ is measured, {first} is its claim, both over the prompts in which {first} "
+        "names the neuron (–: never). It raises (+) or lowers (−) these tokens where its activation is above 0."
     )
 
 
@@ -184,7 +199,7 @@ def _rankings(reader: Reader) -> Table:
     stored = stored_rows(reader)
     table = Table(title="Rankings against what was measured", title_justify="left")
     for column in ("ranking", "rank correlation", "slope", "area kept", "area dropped"):
-        table.add_column(column, justify="left" if column == "ranking" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "ranking" else "right")
     query = "SELECT DISTINCT ranking FROM curves UNION SELECT DISTINCT ranking FROM effects"
     for ranking in in_order([r["ranking"] for r in reader.query(query)]):
         spearman, slope = (stored.get(("agreement", ranking, m)) for m in ("spearman", "slope"))
