@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness.experiments.neurons.summary import stored_rows
+from harness.experiments.neurons.summary import narrow, stored_rows
 from harness.experiments.remarks import Remark
 from harness.run import Manifest
 from harness.store import Reader
@@ -14,7 +14,7 @@ _WIDE_GAP = 0.01
 
 def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """Texts that are not in the statistics, rankings that foretell nothing, paths that were not followed closely enough."""
-    return [*_left_out(reader), *_agreement(reader), *_gaps(reader), *_cut(reader)]
+    return [*_left_out(reader), *_agreement(reader), *_gaps(reader), *_narrow(reader), *_cut(reader)]
 
 
 def _left_out(reader: Reader) -> Iterator[Remark]:
@@ -53,6 +53,17 @@ def _gaps(reader: Reader) -> Iterator[Remark]:
         )  # fmt: skip
 
 
+def _narrow(reader: Reader) -> Iterator[Remark]:
+    few, total = narrow(reader)
+    if few:
+        yield Remark(
+            "curves", None, few, total,
+            f"In {few:,} of {total:,} prompts all neurons together hardly move the target: m(k) divides by little there, "
+            "and areas under curves hang on it.",
+            "Read the curves of all prompts together, in the report.", "areas not determined",
+        )  # fmt: skip
+
+
 def _cut(reader: Reader) -> Iterator[Remark]:
     rows = reader.query(
         "SELECT metric, count(*) AS n, count(*) FILTER (is_cut) AS cut FROM influence_totals GROUP BY metric ORDER BY metric"
@@ -61,6 +72,7 @@ def _cut(reader: Reader) -> Iterator[Remark]:
         if row["cut"]:
             yield Remark(
                 "cut", row["metric"], row["cut"], row["n"],
-                f"The set that holds the cumulative share of |{row['metric']}| was cut in {row['cut']:,} of {row['n']:,} prompts.",
+                f"The set that holds the cumulative share of |{row['metric']}| was cut in {row['cut']:,} of {row['n']:,} "
+                "prompts.",
                 "Try a larger `--neurons.max_selected`; the files hold every neuron's value.", "set cut off",
             )  # fmt: skip

@@ -20,6 +20,7 @@ from harness.experiments.neurons.summary import (
     first_ranking,
     in_order,
     interval_told,
+    narrow,
     shown_text,
     strongest,
     texts_of,
@@ -128,12 +129,12 @@ def _headlines(run: Run) -> Iterator[str]:
         why = run.told("influence", "effects", otherwise="not measured: neurons.effects is 0")
         yield f"No effect yet ({why.removeprefix('not measured: ')})."
     else:
-        rows = strongest(run.reader, 1)
-        for r in rows:
-            claim = f", where {run.first} claims {_signed(r['claimed'])}" if r["claimed"] is not None else ""
+        for r in strongest(run.reader, 1):
+            claim = f"; where {run.first} names it by {_signed(r['mean'])}, claimed {_signed(r['claimed'])}"
             yield (
                 f"The neuron that moves the target most is {_name(r)}: {run.kind} it changes the {run.data.unit} by "
-                f"{_signed(r['mean'])} on average over {_number(r['num_prompts'], 'prompt')}{claim}."
+                f"{r['total'] / r['num_measured']:.3f} up or down, mean over the {_number(r['num_measured'], 'prompt')} in "
+                f"which it was measured{claim if r['claimed'] is not None else ''}."
             )
         scores = [(row, name) for name in run.data.rankings if (row := run.data.row("agreement", name, "spearman"))]
         if scores:
@@ -166,8 +167,8 @@ def _over_matched(run: Run) -> Iterator[str]:
         if sure:
             row, name = max(sure, key=lambda f: sign * f[0]["value"])
             yield (
-                f"Sets {what}: {name} does best against neurons matched by layer and loudness, with an area under "
-                f"the curve of {_interval(row, 2, signed=True)} over theirs."
+                f"Sets {what}: {name} is furthest from neurons matched by layer and loudness, its area under the "
+                f"curve {_interval(row, 2, signed=True)} from theirs."
             )
         elif rows:
             yield f"Sets {what}: no metric does surely better than neurons matched by layer and loudness."
@@ -400,17 +401,11 @@ def _curves(run: Run) -> Section:
         "Areas under m(k) over ln k, means over prompts. Kept: the more the better. Dropped: the less the better. "
         "Over matched: less the area of neurons matched by layer and decile of |activation|, paired by prompt."
     )
-    (spans,) = run.reader.query(
-        """
-        WITH ends AS (SELECT prompt_id, abs(max(logit) FILTER (k > 0) - max(logit) FILTER (k = 0)) AS span FROM curves
-            WHERE mode = 'keep' AND (k = 0 OR k = (SELECT max(k) FROM curves)) GROUP BY prompt_id)
-        SELECT count(*) AS n, count(*) FILTER (span < 0.1 * (SELECT median(span) FROM ends)) AS few FROM ends
-        """
-    )
+    few, num = narrow(run.reader)
     text = []
-    if spans["few"]:
+    if few:
         text.append(
-            f"In {spans['few']:,} of {_number(spans['n'], 'prompt')} all neurons together move the target by less "
+            f"In {few:,} of {_number(num, 'prompt')} all neurons together move the target by less "
             "than a tenth of what they do in the median prompt. m(k) divides by that: areas, which are means over "
             "prompts, hang on these few. The figure does not: it is of all prompts together."
         )
@@ -449,8 +444,8 @@ def _influence(run: Run) -> Section:
             if share and most
             else ""
         )
-        + "Residual: what dla's parts miss of the logit; gap: what integrated gradients miss of the difference; both at most over "
-        "prompts."
+        + "Residual: what dla's parts miss of the logit; gap: what integrated gradients miss of the difference; both at most "
+        "over prompts."
     )
     columns = ("metric", "effective neurons [95 %]", "selected [95 %]", "residual", "gap", "prompts")
     table = Table("", columns, cells, note, absent=run.told("influence", "analysis"))
@@ -585,7 +580,7 @@ def _not_ranked(run: Run) -> Iterator[tuple[str, str, str]]:
         yield (
             "digits of dumped activations",
             "",
-            f"files hold {own['dump']}; statistics and influence were made from whole numbers",
+            f"files hold {own['dump']}; statistics and influence were made from unrounded ones",
         )
 
 

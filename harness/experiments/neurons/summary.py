@@ -63,12 +63,12 @@ def unit_of(reader: Reader) -> str:
         "count(*) FILTER (mode <> 'sequence' AND len(contrast_ids) > 0) AS pairs FROM targets"
     )
     if row["texts"]:
-        return "log-probability, nats"
+        return "log-probability in nats"
     return "logit" if not row["pairs"] else "logit difference" if row["pairs"] == row["n"] else "logit or difference"
 
 
 def strongest(reader: Reader, limit: int) -> list[Row]:
-    """The neurons whose effects over all prompts, without their signs, add up to most (`total`).
+    """The neurons whose effects over all prompts (`num_measured`), without their signs, add up to most (`total`).
 
     `mean` and `claimed` are of the same `num_prompts`: those in which the first metric ranks the neuron among the measured
     ones. Where it never does, `mean` is of all prompts in which the neuron was measured, and `claimed` is NULL.
@@ -79,7 +79,7 @@ def strongest(reader: Reader, limit: int) -> list[Row]:
             SELECT prompt_id, layer, neuron, any_value({MEASURED}) AS delta, max(predicted) FILTER (ranking = ?) AS claimed
             FROM effects e JOIN targets t USING (prompt_id) GROUP BY prompt_id, layer, neuron),
         summed AS (
-            SELECT layer, neuron, sum(abs(delta)) AS total,
+            SELECT layer, neuron, sum(abs(delta)) AS total, count(*) AS num_measured,
                    coalesce(avg(delta) FILTER (claimed IS NOT NULL), avg(delta)) AS mean, avg(claimed) AS claimed,
                    coalesce(nullif(count(claimed), 0), count(*)) AS num_prompts
             FROM each GROUP BY layer, neuron ORDER BY total DESC, layer, neuron LIMIT ?)
@@ -89,6 +89,26 @@ def strongest(reader: Reader, limit: int) -> list[Row]:
         """,
         [first_ranking(reader), limit],
     )
+
+
+class Narrow(NamedTuple):
+    """Prompts whose m(k) divides by little, and all that have curves."""
+
+    few: int
+    total: int
+
+
+def narrow(reader: Reader) -> Narrow:
+    """Of how many prompts all neurons together move the target by less than a tenth of what they do in the median prompt."""
+    (row,) = reader.query(
+        """
+        WITH ends AS (
+            SELECT prompt_id, abs(max(logit) FILTER (k > 0) - max(logit) FILTER (k = 0)) AS span FROM curves
+            WHERE mode = 'keep' AND (k = 0 OR k = (SELECT max(k) FROM curves)) GROUP BY prompt_id)
+        SELECT count(*) AS n, count(*) FILTER (span < 0.1 * (SELECT median(span) FROM ends)) AS few FROM ends
+        """
+    )
+    return Narrow(row["few"], row["n"])
 
 
 class Writes(NamedTuple):
