@@ -1,6 +1,7 @@
 """The report of neurons: it tells the store's numbers, says what is not there, and is harmless whatever a prompt says."""
 
 import html
+import io
 import json
 import re
 import subprocess
@@ -35,7 +36,9 @@ MEASURED = {(5, 1): -1.25, (5, 2): 1.125, (0, 7): -0.0625}
 CLAIMED = {"dla": {(5, 1): -1.75, (5, 2): 1.5}, "act_grad": {(5, 1): -1.1875, (0, 7): -0.09375}}
 
 
-def stat(analysis: str, ranking: str, measure: str, value: float, *ends: float, n: int = 4, p: float | None = None) -> Row:
+def stat(
+    analysis: str, ranking: str, measure: str, value: float, *ends: float, n: int = 4, p: float | None = None
+) -> Row:
     low, high = ends or (None, None)
     return {"analysis": analysis, "ranking": ranking, "measure": measure, "value": value, "low": low, "high": high,
             "p": p, "n": n, "method": "made up"}  # fmt: skip
@@ -163,7 +166,9 @@ def table(page: Page, section: str, place: int = 0) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    own = set_to(effects=100, cumulative=0.8, max_selected=2000, context="at", skip_first=1, layers=[0, 5], dump="float16")
+    own = set_to(
+        effects=100, cumulative=0.8, max_selected=2000, context="at", skip_first=1, layers=[0, 5], dump="float16"
+    )
     return run_of(tmp_path_factory.mktemp("runs"), fill, settings=own)
 
 
@@ -293,7 +298,7 @@ def test_prompts_tokens_and_names_are_text_whatever_they_look_like(page: Page) -
 def test_the_terminal_shows_hostile_tokens_as_text_and_keeps_to_its_width(paths: RunPaths) -> None:
     with open_snapshot(paths, SCHEMA) as reader:
         shown = EXPERIMENT.render(reader, read_manifest(paths))
-    console = Console(width=80, record=True, markup=False, highlight=False, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, markup=False, highlight=False, file=io.StringIO())
     for one in shown:
         console.print(one)
     told = console.export_text()

@@ -6,6 +6,7 @@ from harness.experiments.neurons.summary import narrow, stored_rows
 from harness.experiments.remarks import Remark
 from harness.run import Manifest
 from harness.store import Reader
+from harness.terminal import plain
 
 _LOW = 0.3
 """Rank correlation with measured effects under which a ranking says little."""
@@ -25,7 +26,7 @@ def _left_out(reader: Reader) -> Iterator[Remark]:
         why = "too long for the model" if row["layer"] < 0 else "with activations that are no finite numbers"
         yield Remark(
             "left_out", row["stage"], row["n"], row["n"],
-            f"{row['n']:,} texts are not in the statistics of {row['stage']}: {why} (the first: {row['first']}).",
+            f"{row['n']:,} texts are not in the statistics of {row['stage']}: {why} (the first: {plain(row['first'])}).",
             "Try another `--model.dtype`, or leave them out.", "left out",
         )  # fmt: skip
 

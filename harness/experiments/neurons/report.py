@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from harness.experiments.experiment import Drawn, Report, Section, Table
 from harness.experiments.neurons import figures, method
 from harness.experiments.neurons.figures import FigureData
-from harness.experiments.neurons.settings import CONTROLS, METRICS
-from harness.experiments.neurons.stages.analysis import LEVEL
+from harness.experiments.neurons.settings import CONTROLS, LEVEL, METRICS
 from harness.experiments.neurons.summary import (
     MEASURED,
     Writes,
@@ -554,7 +553,7 @@ def _not_ranked(run: Run) -> Iterator[tuple[str, str, str]]:
         "BY metric"
     ):
         if r["cut"]:
-            why = f"more than {own.get('max_selected'):,} neurons hold the share asked for (neurons.max_selected)"
+            why = "more neurons hold the share asked for than are kept (neurons.max_selected)"
             yield f"selected by {r['metric']}", f"cut in {r['cut']:,} of {_number(r['n'], 'prompt')}", why
     if run.data.rankings:
         limit = own.get("effects")

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.experiments.experiment import Headline
-from harness.experiments.neurons.settings import CONTROLS, METRICS
+from harness.experiments.neurons.settings import CONTROLS, LEVEL, METRICS
 from harness.run import Manifest
 from harness.store import Reader, Row
 
@@ -233,7 +233,7 @@ def _lines(reader: Reader) -> list[str]:
     found = stored_rows(reader).get(("background", "all", "share_beyond"))
     lines = []
     if found is not None:
-        lines.append(f"{found['value']:.1%} of {found['n']:,} neurons peak beyond the background (q < .05)")
+        lines.append(f"{found['value']:.1%} of {found['n']:,} neurons peak beyond the background (q < {LEVEL:g})")
     rows = reader.query("SELECT max(abs(residual)) AS worst FROM influence_totals WHERE metric = 'dla'")
     if rows and rows[0]["worst"] is not None:
         lines.append(f"dla's parts add up to every prompt's target within {rows[0]['worst']:.1e}")
