@@ -268,7 +268,7 @@ def test_agreement_and_curves_are_what_the_analysis_stored(page: Page) -> None:
         "act_grad 0.97 [0.96, 0.98], dla 0.65 [0.60, 0.70].",
         "Sets kept: dla is furthest from neurons matched by layer and loudness, its area under the curve +0.10 [0.09, 0.11]",
         "Sets changed: no metric does surely better than neurons matched by layer and loudness.",
-        "76.5 % of 3 neurons peak on these prompts otherwise",
+        "3 of 3 neurons peak on these prompts otherwise than on the background (q < 0.05): 3 higher, 0 lower.",
     ):
         assert told in page.text
 

@@ -114,6 +114,8 @@ LIMITS = (
     "the choice.",
     "z holds prompts against the background's texts. It says that a neuron peaks otherwise on them, not that it "
     "matters, and prompts of one form differ from running text in most neurons.",
+    "A peak is a maximum over a text's tokens: prompts shorter than the background's texts have lower peaks for that "
+    "alone, and longer ones higher.",
     "An interval speaks of prompts drawn like these.",
 )
 

@@ -15,6 +15,7 @@ from harness.experiments.neurons.settings import CONTROLS, LEVEL, METRICS
 from harness.experiments.neurons.summary import (
     MEASURED,
     Writes,
+    beyond,
     change_told,
     first_ranking,
     in_order,
@@ -141,10 +142,11 @@ def _headlines(run: Run) -> Iterator[str]:
             told = ", ".join(f"{name} {_interval(row, 2)}" for row, name in ordered)
             yield f"How well rankings foretell what was measured, as a rank correlation over a prompt's neurons: {told}."
     yield from _over_matched(run)
-    if share := run.data.row("background", "all", "share_beyond"):
+    found = beyond(run.reader)
+    if found.known:
         yield (
-            f"{_percent(share['value'])} of {share['n']:,} neurons peak on these prompts otherwise than on the "
-            f"background (q < {LEVEL})."
+            f"{found.higher + found.lower:,} of {found.known:,} neurons peak on these prompts otherwise than on the background "
+            f"(q < {LEVEL}): {found.higher:,} higher, {found.lower:,} lower."
         )
     if not counted["n"] and not aimed["n"]:
         yield f"No statistics yet ({run.told('partials', 'peaks').removeprefix('not measured: ')})."
@@ -458,8 +460,15 @@ def _background(run: Run) -> Section:
         if is_off
         else run.told("background", "peaks", "analysis")
     )
+    sides = {
+        r["layer"]: (f"{r['higher']:,}", f"{r['lower']:,}")
+        for r in run.reader.query(
+            "SELECT layer, count(*) FILTER (z_background > 0 AND q < ?) AS higher, count(*) FILTER (z_background < 0 AND q < ?) "
+            "AS lower FROM neurons GROUP BY layer", [LEVEL, LEVEL]
+        )
+    }  # fmt: skip
     shares = [
-        (f"{layer}", f"{row['n']:,}", f"{row['value'] * row['n']:,.0f}", _percent(row["value"]))
+        (f"{layer}", f"{row['n']:,}", *sides.get(layer, ("–", "–")), _percent(row["value"]))
         for layer, row in run.data.background()
     ]
     rows = run.reader.query(
@@ -501,12 +510,12 @@ def _background(run: Run) -> Section:
         "background",
         "Against the background",
         (
-            "A neuron that peaks on every text says nothing of these prompts: mean peaks are held against those "
-            "over other texts.",
+            "A neuron that peaks on every text says nothing of these prompts: mean peaks are held against those over other "
+            "texts. A peak is a maximum: prompts that are shorter than those texts peak lower for that alone.",
         ),
         (
             Table("The furthest beyond", columns, cells, "By |z|. Peaks are not influence.", 3, reason),
-            Table("By layer", ("layer", "neurons", "beyond", "share"), shares, f"q < {LEVEL}.", 1, reason),
+            Table("By layer", ("layer", "neurons", "higher", "lower", "share"), shares, f"q < {LEVEL}.", 1, reason),
         ),
         ("background",),
     )

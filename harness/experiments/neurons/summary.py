@@ -91,6 +91,23 @@ def strongest(reader: Reader, limit: int) -> list[Row]:
     )
 
 
+class Beyond(NamedTuple):
+    """Neurons whose peaks differ from the background's, and all that could be compared."""
+
+    higher: int
+    lower: int
+    known: int
+
+
+def beyond(reader: Reader) -> Beyond:
+    """Of all layers together."""
+    (row,) = reader.query(
+        "SELECT count(*) FILTER (z_background > 0 AND q < ?) AS higher, count(*) FILTER (z_background < 0 AND q < ?) AS lower, "
+        "count(q) AS known FROM neurons", [LEVEL, LEVEL]
+    )  # fmt: skip
+    return Beyond(row["higher"], row["lower"], row["known"])
+
+
 class Narrow(NamedTuple):
     """Prompts whose m(k) divides by little, and all that have curves."""
 
@@ -230,10 +247,12 @@ def _rankings(reader: Reader) -> Table:
 
 
 def _lines(reader: Reader) -> list[str]:
-    found = stored_rows(reader).get(("background", "all", "share_beyond"))
-    lines = []
-    if found is not None:
-        lines.append(f"{found['value']:.1%} of {found['n']:,} neurons peak beyond the background (q < {LEVEL:g})")
+    found, lines = beyond(reader), []
+    if found.known:
+        lines.append(
+            f"{found.higher + found.lower:,} of {found.known:,} neurons peak otherwise than on the background (q < {LEVEL:g}): "
+            f"{found.higher:,} higher, {found.lower:,} lower"
+        )
     rows = reader.query("SELECT max(abs(residual)) AS worst FROM influence_totals WHERE metric = 'dla'")
     if rows and rows[0]["worst"] is not None:
         lines.append(f"dla's parts add up to every prompt's target within {rows[0]['worst']:.1e}")
