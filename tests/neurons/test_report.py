@@ -388,7 +388,15 @@ def test_a_real_run_is_reported_with_its_own_numbers(tmp_path: Path) -> None:
         for r in summary.strongest(reader, 3):
             (row,) = (x for x in table(page, "strongest")[1:] if x[0] == f"{r['layer']}.{r['neuron']}")
             assert row[6] == summary.change_told(r["mean"]).replace("-", "−")
+        loudest = reader.query("SELECT layer, neuron FROM neurons ORDER BY mean_peak DESC LIMIT 1")
     assert "This model's neurons were written into it" in page.text
+    rows = {row[0]: row for row in table(page, "strongest")[1:]}
+    # The planted truth: the key neuron writes " heart", and does less than dla claims; the decoy is loud, and moves nothing.
+    assert rows["5.256"][2].startswith("␣heart")
+    measured, claimed = (float(rows["5.256"][n].replace("−", "-")) for n in (6, 7))
+    assert claimed < measured < 0
+    assert loudest == [{"layer": 3, "neuron": 256}]
+    assert "3.256" not in rows
 
 
 def test_writing_a_report_loads_no_torch(paths: RunPaths, tmp_path: Path) -> None:

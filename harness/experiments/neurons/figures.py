@@ -95,8 +95,8 @@ def gather(reader: Reader) -> FigureData:
     )
     layers = reader.query(
         """
-        WITH prompts AS (SELECT metric, count(*) AS num FROM influence_totals WHERE num_selected > 0 GROUP BY metric)
-        SELECT metric, layer, sum(share) / any_value(num) AS share FROM influence JOIN prompts USING (metric)
+        WITH counts AS (SELECT metric, count(*) AS num FROM influence_totals WHERE num_selected > 0 GROUP BY metric)
+        SELECT metric, layer, sum(share) / any_value(num) AS share FROM influence JOIN counts USING (metric)
         WHERE selected GROUP BY metric, layer ORDER BY metric, layer
         """
     )

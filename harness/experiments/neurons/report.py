@@ -216,7 +216,7 @@ def _strongest(run: Run) -> Section:
         "z",
     )
     note = (
-        f"Δ is measured, in the {run.data.unit}: the neuron {run.kind}. Σ|Δ|: over all prompts in which any metric "
+        f"Δ is the measured change of the {run.data.unit}: the neuron {run.kind}. Σ|Δ|: over all prompts in which any metric "
         f"ranks it among the measured ones. Mean Δ and claim are both over the prompts in which {run.first} does; "
         "where it never does, there is no claim. A neuron raises and lowers these tokens where its activation is "
         "above 0."
