@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from harness.experiments.neurons.summary import stored_rows
+from harness.experiments.neurons.summary import narrow, stored_rows
 from harness.experiments.remarks import Remark
 from harness.run import Manifest
 from harness.store import Reader
+from harness.terminal import plain
 
 _LOW = 0.3
 """Rank correlation with measured effects under which a ranking says little."""
@@ -14,7 +15,7 @@ _WIDE_GAP = 0.01
 
 def remarks_of(reader: Reader, manifest: Manifest) -> list[Remark]:
     """Texts that are not in the statistics, rankings that foretell nothing, paths that were not followed closely enough."""
-    return [*_left_out(reader), *_agreement(reader), *_gaps(reader), *_cut(reader)]
+    return [*_left_out(reader), *_agreement(reader), *_gaps(reader), *_narrow(reader), *_cut(reader)]
 
 
 def _left_out(reader: Reader) -> Iterator[Remark]:
@@ -25,7 +26,7 @@ def _left_out(reader: Reader) -> Iterator[Remark]:
         why = "too long for the model" if row["layer"] < 0 else "with activations that are no finite numbers"
         yield Remark(
             "left_out", row["stage"], row["n"], row["n"],
-            f"{row['n']:,} texts are not in the statistics of {row['stage']}: {why} (the first: {row['first']}).",
+            f"{row['n']:,} texts are not in the statistics of {row['stage']}: {why} (the first: {plain(row['first'])}).",
             "Try another `--model.dtype`, or leave them out.", "left out",
         )  # fmt: skip
 
@@ -50,6 +51,17 @@ def _gaps(reader: Reader) -> Iterator[Remark]:
             "gap", "ig", row["wide"], row["n"],
             f"Integrated gradients miss more than 1 % of their sum in {row['wide']:,} of {row['n']:,} prompts.",
             "Try a larger `--neurons.ig_steps`.", "path not followed closely",
+        )  # fmt: skip
+
+
+def _narrow(reader: Reader) -> Iterator[Remark]:
+    few, total = narrow(reader)
+    if few:
+        yield Remark(
+            "curves", None, few, total,
+            f"In {few:,} of {total:,} prompts all neurons together hardly move the target: m(k) divides by little there, "
+            "and areas under curves hang on it.",
+            "Read the curves of all prompts together, in the report.", "areas not determined",
         )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ METRICS = ("dla", "act_grad", "ig", "relp")
 """The attributions, in the order in which they are told."""
 CONTROLS = ("random", "matched", "loudest")
 """Sets of neurons that a curve is held against."""
+LEVEL = 0.05
+"""Share of false discoveries up to which a neuron counts as beyond the background."""
 Metric = Literal["dla", "act_grad", "ig", "relp"]
 TargetMode = Literal["last_token", "next_token", "top1_logit", "sequence"]
 DumpDtype = Literal["off", "float32", "bfloat16", "float16"]

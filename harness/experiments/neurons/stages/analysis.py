@@ -16,13 +16,12 @@ from scipy.stats import rankdata
 
 from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.experiments.neurons.inputs import Inputs, item_key
+from harness.experiments.neurons.settings import LEVEL
 from harness.stats import NUM_BOOTSTRAPS, mean_interval, paired_differences
 
 Row = dict[str, Any]
 _FEWEST = 3
 """Neurons of a prompt that a correlation is made of."""
-LEVEL = 0.05
-"""Share of false discoveries up to which a neuron counts as beyond the background."""
 ANALYSES = ("agreement", "curves", "background", "influence")
 _EMPTY: Row = dict.fromkeys(("value", "low", "high", "p"))
 
