@@ -264,7 +264,7 @@ def test_agreement_and_curves_are_what_the_analysis_stored(page: Page) -> None:
     ]  # fmt: skip
     for told in (
         "The neuron that moves the target most is 5.1: set to its mean over the background it changes the logit by 3.125 up or "
-        "down, mean over the 4 prompts in which it was measured; where dla names it by −3.125, claimed −1.750.",
+        "down, mean over the 4 prompts in which it was measured; where dla names it, by −3.125, and dla claims −1.750.",
         "act_grad 0.97 [0.96, 0.98], dla 0.65 [0.60, 0.70].",
         "Sets kept: dla is furthest from neurons matched by layer and loudness, its area under the curve +0.10 [0.09, 0.11]",
         "Sets changed: no metric does surely better than neurons matched by layer and loudness.",
@@ -278,8 +278,8 @@ def test_what_was_left_out_is_told_with_its_reason(page: Page) -> None:
     assert rows["tokens not counted"][0] == "4 of 12"
     assert rows["layers"][0] == "all but 0, 5"
     assert rows["texts of stage partials"] == ["1", "an activation is no finite number: p1\\x1b[31m"]
-    assert rows["selected by dla"][0] == "cut in 4 of 4 prompts"
-    assert "selected by act_grad" not in rows
+    assert rows["selected neurons"][0] == "cut: dla in 4 of 4 prompts"
+    assert "The set that holds the cumulative share of |influence| was cut: dla in 4 of 4 prompts." in page.text
     assert rows["neurons not changed"][0] == "12 of 12 prompts × neurons were"
     assert "neurons.context = at" in rows["earlier positions"][1]
 
@@ -308,6 +308,12 @@ def test_the_terminal_shows_hostile_tokens_as_text_and_keeps_to_its_width(paths:
     assert "[bold]x[/bold]" in told
     assert "-3.125 │ -1.750" in told
     assert "0.65 [0.60, 0.70] │  0.48" in told
+
+
+def test_a_token_of_dozens_of_signs_is_cut_and_a_name_is_not() -> None:
+    assert summary.shown_token("\n" + 20 * "\t") == "\\x0a\\x09\\x09\\x09\\x0…"
+    assert summary.shown_token(" Austin") == "␣Austin"
+    assert summary.shown_text("p" * 99) == "p" * 99
 
 
 def test_links_within_the_page_lead_somewhere_and_the_method_is_told(page: Page) -> None:

@@ -12,6 +12,8 @@ from harness.run import Manifest
 from harness.store import Reader, Row
 
 _SHOWN = 10
+_MOST_SIGNS = 20
+"""Of a token in a table."""
 MEASURED = "CASE WHEN t.mode = 'sequence' THEN e.delta_logp ELSE coalesce(e.delta_contrast, e.delta_logit) END"
 """What a row `e` of `effects` did to what its prompt's row `t` of `targets` is ranked for, in SQL."""
 
@@ -128,6 +130,15 @@ def narrow(reader: Reader) -> Narrow:
     return Narrow(row["few"], row["n"])
 
 
+def sets_cut(reader: Reader) -> dict[str, tuple[int, int]]:
+    """By metric, of how many of its prompts the cumulative set was cut; metrics of which none was are not there."""
+    rows = reader.query(
+        "SELECT metric, count(*) AS n, count(*) FILTER (is_cut) AS cut FROM influence_totals GROUP BY metric"
+    )
+    found = {r["metric"]: (r["cut"], r["n"]) for r in rows if r["cut"]}
+    return {metric: found[metric] for metric in in_order([*found])}
+
+
 class Writes(NamedTuple):
     """Tokens whose logits a neuron's direction raises and lowers, the most first: so it is where its activation is "
     "above 0."""
@@ -162,8 +173,8 @@ def writes_of(reader: Reader, neurons: Sequence[tuple[int, int]], number: int) -
     names = texts_of(reader, {i for r in rows for i in (*(r["top"] or ()), *(r["low"] or ()))})
     return {
         (r["layer"], r["neuron"]): Writes(
-            tuple(shown_text(names.get(i)) for i in r["top"] or ()),
-            tuple(shown_text(names.get(i)) for i in r["low"] or ()),
+            tuple(shown_token(names.get(i)) for i in r["top"] or ()),
+            tuple(shown_token(names.get(i)) for i in r["low"] or ()),
             r["is_raising"],
         )
         for r in rows
@@ -204,6 +215,12 @@ def shown_text(text: str | None) -> str:
     )
 
 
+def shown_token(text: str | None) -> str:
+    """As `shown_text`, and not too long: some tokens are dozens of spaces."""
+    told = shown_text(text)
+    return told if len(told) <= _MOST_SIGNS else told[: _MOST_SIGNS - 1] + "…"
+
+
 def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
     first, writes = first_ranking(reader), writes_of(reader, [(r["layer"], r["neuron"]) for r in rows], 3)
     table = Table(
@@ -218,7 +235,7 @@ def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
         table.add_row(
             f"{r['layer']}.{r['neuron']}", f"{r['total']:.1f}", f"{r['num_prompts']:,}", change_told(r["mean"]),
             change_told(r["claimed"]), "–" if r["mean_peak"] is None else f"{r['mean_peak']:.2f}",
-            Text(shown_text(r["peak_token"])),
+            Text(shown_token(r["peak_token"])),
             Text(own.told, no_wrap=True, overflow="ellipsis"),
         )  # fmt: skip
     return table
