@@ -156,6 +156,14 @@ def rendered(paths: RunPaths) -> Page:
     return Page(command._render({**content, "figures": none}))
 
 
+def printed(shown: list[object]) -> str:
+    """As a terminal of 80 columns has it."""
+    console = Console(width=80, record=True, markup=False, highlight=False, file=io.StringIO())
+    for one in shown:
+        console.print(one)
+    return console.export_text()
+
+
 def table(page: Page, section: str, place: int = 0) -> list[list[str]]:
     """The cells of a section's n-th table, its columns first."""
     inside = page.html.partition(f'<section id="{section}">')[2].partition("</section>")[0]
@@ -298,10 +306,7 @@ def test_prompts_tokens_and_names_are_text_whatever_they_look_like(page: Page) -
 def test_the_terminal_shows_hostile_tokens_as_text_and_keeps_to_its_width(paths: RunPaths) -> None:
     with open_snapshot(paths, SCHEMA) as reader:
         shown = EXPERIMENT.render(reader, read_manifest(paths))
-    console = Console(width=80, record=True, markup=False, highlight=False, file=io.StringIO())
-    for one in shown:
-        console.print(one)
-    told = console.export_text()
+    told = printed(shown)
     assert max(map(len, told.splitlines())) <= 80
     assert "\x1b" not in told
     assert "\\x1b[2J" in told
@@ -350,11 +355,16 @@ def test_without_effects_contributions_stand_in_their_place_and_say_so(tmp_path:
         peaks(store)
         influence(store)
 
-    page = rendered(run_of(tmp_path, without, settings=set_to(effects=0)))
+    paths = run_of(tmp_path, without, settings=set_to(effects=0))
+    page = rendered(paths)
     columns, *rows = table(page, "prompts", 0)
     assert columns[5:] == ["measured Δ", "dla contributes", "act_grad contributes"]
     assert rows[0][4:] == ["1", "–", "+1.750", "+1.188"]
     assert "Effects were not measured: what a metric ascribes stands there" in page.text
+    with open_snapshot(paths, SCHEMA) as reader:
+        told = printed(EXPERIMENT.render(reader, read_manifest(paths)))
+    assert "furthest from the background" in told
+    assert "│      1.50 │         0.50 │ 30.5 │" in told
     assert "mean Δ" not in page.html.partition('<section id="strongest">')[2].partition("</section>")[0]
 
 

@@ -25,6 +25,8 @@ def render(reader: Reader, manifest: Manifest) -> list[object]:
     rows = strongest(reader, _SHOWN)
     if rows:
         shown += [_neurons(reader, manifest, rows), _neurons_line(reader)]
+    elif (peaks := _peaks(reader, manifest)).row_count:
+        shown += [peaks, "A neuron is layer.index. Peaks are not influence: no effect was measured."]
     rankings = _rankings(reader)
     if rankings.row_count:
         shown += [rankings, "Kept: higher is better; dropped: lower. Controls are sets without a claim."]
@@ -238,6 +240,30 @@ def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
             Text(shown_token(r["peak_token"])),
             Text(own.told, no_wrap=True, overflow="ellipsis"),
         )  # fmt: skip
+    return table
+
+
+def _peaks(reader: Reader, manifest: Manifest) -> Table:
+    """What there is to show where no neuron was changed: those furthest from the background, or loudest without one."""
+    rows = reader.query(
+        "SELECT n.*, v.text AS peak_token FROM top_neurons t JOIN neurons n USING (layer, neuron) "
+        "LEFT JOIN vocabulary v ON v.token_id = n.peak_token_mode ORDER BY t.place LIMIT ?",
+        [_SHOWN],
+    )
+    writes = writes_of(reader, [(r["layer"], r["neuron"]) for r in rows], 3)
+    is_compared = any(r["z_background"] is not None for r in rows)
+    told = "furthest from the background" if is_compared else "the highest peaks"
+    table = Table(title=f"Run {manifest.run_id}: {told}", title_justify="left")
+    for column in ("neuron", "mean peak", "background's", "z", "peaks at", "writes"):
+        table.add_column(column, justify="left" if column in ("neuron", "peaks at", "writes") else "right")
+    for r in rows:
+        own = writes.get((r["layer"], r["neuron"]), Writes())
+        numbers = (
+            "–" if value is None else f"{value:,.{digits}f}"
+            for value, digits in ((r["mean_peak"], 2), (r["peak_background"], 2), (r["z_background"], 1))
+        )
+        tokens = (Text(shown_token(r["peak_token"])), Text(own.told, no_wrap=True, overflow="ellipsis"))
+        table.add_row(f"{r['layer']}.{r['neuron']}", *numbers, *tokens)
     return table
 
 
