@@ -156,6 +156,14 @@ def rendered(paths: RunPaths) -> Page:
     return Page(command._render({**content, "figures": none}))
 
 
+def printed(shown: list[object]) -> str:
+    """As a terminal of 80 columns has it."""
+    console = Console(width=80, record=True, markup=False, highlight=False, file=io.StringIO())
+    for one in shown:
+        console.print(one)
+    return console.export_text()
+
+
 def table(page: Page, section: str, place: int = 0) -> list[list[str]]:
     """The cells of a section's n-th table, its columns first."""
     inside = page.html.partition(f'<section id="{section}">')[2].partition("</section>")[0]
@@ -264,7 +272,7 @@ def test_agreement_and_curves_are_what_the_analysis_stored(page: Page) -> None:
     ]  # fmt: skip
     for told in (
         "The neuron that moves the target most is 5.1: set to its mean over the background it changes the logit by 3.125 up or "
-        "down, mean over the 4 prompts in which it was measured; where dla names it by −3.125, claimed −1.750.",
+        "down, mean over the 4 prompts in which it was measured; where dla names it, by −3.125, and dla claims −1.750.",
         "act_grad 0.97 [0.96, 0.98], dla 0.65 [0.60, 0.70].",
         "Sets kept: dla is furthest from neurons matched by layer and loudness, its area under the curve +0.10 [0.09, 0.11]",
         "Sets changed: no metric does surely better than neurons matched by layer and loudness.",
@@ -278,8 +286,8 @@ def test_what_was_left_out_is_told_with_its_reason(page: Page) -> None:
     assert rows["tokens not counted"][0] == "4 of 12"
     assert rows["layers"][0] == "all but 0, 5"
     assert rows["texts of stage partials"] == ["1", "an activation is no finite number: p1\\x1b[31m"]
-    assert rows["selected by dla"][0] == "cut in 4 of 4 prompts"
-    assert "selected by act_grad" not in rows
+    assert rows["selected neurons"][0] == "cut: dla in 4 of 4 prompts"
+    assert "The set that holds the cumulative share of |influence| was cut: dla in 4 of 4 prompts." in page.text
     assert rows["neurons not changed"][0] == "12 of 12 prompts × neurons were"
     assert "neurons.context = at" in rows["earlier positions"][1]
 
@@ -298,16 +306,19 @@ def test_prompts_tokens_and_names_are_text_whatever_they_look_like(page: Page) -
 def test_the_terminal_shows_hostile_tokens_as_text_and_keeps_to_its_width(paths: RunPaths) -> None:
     with open_snapshot(paths, SCHEMA) as reader:
         shown = EXPERIMENT.render(reader, read_manifest(paths))
-    console = Console(width=80, record=True, markup=False, highlight=False, file=io.StringIO())
-    for one in shown:
-        console.print(one)
-    told = console.export_text()
+    told = printed(shown)
     assert max(map(len, told.splitlines())) <= 80
     assert "\x1b" not in told
     assert "\\x1b[2J" in told
     assert "[bold]x[/bold]" in told
     assert "-3.125 │ -1.750" in told
     assert "0.65 [0.60, 0.70] │  0.48" in told
+
+
+def test_a_token_of_dozens_of_signs_is_cut_and_a_name_is_not() -> None:
+    assert summary.shown_token("\n" + 20 * "\t") == "\\x0a\\x09\\x09\\x09\\x0…"
+    assert summary.shown_token(" Austin") == "␣Austin"
+    assert summary.shown_text("p" * 99) == "p" * 99
 
 
 def test_links_within_the_page_lead_somewhere_and_the_method_is_told(page: Page) -> None:
@@ -344,11 +355,16 @@ def test_without_effects_contributions_stand_in_their_place_and_say_so(tmp_path:
         peaks(store)
         influence(store)
 
-    page = rendered(run_of(tmp_path, without, settings=set_to(effects=0)))
+    paths = run_of(tmp_path, without, settings=set_to(effects=0))
+    page = rendered(paths)
     columns, *rows = table(page, "prompts", 0)
     assert columns[5:] == ["measured Δ", "dla contributes", "act_grad contributes"]
     assert rows[0][4:] == ["1", "–", "+1.750", "+1.188"]
     assert "Effects were not measured: what a metric ascribes stands there" in page.text
+    with open_snapshot(paths, SCHEMA) as reader:
+        told = printed(EXPERIMENT.render(reader, read_manifest(paths)))
+    assert "furthest from the background" in told
+    assert "│      1.50 │         0.50 │ 30.5 │" in told
     assert "mean Δ" not in page.html.partition('<section id="strongest">')[2].partition("</section>")[0]
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from harness.experiments import drawing
 from harness.experiments.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
-from harness.experiments.neurons.settings import CONTROLS
+from harness.experiments.neurons.settings import CONTROLS, LEVEL
 from harness.experiments.neurons.summary import MEASURED, in_order, stored_rows, unit_of
 from harness.store import Reader, Row
 
@@ -165,7 +165,7 @@ def background(data: FigureData) -> Figure:
         ax.bar(layers, [r["value"] for r in rows], color=SKY, edgecolor=BLUE, linewidth=0.6)
         ax.set_ylim(0, 1)
         _layers(ax, layers)
-        drawing.label(ax, "neurons beyond the background, q < .05", "layer", "share of the layer's neurons")
+        drawing.label(ax, f"neurons beyond the background, q < {LEVEL:g}", "layer", "share of the layer's neurons")
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness.experiments.neurons.summary import narrow, stored_rows
+from harness.experiments.neurons.summary import narrow, sets_cut, stored_rows
 from harness.experiments.remarks import Remark
 from harness.run import Manifest
 from harness.store import Reader
@@ -66,14 +66,12 @@ def _narrow(reader: Reader) -> Iterator[Remark]:
 
 
 def _cut(reader: Reader) -> Iterator[Remark]:
-    rows = reader.query(
-        "SELECT metric, count(*) AS n, count(*) FILTER (is_cut) AS cut FROM influence_totals GROUP BY metric ORDER BY metric"
-    )
-    for row in rows:
-        if row["cut"]:
-            yield Remark(
-                "cut", row["metric"], row["cut"], row["n"],
-                f"The set that holds the cumulative share of |{row['metric']}| was cut in {row['cut']:,} of {row['n']:,} "
-                "prompts.",
-                "Try a larger `--neurons.max_selected`; the files hold every neuron's value.", "set cut off",
-            )  # fmt: skip
+    found = sets_cut(reader)
+    if found:
+        told = ", ".join(f"{metric} in {few:,} of {total:,}" for metric, (few, total) in found.items())
+        few, total = max(found.values())
+        yield Remark(
+            "cut", None, few, total,
+            f"The set that holds the cumulative share of |influence| was cut: {told} prompts.",
+            "Try a larger `--neurons.max_selected`; the files hold every neuron's value.", "set cut off",
+        )  # fmt: skip

@@ -21,7 +21,9 @@ from harness.experiments.neurons.summary import (
     in_order,
     interval_told,
     narrow,
+    sets_cut,
     shown_text,
+    shown_token,
     strongest,
     texts_of,
     writes_of,
@@ -130,7 +132,9 @@ def _headlines(run: Run) -> Iterator[str]:
         yield f"No effect yet ({why.removeprefix('not measured: ')})."
     else:
         for r in strongest(run.reader, 1):
-            claim = f"; where {run.first} names it by {_signed(r['mean'])}, claimed {_signed(r['claimed'])}"
+            claim = (
+                f"; where {run.first} names it, by {_signed(r['mean'])}, and {run.first} claims {_signed(r['claimed'])}"
+            )
             yield (
                 f"The neuron that moves the target most is {_name(r)}: {run.kind} it changes the {run.data.unit} by "
                 f"{r['total'] / r['num_measured']:.3f} up or down, mean over the {_number(r['num_measured'], 'prompt')} in "
@@ -190,7 +194,7 @@ def _strongest(run: Run) -> Section:
         cells.append(
             (
                 _name(r),
-                shown_text(r["peak_token"]),
+                shown_token(r["peak_token"]),
                 _tokens(own.raised),
                 _tokens(own.lowered),
                 _plain(r["total"]),
@@ -269,10 +273,10 @@ def _prompt(run: Run, target: Row, word: str) -> Table:
     shown = ("…" if len(text) > _MOST_TEXT else "") + text[-_MOST_TEXT:]
     names = texts_of(run.reader, (*target["token_ids"], *target["contrast_ids"], *target["top_ids"]))
     token, contrast, top = (
-        "".join(shown_text(names.get(i)) for i in target["token_ids"]),
-        "".join(shown_text(names.get(i)) for i in target["contrast_ids"]),
+        "".join(shown_token(names.get(i)) for i in target["token_ids"]),
+        "".join(shown_token(names.get(i)) for i in target["contrast_ids"]),
         ", ".join(
-            f"{shown_text(names.get(i))} {p:.2f}" for i, p in zip(target["top_ids"], target["top_probs"], strict=True)
+            f"{shown_token(names.get(i))} {p:.2f}" for i, p in zip(target["top_ids"], target["top_probs"], strict=True)
         ),
     )
     metrics = in_order([r["metric"] for r in run.reader.query("SELECT DISTINCT metric FROM influence_totals")])
@@ -485,7 +489,7 @@ def _background(run: Run) -> Section:
         cells.append(
             (
                 _name(r),
-                shown_text(r["peak_token"]),
+                shown_token(r["peak_token"]),
                 _tokens(own.raised),
                 _percent(r["peak_token_share"]),
                 _percent(r["share_functional"]),
@@ -557,13 +561,13 @@ def _not_counted(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _not_ranked(run: Run) -> Iterator[tuple[str, str, str]]:
     own = run.settings
-    for r in run.reader.query(
-        "SELECT metric, count(*) AS n, count(*) FILTER (is_cut) AS cut FROM influence_totals GROUP BY metric ORDER "
-        "BY metric"
-    ):
-        if r["cut"]:
-            why = "more neurons hold the share asked for than are kept (neurons.max_selected)"
-            yield f"selected by {r['metric']}", f"cut in {r['cut']:,} of {_number(r['n'], 'prompt')}", why
+    if cut := sets_cut(run.reader):
+        told = ", ".join(f"{metric} in {few:,} of {total:,}" for metric, (few, total) in cut.items())
+        yield (
+            "selected neurons",
+            f"cut: {told} prompts",
+            "more hold the share asked for than are kept (neurons.max_selected)",
+        )
     if run.data.rankings:
         limit = own.get("effects")
         told = "the first" if limit is None else f"the first {limit:,}"

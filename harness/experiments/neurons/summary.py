@@ -12,6 +12,8 @@ from harness.run import Manifest
 from harness.store import Reader, Row
 
 _SHOWN = 10
+_MOST_SIGNS = 20
+"""Of a token in a table."""
 MEASURED = "CASE WHEN t.mode = 'sequence' THEN e.delta_logp ELSE coalesce(e.delta_contrast, e.delta_logit) END"
 """What a row `e` of `effects` did to what its prompt's row `t` of `targets` is ranked for, in SQL."""
 
@@ -23,6 +25,8 @@ def render(reader: Reader, manifest: Manifest) -> list[object]:
     rows = strongest(reader, _SHOWN)
     if rows:
         shown += [_neurons(reader, manifest, rows), _neurons_line(reader)]
+    elif (peaks := _peaks(reader, manifest)).row_count:
+        shown += [peaks, "A neuron is layer.index. Peaks are not influence: no effect was measured."]
     rankings = _rankings(reader)
     if rankings.row_count:
         shown += [rankings, "Kept: higher is better; dropped: lower. Controls are sets without a claim."]
@@ -128,6 +132,15 @@ def narrow(reader: Reader) -> Narrow:
     return Narrow(row["few"], row["n"])
 
 
+def sets_cut(reader: Reader) -> dict[str, tuple[int, int]]:
+    """By metric, of how many of its prompts the cumulative set was cut; metrics of which none was are not there."""
+    rows = reader.query(
+        "SELECT metric, count(*) AS n, count(*) FILTER (is_cut) AS cut FROM influence_totals GROUP BY metric"
+    )
+    found = {r["metric"]: (r["cut"], r["n"]) for r in rows if r["cut"]}
+    return {metric: found[metric] for metric in in_order([*found])}
+
+
 class Writes(NamedTuple):
     """Tokens whose logits a neuron's direction raises and lowers, the most first: so it is where its activation is "
     "above 0."""
@@ -162,8 +175,8 @@ def writes_of(reader: Reader, neurons: Sequence[tuple[int, int]], number: int) -
     names = texts_of(reader, {i for r in rows for i in (*(r["top"] or ()), *(r["low"] or ()))})
     return {
         (r["layer"], r["neuron"]): Writes(
-            tuple(shown_text(names.get(i)) for i in r["top"] or ()),
-            tuple(shown_text(names.get(i)) for i in r["low"] or ()),
+            tuple(shown_token(names.get(i)) for i in r["top"] or ()),
+            tuple(shown_token(names.get(i)) for i in r["low"] or ()),
             r["is_raising"],
         )
         for r in rows
@@ -204,6 +217,12 @@ def shown_text(text: str | None) -> str:
     )
 
 
+def shown_token(text: str | None) -> str:
+    """As `shown_text`, and not too long: some tokens are dozens of spaces."""
+    told = shown_text(text)
+    return told if len(told) <= _MOST_SIGNS else told[: _MOST_SIGNS - 1] + "…"
+
+
 def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
     first, writes = first_ranking(reader), writes_of(reader, [(r["layer"], r["neuron"]) for r in rows], 3)
     table = Table(
@@ -218,9 +237,33 @@ def _neurons(reader: Reader, manifest: Manifest, rows: Sequence[Row]) -> Table:
         table.add_row(
             f"{r['layer']}.{r['neuron']}", f"{r['total']:.1f}", f"{r['num_prompts']:,}", change_told(r["mean"]),
             change_told(r["claimed"]), "–" if r["mean_peak"] is None else f"{r['mean_peak']:.2f}",
-            Text(shown_text(r["peak_token"])),
+            Text(shown_token(r["peak_token"])),
             Text(own.told, no_wrap=True, overflow="ellipsis"),
         )  # fmt: skip
+    return table
+
+
+def _peaks(reader: Reader, manifest: Manifest) -> Table:
+    """What there is to show where no neuron was changed: those furthest from the background, or loudest without one."""
+    rows = reader.query(
+        "SELECT n.*, v.text AS peak_token FROM top_neurons t JOIN neurons n USING (layer, neuron) "
+        "LEFT JOIN vocabulary v ON v.token_id = n.peak_token_mode ORDER BY t.place LIMIT ?",
+        [_SHOWN],
+    )
+    writes = writes_of(reader, [(r["layer"], r["neuron"]) for r in rows], 3)
+    is_compared = any(r["z_background"] is not None for r in rows)
+    told = "furthest from the background" if is_compared else "the highest peaks"
+    table = Table(title=f"Run {manifest.run_id}: {told}", title_justify="left")
+    for column in ("neuron", "mean peak", "background's", "z", "peaks at", "writes"):
+        table.add_column(column, justify="left" if column in ("neuron", "peaks at", "writes") else "right")
+    for r in rows:
+        own = writes.get((r["layer"], r["neuron"]), Writes())
+        numbers = (
+            "–" if value is None else f"{value:,.{digits}f}"
+            for value, digits in ((r["mean_peak"], 2), (r["peak_background"], 2), (r["z_background"], 1))
+        )
+        tokens = (Text(shown_token(r["peak_token"])), Text(own.told, no_wrap=True, overflow="ellipsis"))
+        table.add_row(f"{r['layer']}.{r['neuron']}", *numbers, *tokens)
     return table
 
 
