@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 
 _CHECKED = (
     "models",
+    "neurons",
     "stages",
     "test_stats.py",
     "test_fit.py",

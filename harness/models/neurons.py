@@ -43,6 +43,7 @@ class Outlet:
 
     @property
     def bias(self) -> Float[Tensor, " D"] | None:
+        """What the projection adds whatever the neurons do; None where it adds nothing."""
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 

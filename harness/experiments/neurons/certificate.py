@@ -87,6 +87,7 @@ class Bench:
 
     @property
     def tolerance(self) -> float:
+        """Of what is computed in the model's own dtype."""
         return TOLERANCE[self.lm.identity.dtype].nats
 
     @property

@@ -65,6 +65,7 @@ class Inputs:
 
     @property
     def codec(self) -> Codec:
+        """The model's tokenizer."""
         return load_codec(self.model, self.identity)
 
     @property

@@ -53,6 +53,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, rows: Float[Tensor, "K M"]) -> "Moments":
+        """Those of each column."""
         found = []
         for some in rows.split(
             max(1, _AT_ONCE // max(1, len(rows))), 1
@@ -373,6 +374,7 @@ class Open(NamedTuple):
         return texts, tokens
 
     def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
         return name in self.tensors.keys()  # noqa: SIM118
 
     def layer(self, number: int) -> Layer:

@@ -29,6 +29,7 @@ class Prompt:
 
     @classmethod
     def of(cls, text: str, prompt_id: str = "", category: str = "", target: str = "", contrast: str = "") -> "Prompt":
+        """A prompt with its hash; one without an id is named after its text."""
         category = category or _NO_CATEGORY
         name = prompt_id or f"{category}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         told = json.dumps([name, category, text, target, contrast], ensure_ascii=False)

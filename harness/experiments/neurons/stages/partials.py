@@ -39,6 +39,8 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """A pack with its texts."""
+
     first: int
     texts: tuple[Text, ...]
 

@@ -126,7 +126,7 @@ def _directions(context: Measuring, layer: int, neurons: Sequence[int]) -> Tenso
     outlet = circuit.outlets[layer]
     found = outlet.weight[:, torch.tensor(neurons, device=circuit.lm.device)].T * outlet.multiplier
     found = found.to(torch.promote_types(found.dtype, torch.float32))
-    one = torch.ones(1, 1, device=found.device, dtype=found.dtype)
+    one = torch.ones(len(found), 1, device=found.device, dtype=found.dtype)
     if outlet.post is not None:
         found = outlet.post[1].apply(found, one)
     return circuit.final.apply(found, one)
