@@ -433,7 +433,7 @@ def _claims(view: View) -> None:
         st.info(absent(view, "effects", "Measured effects", "neurons.effects"))
         return
     rows = ask.effects(view).assign(ranking=view.metric)
-    left, right = st.columns([4, 5])
+    left, right = st.columns([3, 5])
     with left:
         if rows.empty:
             st.info(absent(view, "effects", "Measured effects of this metric's ranking", "neurons.effects"))
