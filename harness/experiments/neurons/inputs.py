@@ -153,9 +153,20 @@ def prepare(resolved: Resolved, models: Models, stages: tuple[str, ...]) -> Prep
         },
         some=some,
         num_contexts=len(chosen),
-        warnings=tuple(rejections_told(prompt_set.path, prompt_set.rejections)) if prompt_set.path else (),
+        warnings=tuple(_warnings(own, prompt_set, chosen, is_planted=settings.model.name in PLANTED_MODELS)),
         events=tuple(("rejected_prompt", f"row {r.row}: {r.rule}: {r.detail}") for r in prompt_set.rejections),
     )
+
+
+def _warnings(own: NeuronsSettings, prompt_set: PromptSet, chosen: Sequence[Prompt], *, is_planted: bool) -> list[str]:
+    told = []
+    named = sum(bool(p.target) for p in chosen)
+    if named and own.target in ("top1_logit", "last_token") and not is_planted:
+        told.append(
+            f"{named} prompts name a target, and neurons.target = {own.target} chooses its own; for theirs give "
+            "--neurons.target next_token"
+        )
+    return told + (rejections_told(prompt_set.path, prompt_set.rejections) if prompt_set.path else [])
 
 
 def _prompts(settings: Settings, own: NeuronsSettings) -> PromptSet:

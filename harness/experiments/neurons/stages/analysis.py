@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from harness.engine import AnyTables, Item, ItemResult, Tables
 from harness.experiments.neurons.inputs import Inputs, item_key
-from harness.experiments.neurons.settings import LEVEL
+from harness.experiments.neurons.settings import CONTROLS, LEVEL
 from harness.stats import NUM_BOOTSTRAPS, mean_interval, paired_differences
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ class Analysis:
             "effects": (
                 "prompt_id", "ranking", "layer", "neuron", "delta_logit", "delta_logp", "delta_contrast", "predicted",
             ),
-            "curves": ("prompt_id", "ranking", "k", "mode", "m"),
+            "curves": ("prompt_id", "ranking", "k", "mode", "logit"),
             "neurons": ("layer", "neuron", "q"),
             "influence_totals": (
                 "prompt_id", "metric", "residual", "num_selected", "effective", "completeness_gap", "total_abs",
@@ -118,28 +118,47 @@ class Analysis:
                     yield self._mean(ranking, measure, values, method)
 
     def _curves(self, rows: Sequence[Row]) -> Iterator[Row]:
-        by_prompt: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
+        """Areas of curves whose prompts are pooled: where a prompt's two ends lie close together its own m divides by little."""
+        points: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
+        ends: dict[str, dict[str, float]] = defaultdict(dict)
         for r in rows:
-            if r["m"] is not None and r["k"] > 0:
-                by_prompt[r["mode"], r["ranking"], r["prompt_id"]].append((r["k"], r["m"]))
+            if r["k"]:
+                points[r["mode"], r["ranking"], r["prompt_id"]].append((r["k"], r["logit"]))
+            elif r["mode"] in ("keep", "drop"):
+                ends[r["prompt_id"]]["none" if r["mode"] == "keep" else "whole"] = r["logit"]
         areas: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-        for (mode, ranking, prompt_id), points in by_prompt.items():
-            if len(points) > 1:
-                areas[mode, ranking][prompt_id] = area(points)
+        spans = {p: e["whole"] - e["none"] for p, e in ends.items()}
+        for (mode, ranking, prompt_id), some in points.items():
+            if len(some) > 1:
+                areas[mode, ranking][prompt_id] = area([(k, value - ends[prompt_id]["none"]) for k, value in some])
         for (mode, ranking), found in sorted(areas.items()):
-            told = "area under m(k) over ln k, from the smallest set to all, as a share"
-            yield self._mean(ranking, f"area_{mode}", list(found.values()), told)
+            own = self._ratio({p: (a, spans[p]) for p, a in found.items()})
+            told = "area under the pooled m(k) over ln k, from the smallest set to all; bootstrap over prompts"
+            yield {"ranking": ranking, "measure": f"area_{mode}", "method": told, "n": len(found), **own}
             control = areas.get((mode, "matched"), {})
             both = [p for p in found if p in control]
-            if ranking in ("matched", "random", "loudest") or not both:
+            if ranking in CONTROLS or not both:
                 continue
+            gap = self._ratio({p: (found[p] - control[p], spans[p]) for p in both})
             one, other = (np.array([[x[p]] for p in both]) for x in (found, control))
-            gap = paired_differences(one, other, self.seed, self.num_bootstraps)
+            p = paired_differences(one, other, self.seed, self.num_bootstraps).p[0]
             yield {
-                "ranking": ranking, "measure": f"area_{mode}_over_matched", "value": gap.value[0], "low": gap.low[0],
-                "high": gap.high[0], "p": gap.p[0], "n": len(both),
-                "method": f"area less that of neurons matched to {self.first} by layer and decile of |a|; paired",
+                "ranking": ranking, "measure": f"area_{mode}_over_matched", "n": len(both), **gap, "p": float(p),
+                "method": f"area less that of neurons matched to {self.first} by layer and decile of |a|; p by the paired t",
             }  # fmt: skip
+
+    def _ratio(self, pairs: Mapping[str, tuple[float, float]]) -> Row:
+        """Σ above over Σ below, with a percentile interval from a bootstrap over prompts."""
+        above, below = np.array(list(pairs.values())).T
+        drawn = np.random.default_rng(self.seed).integers(len(above), size=(self.num_bootstraps, len(above)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = above[drawn].sum(1) / below[drawn].sum(1)
+        low, high = np.nanpercentile(ratios, [2.5, 97.5]) if len(above) > 1 else (np.nan, np.nan)
+        return {
+            "value": float(above.sum() / below.sum()) if below.sum() else None,
+            "low": float(low),
+            "high": float(high),
+        }
 
     def _background(self, rows: Sequence[Row]) -> Iterator[Row]:
         for r in rows:
@@ -155,7 +174,9 @@ class Analysis:
         for metric in dict.fromkeys(r["metric"] for r in rows):
             own = [r for r in rows if r["metric"] == metric]
             yield self._mean(metric, "effective", [r["effective"] for r in own], "e^H of the shares of |influence|")
-            yield self._mean(metric, "num_selected", [r["num_selected"] for r in own], "neurons of the cumulative set")
+            yield self._mean(
+                metric, "num_selected", [float(r["num_selected"]) for r in own], "neurons of the cumulative set"
+            )
             for measure, column in (("largest_residual", "residual"), ("largest_gap", "completeness_gap")):
                 values = [abs(r[column]) for r in own if r[column] is not None]
                 if values:
@@ -166,10 +187,10 @@ class Analysis:
 
 
 def area(points: Sequence[tuple[int, float]]) -> float:
-    """Area under m over ln k by trapezoids, over that of m = 1."""
-    k, m = (np.array(x, dtype=np.float64) for x in zip(*sorted(points), strict=True))
+    """Area under a value over ln k by trapezoids, over that of the value 1."""
+    k, value = (np.array(x, dtype=np.float64) for x in zip(*sorted(points), strict=True))
     x = np.log(k)
-    return float(np.trapezoid(m, x) / (x[-1] - x[0]))
+    return float(np.trapezoid(value, x) / (x[-1] - x[0]))
 
 
 def _agreement_rows(tables: Tables) -> tuple[Row, ...]:
