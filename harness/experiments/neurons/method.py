@@ -74,8 +74,7 @@ TERMS: tuple[tuple[str, str], ...] = (
         "Curve, m(k), area",
         "m(k) = (f(S) − f(∅)) / (f(all) − f(∅)), with f the target and ∅ all neurons changed. Keep leaves only the "
         "first k of a ranking as they are, drop changes only these. The area is under m over ln k from the smallest "
-        "set to all. It is a mean over prompts of a ratio; the drawn curve is the ratio of the means, which prompts "
-        "with f(all) near f(∅) cannot upset.",
+        "set to all. Curve and area are ratios of sums over prompts, which prompts with f(all) near f(∅) cannot upset.",
     ),
     (
         "Controls",

@@ -59,9 +59,9 @@ def _narrow(reader: Reader) -> Iterator[Remark]:
     if few:
         yield Remark(
             "curves", None, few, total,
-            f"In {few:,} of {total:,} prompts all neurons together hardly move the target: m(k) divides by little there, "
-            "and areas under curves hang on it.",
-            "Read the curves of all prompts together, in the report.", "areas not determined",
+            f"In {few:,} of {total:,} prompts all neurons together hardly move the target: their own m(k) divides "
+            "by little.",
+            "Read the curves of all prompts together, not those of one.", "curves of single prompts not determined",
         )  # fmt: skip
 
 

@@ -403,7 +403,7 @@ def _curves(run: Run) -> Section:
         "p",
     )
     note = (
-        "Areas under m(k) over ln k, means over prompts. Kept: the more the better. Dropped: the less the better. "
+        "Areas under m(k) over ln k, all prompts together. Kept: the more the better. Dropped: the less the better. "
         "Over matched: less the area of neurons matched by layer and decile of |activation|, paired by prompt."
     )
     few, num = narrow(run.reader)
@@ -411,8 +411,8 @@ def _curves(run: Run) -> Section:
     if few:
         text.append(
             f"In {few:,} of {_number(num, 'prompt')} all neurons together move the target by less "
-            "than a tenth of what they do in the median prompt. m(k) divides by that: areas, which are means over "
-            "prompts, hang on these few. The figure does not: it is of all prompts together."
+            "than a tenth of what they do in the median prompt. Their own m(k) divides by that; figure and table "
+            "are of all prompts together."
         )
     absent = run.told("effects", "analysis", otherwise="not measured: neurons.curve names no size")
     return Section(
