@@ -221,7 +221,7 @@ def test_a_run_whose_making_fails_leaves_no_folder(
     def fails(*_: object) -> None:
         raise death
 
-    monkeypatch.setattr(launch, "_write_diff", fails)
+    monkeypatch.setattr(launch, "write_diff", fails)
     with pytest.raises(death):
         gravity.run(_resolved(tmp_path))
     assert list((tmp_path / "runs").iterdir()) == []

@@ -383,7 +383,7 @@ def test_a_snapshot_without_its_store_is_never_replaced_by_an_empty_one(
 
 
 PLANTED: dict[str, tuple[str, str, str, str | None]] = {  # column: (change, row, its key, size)
-    "p_word": ("p_word + 0.125", "prompt_id = 'milk' AND condition = 'negative'", "milk, negative", "1.2e-01"),
+    "p_word": ("p_word + 0.25", "prompt_id = 'milk' AND condition = 'negative'", "milk, negative", "2.5e-01"),
     "logprobs": ("list_transform(logprobs, lambda x: x - 0.5)", "prompt_id = 'worm' AND condition = 'baseline'",
                  "worm, baseline", "5.0e-01"),
     "num_sequences": ("num_sequences + 1", "prompt_id = 'milk' AND condition = 'negative'", "milk, negative", None),

@@ -2,7 +2,7 @@
 
 dla: what a neuron's output adds to the logit along the residual stream alone, every norm's scale frozen (Elhage et al. 2021).
 act_grad: activation × gradient, attention and later layers included.
-ig: integrated gradients from a baseline (Sundararajan et al. 2017), all neurons of all layers together.
+ig: integrated gradients along a path (Sundararajan et al. 2017), all neurons of all layers together.
 relp: the gradient with norms' scales and attention patterns frozen, half of a gated product to each factor, nonlinearities
 by their secant (Arora et al. 2026, arXiv 2601.22594).
 """
@@ -57,11 +57,11 @@ class Attributed:
 def attribute(
     scene: Scene,
     metrics: Sequence[str],
-    baseline: Float[Tensor, "L M"] | None = None,
+    origin: Float[Tensor, "L M"] | None = None,
     steps: int = 32,
     acts: "Acts | None" = None,
 ) -> Attributed:
-    """Every neuron's share in the target, by each metric. `baseline` is where ig's path begins, None at zero.
+    """Every neuron's share in the target, by each metric. `origin` is where ig's path begins, None at zero.
 
     `acts` are needed for relp. Raises NotFinite where a value is none.
     """
@@ -77,7 +77,7 @@ def attribute(
             found.weights[metric] = gradients.sum(1)
             found.totals[metric] = Totals(_sum(found.values[metric]))
     if "ig" in metrics:
-        found.values["ig"], found.weights["ig"], found.totals["ig"] = _integrated(scene, clean, baseline, steps)
+        found.values["ig"], found.weights["ig"], found.totals["ig"] = _integrated(scene, clean, origin, steps)
     if not all(bool(v.isfinite().all()) for v in (found.activation, *found.values.values())):
         raise NotFinite(NOT_FINITE)
     return found
@@ -206,7 +206,7 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _integrated(
-    scene: Scene, clean: _Clean, baseline: Float[Tensor, "L M"] | None, steps: int
+    scene: Scene, clean: _Clean, origin: Float[Tensor, "L M"] | None, steps: int
 ) -> tuple[Tensor, Tensor, Totals]:
     """ig: every layer's neurons are set, so a gradient does not pass through another layer's.
 
@@ -214,8 +214,8 @@ def _integrated(
     of the target at its ends: those that miss it are halved, until all misses together are less than 1 % of the whole.
     """
     a = clean.activations
-    start = torch.zeros_like(a) if baseline is None else baseline.to(a)[:, None].expand_as(a)
-    along = _Path(scene, start, a, baseline is None and any(o.post is not None for o in scene.circuit.outlets))
+    start = torch.zeros_like(a) if origin is None else origin.to(a)[:, None].expand_as(a)
+    along = _Path(scene, start, a, origin is None and any(o.post is not None for o in scene.circuit.outlets))
     order = min(steps, _ORDER)
     edges = np.linspace(0, 1, max(1, steps // order) + 1)
     total, panels = torch.zeros_like(a, dtype=torch.float64), list(pairwise(edges.tolist()))

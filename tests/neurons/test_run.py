@@ -328,4 +328,4 @@ def test_a_run_is_verified_exported_and_shown(whole: Path, tmp_path: Path) -> No
     assert {"neurons_aggregated", "top_neurons", "influence"} <= names
     told = harness("show", whole.name, "--paths.runs", whole.parent)
     assert told.code == 0
-    assert "Rankings against what ablation does" in told.out
+    assert "Rankings against what was measured" in told.out

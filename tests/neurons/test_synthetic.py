@@ -32,7 +32,7 @@ def test_the_folder_is_a_finished_run_with_every_table_filled(paths: RunPaths, r
     assert entry.problem is None
     assert state(read_manifest(paths)) == "finished"
     counts = {name: reader.query(f"SELECT count(*) AS n FROM {name}")[0]["n"] for name in SCHEMA.tables}
-    assert {name for name, n in counts.items() if not n} == {"batches", "sanity_items"}
+    assert {name for name, n in counts.items() if not n} == {"batches", "left_out", "sanity_items"}
     assert counts["neurons"] == counts["neuron_writes"] == 96
     assert counts["influence"] == 30 * 4 * 96  # each of them, as there are fewer than are kept
     for checks in (SCHEMA.orphans, SCHEMA.sense):

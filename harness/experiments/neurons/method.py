@@ -42,7 +42,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "ig",
-        "Integrated gradients along the straight path from a baseline (zero, or the background's mean), all neurons "
+        "Integrated gradients along the straight path from a start (zero, or the background's mean), all neurons "
         "of all layers moved together. They add up to the difference of the target between the ends; panels of the "
         "path are halved until what is missed is under 1 %, or 32 times as many places were used as were asked for. "
         "The remainder is stored.",

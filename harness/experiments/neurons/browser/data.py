@@ -5,6 +5,7 @@ A run may still be computed: any table may be empty, and a newer snapshot is a n
 
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from harness.experiments.neurons.schema import SCHEMA
 from harness.experiments.neurons.settings import METRICS
 from harness.run import Manifest, RunPaths, own_setting, read_manifest, state
 from harness.run.tensors import Matrix, map_matrices
-from harness.store import Reader, open_snapshot
+from harness.store import Reader, Row, open_snapshot
 
 _KEPT = 64
 """Answers of each kind that are kept while a snapshot is open."""
@@ -98,6 +99,7 @@ class Run:
         self.manifest: Manifest = read_manifest(paths)
         self.state = state(self.manifest)
         self._reader: Reader = open_snapshot(paths, SCHEMA)
+        self._asking = threading.Lock()  # a connection refuses a second thread
         self._kept: dict[str, OrderedDict[Any, Any]] = {}
         self._contexts: OrderedDict[int, Context] = OrderedDict()
         self._files: OrderedDict[str, Mapping[int, Matrix] | str] = OrderedDict()
@@ -107,8 +109,12 @@ class Run:
             self.close()
             raise
 
+    def _ask(self, sql: str, params: Sequence[object] | None = None) -> list[Row]:
+        with self._asking:
+            return self._reader.query(sql, params)
+
     def _read_outline(self) -> None:
-        ask = self._reader.query
+        ask = self._ask
         self.progress = [
             Progress(r["stage"], r["status"], r["num_done"], r["num_items"])
             for r in ask("SELECT stage, status, num_done, num_items FROM stages ORDER BY rowid")
@@ -129,7 +135,7 @@ class Run:
         self.layers, self.num_neurons = self._sizes(dumped)
 
     def _named(self, column: str, table: str, order: Sequence[str]) -> list[str]:
-        names = {r["name"] for r in self._reader.query(f"SELECT DISTINCT {column} AS name FROM {table}")}
+        names = {r["name"] for r in self._ask(f"SELECT DISTINCT {column} AS name FROM {table}")}
         return [n for n in order if n in names] + sorted(names - set(order))
 
     def _sizes(self, dumped: Sequence[str]) -> tuple[list[int], int]:
@@ -139,9 +145,9 @@ class Run:
                 layers = self._file(path)
                 return sorted(layers), max((m.shape[1] for m in layers.values()), default=0)
         for table in (_STATISTICS, "influence"):
-            found = self._reader.query(f"SELECT DISTINCT layer FROM {table} ORDER BY layer")
+            found = self._ask(f"SELECT DISTINCT layer FROM {table} ORDER BY layer")
             if found:
-                (most,) = self._reader.query(f"SELECT max(neuron) AS neuron FROM {table}")
+                (most,) = self._ask(f"SELECT max(neuron) AS neuron FROM {table}")
                 return [r["layer"] for r in found], most["neuron"] + 1
         config = self.manifest.model.config
         layers, num = (config.get(name) for name in ("num_hidden_layers", "intermediate_size"))
@@ -172,7 +178,8 @@ class Run:
 
     def close(self) -> None:
         """Let the snapshot and the files go."""
-        self._reader.close()
+        with self._asking:
+            self._reader.close()
         self._files.clear()
 
     # -- what is being computed
@@ -212,7 +219,7 @@ class Run:
         kept = self._contexts
         wanted = [self.prompts[n] for n in dict.fromkeys(prompts) if n not in kept]
         if wanted:
-            rows = self._reader.query(
+            rows = self._ask(
                 f"SELECT * FROM contexts WHERE prompt_id IN ({', '.join('?' * len(wanted))})",
                 wanted,
             )
@@ -231,7 +238,7 @@ class Run:
             return ["" for _ in token_ids]
         places = ", ".join("?" * len(set(wanted)))
         sql = f"SELECT token_id, text FROM vocabulary WHERE token_id IN ({places})"
-        known = {r["token_id"]: r["text"] for r in self._reader.query(sql, sorted(set(wanted)))}
+        known = {r["token_id"]: r["text"] for r in self._ask(sql, sorted(set(wanted)))}
         return ["" if n is None else known.get(n, f"#{n}") or f"#{n}" for n in token_ids]
 
     def find(self, text: str, after: Found) -> Found | None:
@@ -243,9 +250,7 @@ class Run:
             if position > after.position:
                 return Found(after.prompt, position)
         sql = "SELECT prompt_id FROM contexts WHERE contains(lower(text), lower(?))"
-        holding = sorted(
-            n for r in self._reader.query(sql, [text]) if (n := self._number.get(r["prompt_id"])) is not None
-        )
+        holding = sorted(n for r in self._ask(sql, [text]) if (n := self._number.get(r["prompt_id"])) is not None)
         for prompt in [n for n in holding if n > after.prompt] + [n for n in holding if n < after.prompt]:
             for position in self._places(prompt, pattern):
                 return Found(prompt, position)
@@ -373,8 +378,8 @@ class Run:
 
     def _claims(self, key: tuple[str, int, int]) -> Mapping[str, Mapping[str, Any]]:
         where = "WHERE prompt_id = ? AND layer = ? AND neuron = ?"
-        found = {r["metric"]: r for r in self._reader.query(f"SELECT * FROM influence {where}", list(key))}
-        for r in self._reader.query(f"SELECT * FROM effects {where}", list(key)):
+        found = {r["metric"]: r for r in self._ask(f"SELECT * FROM influence {where}", list(key))}
+        for r in self._ask(f"SELECT * FROM effects {where}", list(key)):
             found[r["ranking"]] = {**found.get(r["ranking"], {}), "measured": r}
         return found
 
@@ -481,9 +486,7 @@ class Run:
 
     def _curves(self, prompt_id: str) -> Mapping[str, Curve]:
         found: dict[str, dict[str, dict[int, float]]] = {}
-        for r in self._reader.query(
-            "SELECT ranking, mode, k, m FROM curves WHERE prompt_id = ? ORDER BY k", [prompt_id]
-        ):
+        for r in self._ask("SELECT ranking, mode, k, m FROM curves WHERE prompt_id = ? ORDER BY k", [prompt_id]):
             found.setdefault(r["ranking"], {}).setdefault(r["mode"], {})[r["k"]] = r["m"]
         order = [*METRICS, *sorted(found.keys() - set(METRICS))]
         curves = {}
@@ -509,11 +512,11 @@ class Run:
     # -- inside
 
     def _row(self, table: str, where: str, values: Sequence[object]) -> Mapping[str, Any] | None:
-        found = self._reader.query(f"SELECT * FROM {table} WHERE {where} LIMIT 1", list(values))
+        found = self._ask(f"SELECT * FROM {table} WHERE {where} LIMIT 1", list(values))
         return found[0] if found else None
 
     def _columns(self, sql: str, values: Sequence[object], names: Sequence[str]) -> dict[str, np.ndarray]:
-        rows = self._reader.query(sql, values)
+        rows = self._ask(sql, values)
         kinds = {name: np.int64 if name in ("layer", "neuron") else np.float64 for name in names}
         return {name: np.array([_number(r[name]) for r in rows]).astype(kinds[name]) for name in names}
 

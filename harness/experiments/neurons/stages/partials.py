@@ -89,6 +89,7 @@ class Partials:
 
     @classmethod
     def build(cls, given: Inputs) -> "Partials":
+        """The stage of a run."""
         own = given.settings
         return cls(
             given.model, given.identity, given.layers, own.pack, own.top_examples, given.functional,

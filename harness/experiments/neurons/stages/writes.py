@@ -44,6 +44,7 @@ class Writes:
 
     @classmethod
     def build(cls, given: Inputs) -> "Writes":
+        """The stage of a run."""
         own = given.settings
         return cls(given.model, given.identity, given.layers, own.writes, own.top_writes, own.write_tokens)
 
