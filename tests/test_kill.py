@@ -116,8 +116,8 @@ STAGES = (
 class EagerStore(Store):
     """Publishes often, so that readers meet many snapshots and kills meet half-written ones."""
 
-    def publish_if_due(self, live: Path, every_s: float = 0.0, share: float = 0.0) -> None:
-        super().publish_if_due(live, 0.1, 0.3)
+    def publish_if_due(self, live: Path, every_s: float = 0.0, share: float = 0.0) -> bool:
+        return super().publish_if_due(live, 0.1, 0.3)
 
 
 class TwoCommits(EagerStore):
