@@ -70,8 +70,10 @@ def test_without_it_an_installed_experiment_runs_and_the_machinery_asks_for_a_na
     pages = [str(house / "app" / "views" / "core" / "runs.py"), str(TOY / "src" / "harness_toy" / "page.py"),
              str(house / "app" / "streamlit_app.py")]  # fmt: skip
     found = run(house, *pages)
+    others = [p.parent.name for p in (house / "harness" / "experiments").glob("*/__init__.py")]
+    told = f"harness: name an experiment; there are: {', '.join(sorted([*others, 'toy']))}\n"
     for command in ("run", "doctor"):
-        assert found[command] == {"code": 2, "out": "", "err": "harness: name an experiment; there are: toy\n"}
+        assert found[command] == {"code": 2, "out": "", "err": told}
     for command in ("run toy --runtime.device cpu", "verify latest", "report latest", "sanity toy --runtime.device cpu",
                     "runs", "show latest"):  # fmt: skip
         assert found[command]["code"] == 0, (command, found[command])

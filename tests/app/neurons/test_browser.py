@@ -11,6 +11,8 @@ import duckdb
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Page
+from playwright.sync_api import TimeoutError as ClickLost
 
 from harness.run import RunPaths
 from tests.app import test_browser
@@ -274,6 +276,20 @@ def _dot(canvas: Any) -> tuple[float, float]:
 
 
 @pytest.mark.thorough
+def opened_by_click(tab: Tab, x: float, y: float) -> Page:
+    """The page that a link in a drawn table opens: a click on one that is just being drawn again is lost."""
+    for _ in range(6):
+        tab.page.mouse.move(x, y)
+        tab.page.wait_for_timeout(300)
+        try:
+            with tab.page.context.expect_page(timeout=10_000) as opened:
+                tab.page.mouse.click(x, y)
+            return opened.value
+        except ClickLost:
+            continue
+    raise AssertionError("no page was opened")
+
+
 def test_an_example_opens_the_map_of_its_prompt(tab: Tab, runs: dict[str, RunPaths]) -> None:
     go(tab, "neurons", run=runs["whole"].run_id, neuron="1.3", metric="ig")
     table = tab.page.locator("[data-testid=stDataFrame]").nth(2)
@@ -282,12 +298,7 @@ def test_an_example_opens_the_map_of_its_prompt(tab: Tab, runs: dict[str, RunPat
     image = np.asarray(Image.open(io.BytesIO(table.screenshot())).convert("RGB")).astype(int)
     rows, columns = np.nonzero(image[..., 2] - image[..., 0] > 100)  # a link is blue
     assert len(rows), "no link is drawn"
-    with tab.page.context.expect_page() as opened:
-        at = (box["x"] + columns[0] + 6, box["y"] + rows[0] + 4)
-        tab.page.mouse.move(*at)
-        tab.page.wait_for_timeout(200)
-        tab.page.mouse.click(*at)
-    page = opened.value
+    page = opened_by_click(tab, box["x"] + columns[0] + 6, box["y"] + rows[0] + 4)
     page.wait_for_selector("h1:has-text('Token heat map')", timeout=60_000)
     asked = {k: v[0] for k, v in parse_qs(urlparse(page.url).query).items()}
     assert (asked["neuron"], asked["metric"]) == ("1.3", "ig")
